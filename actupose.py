@@ -1,0 +1,685 @@
+"""ACTUPose, in the order of the paper. `grep "Eq. 4" actupose.py` finds the line that computes it.
+
+    §3.1.1  Pose-VAE, complexity of a pose (Eq. 1-2), bins
+    §3.1.2  active curriculum (Eq. 3-4)
+    §3.2    pose network, style transfer, mean teacher, pseudo-labels, consistency (the base method, UDAPE)
+    §3.3    EvalPose (Eq. 5)
+    §3.4    pair mining and cross-domain loss (Eq. 6-7), total loss (Eq. 8)
+    §4      PCK, EvalPose score
+
+Letters are the paper's: N samples, N_b bins, K keypoints, e the epoch, S and T the source and target batch.
+Where the paper is silent, a comment that starts with "Decision:" says what is done here and why; the README
+gathers them in one table.
+"""
+
+import copy
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kernels
+from data import draw_gaussians
+
+# ----------------------------------------------------------------------------------------------------------
+# §3.1.1 Pose-VAE: how hard is a pose for a model of the source's poses?
+# ----------------------------------------------------------------------------------------------------------
+
+
+def normalise_poses(keypoints, visible, root):
+    """Poses as the VAE sees them: the shape of a pose without its place and size.
+
+    keypoints: (N, K, 2), any unit; visible: (N, K), 0 where the coordinates mean nothing; root: indices of
+    the keypoints (both hips, say) whose mean stands in for a missing keypoint.
+    Returns poses (N, 2K) within -1/2 ... 1/2, and weight (N, 2K), 0 for missing keypoints.
+    """
+    # Decision: centred on the box of the visible keypoints and divided by its larger side, so that Eq. 2
+    # ranks shapes; otherwise a large or off-centre person would count as a complex pose.
+    seen = visible.bool()[..., None]
+    low = torch.where(seen, keypoints, torch.inf).amin(1)
+    high = torch.where(seen, keypoints, -torch.inf).amax(1)
+    empty = ~seen.any(1)
+    low, high = low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
+    side = (high - low).amax(1).clamp(min=1e-6)
+    poses = (keypoints - ((low + high) / 2)[:, None]) / side[:, None, None]
+    root_seen = seen[:, list(root)].float()
+    centre = (torch.where(root_seen > 0, poses[:, list(root)], 0.0)).sum(1) / root_seen.sum(1).clamp(min=1)
+    poses = torch.where(seen, poses, centre[:, None])
+    return poses.flatten(1), seen.expand_as(keypoints).flatten(1).float()
+
+
+class PoseVAE(nn.Module):
+    """Variational auto-encoder of flattened 2D poses (N, 2K) with a `latent`-dimensional normal in between."""
+
+    def __init__(self, num_keypoints, hidden=128, latent=8):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(2 * num_keypoints, hidden), nn.ReLU(),
+                                     nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 2 * latent))
+        self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(),
+                                     nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 2 * num_keypoints))
+
+    def encode(self, poses):
+        """(N, 2K) -> mean and log-variance of the posterior, (N, latent) each."""
+        return self.encoder(poses).chunk(2, dim=-1)
+
+    def forward(self, poses, generator=None):
+        """(N, 2K) -> reconstruction (N, 2K), mean, log-variance; the latent is drawn by reparameterisation."""
+        mean, log_var = self.encode(poses)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return self.decoder(mean + noise * torch.exp(log_var / 2)), mean, log_var
+
+
+def reconstruction_error(poses, reconstruction, weight=None):
+    """Sum over the 2K coordinates of the squared error, per pose: (N, 2K), (N, 2K) -> (N,).
+
+    weight: (N, 2K), 0 for missing coordinates; the sum over the others is rescaled to the full count.
+    """
+    error = (poses - reconstruction) ** 2
+    if weight is None:
+        return error.sum(-1)
+    return (error * weight).sum(-1) * weight.shape[-1] / weight.sum(-1).clamp(min=1)
+
+
+def vae_loss(poses, reconstruction, mean, log_var, kl_weight, weight=None):
+    """Eq. 1: squared error + lambda * KL to the standard normal, mean over the batch. kl_weight: lambda."""
+    kl = 0.5 * (mean ** 2 + log_var.exp() - 1 - log_var).sum(-1)
+    return (reconstruction_error(poses, reconstruction, weight) + kl_weight * kl).mean()             # Eq. 1
+
+
+def train_pose_vae(keypoints, visible, root, steps=1500, batch_size=256, lr=2e-3, kl_weight=1e-3, latent=8, seed=0):
+    """Fit a PoseVAE to poses (N, K, 2) with `visible` (N, K); deterministic by seed. Returns it in eval mode."""
+    poses, weight = normalise_poses(keypoints, visible, root)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = PoseVAE(keypoints.shape[1], latent=latent)
+    optimiser = torch.optim.Adam(vae.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for _ in range(steps):
+        index = torch.randint(len(poses), (min(batch_size, len(poses)),), generator=generator)
+        loss = vae_loss(poses[index], *vae(poses[index], generator), kl_weight, weight[index])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    return vae.eval()
+
+
+@torch.no_grad()
+def pose_complexity(vae, keypoints, visible, root, chunk=65536):
+    """Eq. 2: how badly the VAE reconstructs each pose. keypoints (N, K, 2), visible (N, K) -> score (N,).
+
+    Decision: decodes the mean of the posterior, without a draw, so that a score is a function of the pose.
+    """
+    scores = []
+    for start in range(0, len(keypoints), chunk):
+        poses, weight = normalise_poses(keypoints[start:start + chunk], visible[start:start + chunk], root)
+        scores.append(reconstruction_error(poses, vae.decoder(vae.encode(poses)[0]), weight))        # Eq. 2
+    return torch.cat(scores) if scores else torch.zeros(0)
+
+
+def bin_edges(count, num_bins):
+    """Where N_b bins of (nearly) equal size begin and end in `count` sorted samples: (N_b + 1,) int64."""
+    return np.arange(num_bins + 1, dtype=np.int64) * count // num_bins
+
+
+def assign_bins(scores, num_bins):
+    """Scores (N,) -> bin of each sample (N,), 0 the simplest: sorted and cut into N_b equal parts."""
+    scores = np.asarray(scores)
+    bins = np.empty(len(scores), dtype=np.int64)
+    bins[np.argsort(scores, kind="stable")] = np.repeat(np.arange(num_bins), np.diff(bin_edges(len(scores), num_bins)))
+    return bins
+
+
+# ----------------------------------------------------------------------------------------------------------
+# §3.1.2 Active curriculum: which source samples an epoch trains on
+# ----------------------------------------------------------------------------------------------------------
+
+
+class ActiveCurriculum:
+    """Draws an epoch's source samples from bins of rising complexity and re-ranks them by confidence.
+
+    complexity: (N,) the VAE's scores (Eq. 2). epochs: e runs over 0 ... epochs - 1. num_bins: N_b.
+    pace: lambda, how fast the peak moves to the hard bins. spread: sigma of Eq. 3.
+    scale: "rank" or "minmax", what s_j of Eq. 3 is. confidence: "relative", "literal" or "off", what Eq. 4
+    does. All state is a handful of arrays of length N: six million samples take about 140 MB.
+
+    An epoch is `rerank()`, then `sample(epoch)`, then training with `observe(indices, confidence)`.
+    """
+
+    def __init__(self, complexity, epochs, num_bins=25, pace=2.0, spread=0.25, scale="rank",
+                 confidence="relative", seed=0):
+        complexity = np.asarray(complexity, dtype=np.float32)
+        if complexity.ndim != 1 or len(complexity) < num_bins:
+            raise ValueError(f"complexity: {num_bins} bins need at least {num_bins} scores in one dimension, "
+                             f"got shape {complexity.shape}; use fewer bins (num_bins) or more data")
+        if not np.isfinite(complexity).all():
+            raise ValueError("complexity: scores must be finite; check the poses given to the Pose-VAE")
+        if scale not in ("rank", "minmax"):
+            raise ValueError(f"scale: must be 'rank' or 'minmax', got {scale!r}")
+        if confidence not in ("relative", "literal", "off"):
+            raise ValueError(f"confidence: must be 'relative', 'literal' or 'off', got {confidence!r}")
+        if not (pace > 0 and spread > 0 and epochs > 0):
+            raise ValueError(f"pace, spread and epochs must be positive, got {pace}, {spread}, {epochs}")
+        self.complexity = complexity
+        self.epochs, self.num_bins, self.pace, self.spread = epochs, num_bins, pace, spread
+        self.scale, self.confidence_mode, self.seed = scale, confidence, seed
+        self.confidence = np.full(len(complexity), np.nan, dtype=np.float32)      # NaN: never drawn yet
+        self.edges = bin_edges(len(complexity), num_bins)
+        self.score = complexity.copy()
+        self._sort()
+
+    def _sort(self):
+        self.order = np.argsort(self.score).astype(np.int32 if len(self.score) < 2 ** 31 else np.int64)
+        sums = np.add.reduceat(self.score[self.order], self.edges[:-1], dtype=np.float64)
+        self.bin_score = sums / np.diff(self.edges)                               # mean score of each bin
+
+    def observe(self, indices, confidence):
+        """Confidences seen in training: indices (n,), confidence (n,), a sample's mean heatmap maximum.
+
+        Decision: taken from the training passes themselves, so Eq. 4 costs no extra pass over the source;
+        a sample that is not drawn keeps the value it last had.
+        """
+        self.confidence[np.asarray(indices)] = np.clip(np.asarray(confidence, dtype=np.float32), 0.05, 1.0)
+
+    def rerank(self):
+        """Eq. 4: re-score by confidence, sort again, cut into bins again. Call before each epoch's `sample`."""
+        seen = ~np.isnan(self.confidence)
+        if self.confidence_mode == "off" or not seen.any():
+            return
+        mean = self.confidence[seen].mean(dtype=np.float64).astype(np.float32)
+        confidence = np.where(seen, self.confidence, mean)
+        if self.confidence_mode == "literal":
+            self.score = self.score / confidence                                                     # Eq. 4
+            self.score /= self.score.mean(dtype=np.float64)     # ranks and min-max ignore it; stops overflow
+        else:
+            # Decision: the score on the right-hand side is the VAE's, not the last epoch's product: every
+            # confidence is below 1, so the product would grow for whatever was drawn and forget the VAE.
+            # And relative to the mean confidence, so that samples not drawn yet are not overtaken unseen.
+            self.score = self.complexity * (mean / confidence)                                       # Eq. 4
+        self._sort()
+
+    def peak_bin(self, epoch):
+        """g: the bin that contributes most in an epoch. Decision: bins are 0 ... N_b - 1, so g stops there."""
+        return min(int(self.pace * self.num_bins * epoch / self.epochs), self.num_bins - 1)
+
+    def probabilities(self, epoch):
+        """Eq. 3: the share p_j of each bin that is drawn in an epoch, (N_b,)."""
+        # Decision: bin means are heavy-tailed, so min-max scaled scores put nearly all bins within one
+        # sigma of each other and the last one apart. The rank j / (N_b - 1) makes the moving window of Fig. 5.
+        if self.scale == "rank":
+            s = np.arange(self.num_bins) / max(self.num_bins - 1, 1)
+        else:
+            span = self.bin_score.max() - self.bin_score.min()
+            s = (self.bin_score - self.bin_score.min()) / (span if span > 0 else 1.0)
+        mu_g = s[self.peak_bin(epoch)]
+        return np.exp(-(s - mu_g) ** 2 / (2 * self.spread ** 2))                                     # Eq. 3
+
+    def sample(self, epoch):
+        """The epoch's source samples: p_j N / N_b of bin j, without replacement, in random order. (n,) int64.
+
+        A function of (seed, epoch, current ranking). Never empty: the peak bin gives at least one sample.
+        """
+        random = np.random.default_rng((self.seed, epoch))
+        wanted = self.probabilities(epoch) * np.diff(self.edges)                  # p_j N / N_b
+        count = np.floor(wanted + random.random(self.num_bins)).astype(np.int64)  # stochastic rounding
+        count = np.minimum(count, np.diff(self.edges))
+        if count.sum() == 0:
+            count[self.peak_bin(epoch)] = 1
+        drawn = np.concatenate([start + random.choice(end - start, n, replace=False, shuffle=False)
+                                for start, end, n in zip(self.edges[:-1], self.edges[1:], count)])
+        random.shuffle(drawn)
+        self.drawn_per_bin = count
+        return self.order[drawn].astype(np.int64)
+
+    def hardest(self, num_bins):
+        """The samples of the `num_bins` hardest bins, for the baseline UDAPE + VAE-HM. (n,) int64."""
+        return self.order[self.edges[-1 - num_bins]:].astype(np.int64)
+
+    def state_dict(self):
+        """What a checkpoint needs to go on: the two arrays that training changes."""
+        return {"score": torch.from_numpy(self.score.copy()), "confidence": torch.from_numpy(self.confidence.copy())}
+
+    def load_state_dict(self, state):
+        """Restore `state_dict`; ValueError when it belongs to another number of samples."""
+        if state["score"].shape != self.score.shape:
+            raise ValueError(f"curriculum state holds {len(state['score'])} samples, the data has {len(self.score)}")
+        self.score, self.confidence = state["score"].numpy().copy(), state["confidence"].numpy().copy()
+        self._sort()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# §3.2 The base method: pose network
+# ----------------------------------------------------------------------------------------------------------
+
+
+class BasicBlock(nn.Module):
+    """Residual block of two 3x3 convolutions (ResNet-18/34); parameter names as in torchvision."""
+    expansion = 1
+
+    def __init__(self, inputs, width, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = _shortcut(inputs, width, stride)
+
+    def forward(self, x):
+        """(B, inputs, H, W) -> (B, width, H / stride, W / stride)."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + (x if self.downsample is None else self.downsample(x)))
+
+
+class Bottleneck(nn.Module):
+    """Residual block 1x1, 3x3, 1x1 (ResNet-50/101), the stride on the 3x3; names as in torchvision."""
+    expansion = 4
+
+    def __init__(self, inputs, width, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.downsample = _shortcut(inputs, 4 * width, stride)
+
+    def forward(self, x):
+        """(B, inputs, H, W) -> (B, 4 * width, H / stride, W / stride)."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
+
+
+def _shortcut(inputs, outputs, stride):
+    if stride == 1 and inputs == outputs:
+        return None
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+class Backbone(nn.Module):
+    """ResNet without its pooling and classifier: images (B, 3, H, W) -> features (B, C, H / s, W / s)."""
+
+    def __init__(self, block, layers, widths, stem):
+        super().__init__()
+        kernel, pool = stem
+        self.conv1 = nn.Conv2d(3, widths[0], kernel, 2, kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.pool = pool
+        channels = widths[0]
+        for i, (depth, width) in enumerate(zip(layers, widths)):
+            blocks = []
+            for j in range(depth):
+                blocks.append(block(channels, width, 2 if i > 0 and j == 0 else 1))
+                channels = width * block.expansion
+            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+        self.channels = channels
+
+    def forward(self, images):
+        """The last feature map, stride 32 (16 without the stem's pooling)."""
+        x = F.relu(self.bn1(self.conv1(images)))
+        if self.pool:
+            x = F.max_pool2d(x, 3, 2, 1)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+
+# block, layers, widths, stem (kernel, pooling), channels of the transposed convolutions
+ARCHITECTURES = {
+    "narrow": (BasicBlock, (1, 1, 1, 1), (16, 32, 64, 128), (5, False), 32),     # the demo's: stride 2 heatmaps
+    "resnet18": (BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), (7, True), 256),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), (64, 128, 256, 512), (7, True), 256),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), (7, True), 256),
+    "resnet101": (Bottleneck, (3, 4, 23, 3), (64, 128, 256, 512), (7, True), 256),
+}
+
+
+class PoseResNet(nn.Module):
+    """Simple Baselines [33]: ResNet, three transposed convolutions, a 1x1 head -> one heatmap a keypoint.
+
+    Parameter names are those of the published base method (its unused `backbone.fc` apart), so that its
+    checkpoints, and torchvision's for the backbone, load by name.
+    """
+
+    def __init__(self, architecture, num_keypoints):
+        super().__init__()
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture: unknown {architecture!r}; one of {', '.join(ARCHITECTURES)}")
+        block, layers, widths, stem, width = ARCHITECTURES[architecture]
+        self.backbone = Backbone(block, layers, widths, stem)
+        self.stride = 4 if stem[1] else 2                                  # pixels per heatmap cell
+        upsampling, channels = [], self.backbone.channels
+        for _ in range(3):
+            upsampling += [nn.ConvTranspose2d(channels, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+        self.upsampling = nn.Sequential(*upsampling)
+        self.head = nn.Conv2d(width, num_keypoints, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for module in (*self.upsampling, self.head):
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.normal_(module.weight, std=0.001)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images):
+        """Images (B, 3, S, S) -> heatmaps (B, K, S / stride, S / stride), features f (B, C) of Eq. 6.
+
+        Decision: f is the global average of the backbone's last map, the paper's Fig. 4 names no layer.
+        """
+        features = self.backbone(images)
+        return self.head(self.upsampling(features)), features.mean((2, 3))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# §3.2 The base method: style transfer between the domains (AdaIN)
+# ----------------------------------------------------------------------------------------------------------
+
+
+def channel_statistics(features):
+    """(B, C, H, W) -> mean and standard deviation over the pixels, (B, C, 1, 1) each."""
+    mean = features.mean((2, 3), keepdim=True)
+    return mean, (features.var((2, 3), keepdim=True) + 1e-5).sqrt()
+
+
+def adain(content, style):
+    """Adaptive instance normalisation: content's features (B, C, H, W) with the channel statistics of style's."""
+    mean_c, std_c = channel_statistics(content)
+    mean_s, std_s = channel_statistics(style)
+    return (content - mean_c) / std_c * std_s + mean_s
+
+
+def _conv(inputs, outputs):
+    return [nn.ReflectionPad2d(1), nn.Conv2d(inputs, outputs, 3)]
+
+
+def vgg_networks():
+    """VGG-19 (normalised) up to relu4_1 and the mirrored decoder, layers numbered as in the published files."""
+    encoder = [nn.Conv2d(3, 3, 1)]
+    for inputs, outputs, pool in ((3, 64, False), (64, 64, True), (64, 128, False), (128, 128, True), (128, 256, False),
+                                  (256, 256, False), (256, 256, False), (256, 256, True), (256, 512, False)):
+        encoder += _conv(inputs, outputs) + [nn.ReLU()]
+        if pool:
+            encoder.append(nn.MaxPool2d(2, 2, ceil_mode=True))
+    decoder = []
+    for inputs, outputs, up in ((512, 256, True), (256, 256, False), (256, 256, False), (256, 256, False), (256, 128, True),
+                                (128, 128, False), (128, 64, True), (64, 64, False), (64, 3, False)):
+        decoder += _conv(inputs, outputs) + ([nn.ReLU()] if outputs != 3 else [])
+        if up:
+            decoder.append(nn.Upsample(scale_factor=2, mode="nearest"))
+    taps = (3, 10, 17, 30)                                                  # relu1_1, relu2_1, relu3_1, relu4_1
+    return nn.Sequential(*encoder), nn.Sequential(*decoder), taps
+
+
+def small_networks(width=24):
+    """An encoder and decoder for the demo: half resolution, trained from nothing on the two domains' images."""
+    encoder = nn.Sequential(nn.Conv2d(3, width, 4, 2, 1, padding_mode="reflect"), nn.ReLU(),
+                            *_conv(width, width), nn.ReLU())
+    decoder = nn.Sequential(*_conv(width, width), nn.ReLU(), *_conv(width, 12), nn.PixelShuffle(2))
+    return encoder, decoder, (1, 4)
+
+
+class StyleTransfer(nn.Module):
+    """Gives images of one domain the look of the other: encode, AdaIN with strength alpha, decode.
+
+    networks: "vgg" (the published base method's; load its weights by name into `encoder` and `decoder`) or
+    "small" (half resolution, for the demo). Images are normalised, (B, 3, H, W).
+    """
+
+    def __init__(self, networks="small"):
+        super().__init__()
+        if networks not in ("vgg", "small"):
+            raise ValueError(f"networks: must be 'vgg' or 'small', got {networks!r}")
+        self.encoder, self.decoder, self.taps = vgg_networks() if networks == "vgg" else small_networks()
+
+    def encode(self, images):
+        """Features after each tapped layer, the last of which AdaIN acts on."""
+        features = []
+        for i, layer in enumerate(self.encoder):
+            images = layer(images)
+            if i in self.taps:
+                features.append(images)
+        return features
+
+    def forward(self, content, style, alpha):
+        """Content images with the style of style images; alpha: (B,) in 0 (unchanged) ... 1 (full style).
+
+        Output is clamped, per channel, to the range that the content batch's pixels have.
+        """
+        features = self.encode(content)[-1]
+        styled = adain(features, self.encode(style)[-1])
+        alpha = alpha[:, None, None, None]
+        images = self.decoder(alpha * styled + (1 - alpha) * features)[..., :content.shape[2], :content.shape[3]]
+        low, high = content.amin((0, 2, 3), keepdim=True), content.amax((0, 2, 3), keepdim=True)
+        return torch.maximum(torch.minimum(images, high), low)
+
+    def losses(self, content, style):
+        """Reconstruction, content and style loss of one pair of batches (scalars), for training the decoder."""
+        content_features, style_features = self.encode(content), self.encode(style)
+        target = adain(content_features[-1], style_features[-1]).detach()
+        restyled = self.encode(self.decoder(target))
+        content_loss = F.mse_loss(restyled[-1], target)
+        style_loss = sum(F.mse_loss(mine, theirs.detach())
+                         for r, s in zip(restyled, style_features)
+                         for mine, theirs in zip(channel_statistics(r), channel_statistics(s)))
+        reconstruction = F.mse_loss(self.decoder(content_features[-1]), content)
+        return reconstruction, content_loss, style_loss
+
+
+def train_style_transfer(style_transfer, batches, iterations, train_encoder, lr=2e-3, style_weight=0.1, progress=None):
+    """Fit the decoder on both domains' images, in both directions.
+
+    batches: function of the iteration -> (source, target) normalised image batches (B, 3, H, W).
+    train_encoder: an encoder without published weights is first trained with the decoder to reproduce the
+    images (the first half of the iterations), then frozen. progress: called with (done, iterations).
+    """
+    encoder, decoder = style_transfer.encoder, style_transfer.decoder
+    optimiser = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()] if train_encoder
+                                 else decoder.parameters(), lr=lr)
+    encoder.requires_grad_(train_encoder)
+    for i in range(iterations):
+        source, target = batches(i)
+        if train_encoder and i < iterations // 2:
+            loss = sum(F.mse_loss(decoder(style_transfer.encode(images)[-1]), images) for images in (source, target))
+        else:
+            encoder.requires_grad_(False)
+            loss = 0
+            for content, style in ((source, target), (target, source)):
+                reconstruction, content_loss, style_loss = style_transfer.losses(content, style)
+                loss = loss + reconstruction + content_loss + style_weight * style_loss
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        if progress:
+            progress(i + 1, iterations)
+    return style_transfer.requires_grad_(False).eval()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# §3.2 The base method: mean teacher, pseudo-labels, consistency
+# ----------------------------------------------------------------------------------------------------------
+
+
+def make_teacher(student):
+    """A copy of the student that receives no gradient."""
+    return copy.deepcopy(student).requires_grad_(False)
+
+
+@torch.no_grad()
+def update_teacher(teacher, student, decay):
+    """Mean Teacher [28]: teacher <- decay * teacher + (1 - decay) * student, parameters only, in place."""
+    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - decay)
+
+
+def heatmap_mse(predicted, target, weight):
+    """L_mse: half the mean squared error of heatmaps (B, K, H, W), keypoints weighted by (B, K)."""
+    return 0.5 * ((predicted - target) ** 2 * weight[..., None, None]).mean()
+
+
+def rectify(heatmaps, sigma):
+    """Pseudo-labels: each heatmap redrawn as a clean Gaussian at its maximum.
+
+    heatmaps: (B, K, H, H) of the teacher; sigma: cells.
+    Returns heatmaps (B, K, H, W), cells (B, K, 2) as (x, y), confidence (B, K) (the maximum).
+    """
+    cells, confidence = kernels.heatmap_argmax(heatmaps)
+    return draw_gaussians(cells, heatmaps.shape[-1], sigma), cells, confidence
+
+
+def confidence_mask(confidence, ratio=0.5):
+    """Keypoints (B, K) whose confidence is above the batch's `ratio` quantile (0.5: the median) -> bool (B, K)."""
+    flat = confidence.flatten()
+    threshold = flat.sort(descending=True).values[min(int(ratio * flat.numel()), flat.numel() - 1)]
+    return confidence > threshold
+
+
+def consistency_loss(student, teacher, mask):
+    """L_consistency: mean squared difference of heatmaps (B, K, H, W), over keypoints where mask (B, K) is set.
+
+    As published, the mean is over all maps, masked ones counting as zero.
+    """
+    return ((student - teacher) ** 2 * mask[..., None, None]).mean()
+
+
+def occlude_keypoints(images, keypoints, confidence, u, half, probability=0.5, minimum=0.9):
+    """Adaptive occlusion: hide one confident keypoint behind a patch from elsewhere in the same image.
+
+    images: (B, 3, S, S); keypoints: (B, K, 2) pixels of `images`; confidence: (B, K) of the teacher;
+    u: (B, 3 + K) uniform random numbers; half: half the patch's side in pixels. An image is changed with
+    `probability`, and only if a keypoint of at least `minimum` confidence lies inside it.
+    Returns images (B, 3, S, S) and which keypoint was hidden (B,), -1 for none.
+    """
+    size = images.shape[-1]
+    inside = ((keypoints >= 0) & (keypoints <= size - 1)).all(-1)
+    eligible = (confidence >= minimum) & inside
+    chosen = torch.where(eligible, u[:, 3:], -1.0).argmax(1)                       # a random eligible keypoint
+    hide = eligible.any(1) & (u[:, 0] < probability)
+    centre = keypoints.gather(1, chosen[:, None, None].expand(-1, 1, 2))[:, 0]     # (B, 2)
+    line = torch.arange(size, device=images.device)
+    patch = ((line - centre[:, :1]).abs() <= half)[:, None, :] & ((line - centre[:, 1:]).abs() <= half)[:, :, None]
+    shift = (1 + u[:, 1:3] * (size - 1)).long()                                    # where the patch is copied from
+    columns, rows = (line + shift[:, :1]) % size, (line + shift[:, 1:]) % size
+    source = (rows[:, :, None] * size + columns[:, None, :]).flatten(1)
+    moved = images.flatten(2).gather(2, source[:, None].expand(-1, 3, -1)).view_as(images)
+    return (torch.where((patch & hide[:, None, None])[:, None], moved, images),
+            torch.where(hide, chosen, -1))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# §3.3 EvalPose
+# ----------------------------------------------------------------------------------------------------------
+
+
+def limb_cosines(predicted, labelled, limbs, weight):
+    """Cosine between predicted and labelled limb vectors.
+
+    predicted, labelled: (B, K, 2), one unit; limbs: (L, 2) keypoint pairs; weight: (B, K), 0 for keypoints
+    that are unlabelled or not trusted.
+    Returns cosine (B, L) and valid (B, L) float: 0, and cosine 0, where an end has no weight or a vector no
+    length.
+    """
+    a, b = limbs[:, 0], limbs[:, 1]
+    v, v_hat = labelled[:, b] - labelled[:, a], predicted[:, b] - predicted[:, a]
+    product = (v ** 2).sum(-1) * (v_hat ** 2).sum(-1)
+    valid = (weight[:, a] > 0) & (weight[:, b] > 0) & (product > 0)
+    cosine = (v * v_hat).sum(-1) / torch.where(valid, product, 1.0).sqrt()
+    return torch.where(valid, cosine, 0.0), valid.to(cosine.dtype)
+
+
+def evalpose(predicted, labelled, limbs, weight):
+    """Eq. 5, within one domain: minus the sum over limbs of the cosine, mean over samples. Arguments: `limb_cosines`.
+
+    Decision: predicted keypoints come from a soft-argmax of the heatmaps, since an argmax has no gradient.
+    """
+    cosine, _ = limb_cosines(predicted, labelled, limbs, weight)
+    return -cosine.sum(-1).mean()                                                                    # Eq. 5
+
+
+# ----------------------------------------------------------------------------------------------------------
+# §3.4 Cross-domain loss
+# ----------------------------------------------------------------------------------------------------------
+
+
+def mine_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=4):
+    """The set Z of similar poses across the batches, as a boolean matrix (S, T); `Z.nonzero()` lists the pairs.
+
+    source: (S, K, 2), target: (T, K, 2) predicted keypoints, any unit; triplets: (A, 3); gamma: the
+    threshold on Eq. 7 in radians; *_valid: (S, K), (T, K) bool, False for keypoints of low confidence,
+    whose triplets are pruned.
+    """
+    distance = kernels.triplet_angle_distance(source, target, triplets, source_valid, target_valid,
+                                              min_triplets)                                          # Eq. 7
+    return distance < gamma
+
+
+def cross_domain_loss(source_features, target_features, similar):
+    """Eq. 6: minus the sum over similar pairs of the cosine of their features.
+
+    source_features: (S, C) of the student; target_features: (T, C) of the teacher, no gradient; similar:
+    (S, T) bool from `mine_pairs`.
+    """
+    f_s = F.normalize(source_features.float(), dim=-1)
+    f_t = F.normalize(target_features.detach().float(), dim=-1)
+    return -((f_s @ f_t.T) * similar).sum()                                                          # Eq. 6
+
+
+def total_loss(udape, evalpose_term, cross_domain, weights=(1.0, 0.1, 0.01)):
+    """Eq. 8: L = w1 L_UDAPE + w2 L_evalpose + w3 L_cross-domain."""
+    return weights[0] * udape + weights[1] * evalpose_term + weights[2] * cross_domain               # Eq. 8
+
+
+# ----------------------------------------------------------------------------------------------------------
+# §4 Metrics
+# ----------------------------------------------------------------------------------------------------------
+
+
+def decode_keypoints(heatmaps, subcell=False):
+    """Heatmaps (B, K, H, W) -> cells (B, K, 2) as (x, y), confidence (B, K).
+
+    subcell: add the vertex of the parabola through the maximum and its two neighbours, on each axis, at
+    most half a cell.
+    """
+    cells, confidence = kernels.heatmap_argmax(heatmaps)
+    if not subcell:
+        return cells, confidence
+    height, width = heatmaps.shape[-2:]
+    flat, index = heatmaps.flatten(2), cells.long()
+    offset = []
+    for axis, (size, step) in enumerate(((width, 1), (height, width))):
+        i, at = index[..., axis], index[..., 1] * width + index[..., 0]
+        edge = (i == 0) | (i == size - 1)
+        before = flat.gather(2, torch.where(edge, at, at - step)[..., None])[..., 0].float()
+        after = flat.gather(2, torch.where(edge, at, at + step)[..., None])[..., 0].float()
+        curvature = 2 * confidence - before - after
+        vertex = 0.5 * (after - before) / torch.where(curvature > 0, curvature, 1.0)
+        offset.append(torch.where(edge | (curvature <= 0), 0.0, vertex.clamp(-0.5, 0.5)))
+    return cells + torch.stack(offset, -1), confidence
+
+
+def pck_hits(predicted, true, weight, threshold):
+    """Whether each keypoint is within `threshold` of the truth: (N, K, 2), (N, K, 2), (N, K) -> bool (N, K), counted (N, K)."""
+    distance = (predicted - true).norm(dim=-1)
+    counted = weight > 0
+    return (distance <= threshold) & counted, counted
+
+
+def pck(predicted, true, weight, size, groups=None, threshold=0.05):
+    """PCK@0.05: the percentage of keypoints within 0.05 * size of the truth.
+
+    predicted, true: (N, K, 2) in one unit, `size` the image's (or heatmap's) side in that unit; weight:
+    (N, K), 0 = not counted; groups: name -> keypoint indices (default: {"all": every keypoint}).
+    Returns {group: percent}; as published, a group is the mean over its keypoints' own percentages,
+    keypoints that are never labelled left out; NaN when nothing is counted.
+    """
+    hits, counted = pck_hits(predicted, true, weight, threshold * size)
+    total = counted.sum(0)
+    per_keypoint = torch.where(total > 0, 100.0 * hits.sum(0) / total.clamp(min=1), torch.nan)
+    groups = groups or {"all": range(predicted.shape[1])}
+    return {name: per_keypoint[list(index)].nanmean().item() for name, index in groups.items()}
+
+
+def evalpose_score(predicted, labelled, limbs, weight):
+    """EvalPose score of §4: 100 times the mean cosine over all labelled limbs. Arguments: `limb_cosines`."""
+    cosine, valid = limb_cosines(predicted, labelled, limbs, weight)
+    return (100 * cosine.sum() / valid.sum().clamp(min=1)).item()

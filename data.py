@@ -1,0 +1,1347 @@
+"""Everything between a disk (or a renderer) and a training batch.
+
+    skeletons        BODY16, HAND21: names, limb pairs (Eq. 5), triplets (Eq. 7), score groups
+    random numbers   hash_uniform: a function of (seed, sample), whatever batch the sample comes in
+    geometry         views as batched 2x3 matrices: one convention for images, heatmaps and keypoints
+    heatmaps         targets rendered in batch
+    augmentation     views and colour jitter in batch, on the training device
+    Mannequin        the built-in benchmark: an articulated figure and a batched renderer
+    LSP              Leeds Sports Pose and its extension, read from their published files
+
+The geometry convention, written once: keypoints are (x, y) in pixels of the network's input, and the
+centre of image pixel i lies at x = i. A heatmap cell is `stride` pixels and cell i stands for
+x = stride * i. A view is a matrix M (2x3) that takes image pixels to view pixels,
+(x', y') = M @ (x, y, 1); images and heatmaps are warped by it, keypoints multiplied by it, and
+`invert_view` undoes it.
+
+A dataset is anything with `skeleton`, `size`, `keypoints` (N, K, 2), `visible` (N, K), `len()` and batched
+indexing: `dataset[indices]` gives uint8 crops (B, 3, S, S), keypoints (B, K, 2) in pixels, and visibility
+(B, K). The augmentation happens later, in batch and on the device.
+"""
+
+import hashlib
+import math
+import os
+import re
+import struct
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+# ----------------------------------------------------------------------------------------------------------
+# Skeletons
+# ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """Keypoints of one kind of body and what the paper's equations need to know of them.
+
+    names: K keypoint names; limbs: pairs (a, b), the vectors of Eq. 5; triplets: (a, b, c), the angles at
+    keypoint b of Eq. 7; groups: the columns of the paper's tables, name -> keypoint indices, "all" last;
+    root: the keypoints whose mean stands in for a missing one in the Pose-VAE; max_rotation: the range of
+    the random rotation in degrees (a hand has no upright).
+    """
+    names: tuple
+    limbs: tuple
+    triplets: tuple
+    groups: dict
+    root: tuple
+    max_rotation: float
+
+    def __len__(self):
+        return len(self.names)
+
+
+BODY16 = Skeleton(
+    names=("r-ankle", "r-knee", "r-hip", "l-hip", "l-knee", "l-ankle", "pelvis", "thorax", "upper neck",
+           "head top", "r-wrist", "r-elbow", "r-shoulder", "l-shoulder", "l-elbow", "l-wrist"),
+    limbs=((0, 1), (1, 2), (2, 6), (3, 6), (3, 4), (4, 5), (6, 7), (7, 8), (8, 9),          # legs and spine
+           (7, 12), (12, 11), (11, 10), (7, 13), (13, 14), (14, 15),                       # arms
+           (2, 3), (12, 13), (2, 12), (3, 13)),                # the trunk's frame, labelled in LSP as well
+    triplets=((10, 11, 12), (13, 14, 15),                      # elbows
+              (0, 1, 2), (3, 4, 5),                            # knees
+              (11, 12, 13), (12, 13, 14), (11, 12, 2), (14, 13, 3),    # shoulders: to the other one, to the hip
+              (1, 2, 3), (2, 3, 4), (1, 2, 12), (4, 3, 13),            # hips: to the other one, to the shoulder
+              (12, 8, 9), (13, 8, 9), (7, 8, 9),               # neck
+              (6, 7, 8)),                                      # spine
+    groups={"shoulder": (12, 13), "elbow": (11, 14), "wrist": (10, 15), "hip": (2, 3), "knee": (1, 4),
+            "ankle": (0, 5), "all": (0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15)},
+    root=(2, 3),
+    max_rotation=60.0)
+
+_FINGERS = tuple(range(1, 21, 4))                              # the MCP of thumb, index, middle, ring, little
+HAND21 = Skeleton(
+    names=("wrist",) + tuple(f"{finger} {joint}" for finger in ("thumb", "index", "middle", "ring", "little")
+                             for joint in ("MCP", "PIP", "DIP", "tip")),
+    limbs=tuple((a, b) for m in _FINGERS for a, b in ((0, m), (m, m + 1), (m + 1, m + 2), (m + 2, m + 3))),
+    triplets=tuple(t for m in _FINGERS for t in ((0, m, m + 1), (m, m + 1, m + 2)))        # two per finger
+    + tuple((m, 0, m + 4) for m in _FINGERS[:-1]),                                         # the spreads
+    groups={"MCP": (1, 5, 9, 13, 17), "PIP": (2, 6, 10, 14, 18), "DIP": (3, 7, 11, 15, 19),
+            "fingertip": (4, 8, 12, 16, 20), "all": tuple(range(21))},
+    root=(0, 9),
+    max_rotation=180.0)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Geometry
+# ----------------------------------------------------------------------------------------------------------
+
+
+def affine_view(size, rotation, shear, scale, translate):
+    """Views that rotate, shear and scale about the image's centre (size / 2), then translate.
+
+    size: side of the square image in pixels; rotation, shear: (B,) radians (positive rotation turns x
+    towards y, clockwise on a screen); scale: (B,); translate: (B, 2) pixels.
+    Returns (B, 2, 3). The composition is the one of the published base method (tests: `affine_*`).
+    """
+    cos, sin = torch.cos(rotation), torch.sin(rotation)
+    tan = torch.tan(shear)
+    linear = torch.stack([torch.stack([cos, -cos * tan - sin], -1),
+                          torch.stack([sin, -sin * tan + cos], -1)], -2) * scale[:, None, None]
+    centre = torch.full((2,), size / 2, dtype=linear.dtype, device=linear.device)
+    offset = centre + translate - linear @ centre
+    return torch.cat([linear, offset[..., None]], -1)
+
+
+def compose_views(outer, inner):
+    """The view that applies `inner` first and `outer` to its result; both (B, 2, 3) in pixels."""
+    linear = outer[..., :2] @ inner[..., :2]
+    offset = outer[..., :2] @ inner[..., 2:] + outer[..., 2:]
+    return torch.cat([linear, offset], -1)
+
+
+def invert_view(view):
+    """The inverse of views (B, 2, 3), by the closed form of a 2x2 inverse (no host-device synchronisation)."""
+    a, b, c, d = view[..., 0, 0], view[..., 0, 1], view[..., 1, 0], view[..., 1, 1]
+    linear = torch.stack([torch.stack([d, -b], -1), torch.stack([-c, a], -1)], -2)
+    linear = linear / (a * d - b * c)[..., None, None]
+    return torch.cat([linear, -linear @ view[..., 2:]], -1)
+
+
+def map_keypoints(keypoints, view):
+    """Keypoints (B, K, 2) in image pixels -> view pixels, by views (B, 2, 3)."""
+    return keypoints @ view[..., :2].transpose(-1, -2) + view[..., 2].unsqueeze(-2)
+
+
+def warp(maps, view, stride=1):
+    """Images or heatmaps seen through views: output(M x) = input(x), zero where the view looks outside.
+
+    maps: (B, C, H, W); view: (B, 2, 3) in pixels; stride: pixels per cell of `maps` (1 for images).
+    Bilinear and differentiable. Returns (B, C, H, W).
+    """
+    height, width = maps.shape[-2:]
+    inverse = invert_view(view)
+    # From output cells to input cells, then to grid_sample's -1 ... 1 (align_corners: -1 is cell 0's centre).
+    half = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=maps.dtype, device=maps.device).clamp(min=.5)
+    linear = inverse[..., :2].to(maps.dtype) * (half / half[:, None])
+    offset = ((inverse[..., :2].to(maps.dtype) @ half) + inverse[..., 2].to(maps.dtype) / stride - half) / half
+    grid = F.affine_grid(torch.cat([linear, offset[..., None]], -1), maps.shape, align_corners=True)
+    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Target heatmaps
+# ----------------------------------------------------------------------------------------------------------
+
+
+def draw_gaussians(cells, size, sigma):
+    """Gaussians of height 1 at cells (B, K, 2), (x, y), cut at 3 sigma on each axis -> (B, K, size, size)."""
+    line = torch.arange(size, device=cells.device, dtype=cells.dtype)
+    offset = line - cells[..., None]                                        # (B, K, 2, size)
+    radius = 3 * sigma + 1e-3                     # 3 sigma itself is inside, as in the published targets
+    profile = torch.exp(-offset ** 2 / (2 * sigma ** 2)) * (offset.abs() <= radius)
+    return profile[..., 1, :, None] * profile[..., 0, None, :]
+
+
+def render_heatmaps(keypoints, visible, size, stride, sigma, subcell=False):
+    """Target heatmaps of keypoints and the weight of each.
+
+    keypoints: (B, K, 2) pixels; visible: (B, K), 1 where labelled; size: cells a side; stride: pixels a
+    cell; sigma: cells. The Gaussian stands on the nearest cell, int(x / stride + 1/2), as in the published
+    targets; `subcell` leaves it at x / stride, worth having where cells are coarse.
+    Returns heatmaps (B, K, size, size) and weight (B, K): 0, with an empty map, where a keypoint is
+    unlabelled or its cell lies outside.
+    """
+    exact = keypoints / stride
+    cell = torch.floor(exact + 0.5)
+    inside = ((cell >= 0) & (cell < size)).all(-1)
+    weight = visible * inside
+    heatmaps = draw_gaussians(exact if subcell else cell, size, sigma)
+    return heatmaps * weight[..., None, None], weight
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Augmentation: in batch, on the training device, a function of (seed, sample) alone
+# ----------------------------------------------------------------------------------------------------------
+
+IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # ImageNet's, as the base method's
+
+
+def normalise(images):
+    """uint8 (B, 3, H, W) -> float32, zero mean and unit deviation by ImageNet's statistics."""
+    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1) * 255
+    std = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1) * 255
+    return (images.float() - mean) / std
+
+
+def denormalise(images):
+    """The inverse of `normalise`: float (B, 3, H, W) -> uint8, clamped."""
+    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1)
+    return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def random_crop_view(u, size, area):
+    """Random resized crop as a view: u (B, 3) in [0, 1); area: (low, high) of the crop's area over the image's.
+
+    A crop larger than the image shows a margin. Returns (B, 2, 3).
+    """
+    side = size * torch.sqrt(area[0] + (area[1] - area[0]) * u[:, 0])
+    corner = (size - side)[:, None] * u[:, 1:3]
+    linear = torch.eye(2, device=u.device).expand(len(u), 2, 2) * (size / side)[:, None, None]
+    return torch.cat([linear, -(linear @ corner[..., None])], -1)
+
+
+def random_affine_view(u, size, rotation, shear, translate, scale):
+    """Random affine view: u (B, 5) in [0, 1); rotation, shear in degrees (+-); translate as a share of the
+    side (+-); scale: (low, high). Returns (B, 2, 3)."""
+    signed = 2 * u - 1
+    return affine_view(size, torch.deg2rad(signed[:, 0] * rotation), torch.deg2rad(signed[:, 1] * shear),
+                       scale[0] + (scale[1] - scale[0]) * u[:, 2], signed[:, 3:5] * (translate * size))
+
+
+def colour_jitter(images, u, strength):
+    """Brightness, contrast and saturation, each by a factor in 1 +- strength; u: (B, 3) in [0, 1).
+
+    images: (B, 3, H, W), normalised; the factors act on the colours behind them.
+    """
+    factor = (1 + strength * (2 * u - 1))[:, :, None, None, None]
+    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1)
+    luma = torch.tensor((0.299, 0.587, 0.114), device=images.device).view(3, 1, 1)
+    colours = (images * std + mean) * factor[:, 0]
+    grey = (colours * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    colours = grey + (colours - grey) * factor[:, 1]
+    grey = (colours * luma).sum(1, keepdim=True)
+    colours = grey + (colours - grey) * factor[:, 2]
+    return (colours.clamp(0, 1) - mean) / std
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Built-in benchmark: Mannequin -> Mannequin-Wild
+#
+# An articulated figure is posed by forward kinematics, seen by a perspective camera and drawn as shaded
+# capsules. Everything random is a hash of (seed, index), so a sample is the same whatever batch, order,
+# process or device it is drawn in. The small scene stage (poses, camera, looks) runs in float64 and the pixel
+# stage uses only + - * / sqrt floor min max, which IEEE rounds exactly: sin or exp in float32 differ in the
+# last bit between the vector and the remainder loop of torch, and so would depend on the batch.
+# ---------------------------------------------------------------------------------------------------------
+
+RENDERER_VERSION = 1  # part of the cache file's name: raise it when the pictures change
+
+# Streams of random numbers: one per purpose, so that adding a draw to one leaves the others as they were.
+POSE, PROPORTIONS, CAMERA, LOOK, CLUTTER, DISTRACTORS, OCCLUDERS, POST, GRAIN, FIELD = range(1, 11)
+
+# Difficulty of the target's appearance. Lengths are fractions of the image side, colours are in [0, 1].
+WILD = {
+    "textured": 0.6,            # probability that a garment carries a pattern
+    "pattern_contrast": 0.45,   # how far the second colour of a pattern goes from the first
+    "saturation": 0.6,          # of the background's colours, 1 = any RGB colour
+    "background": 0.6,          # contrast of the whole background
+    "value_noise": 0.25,        # weight of the value noise in the background
+    "clutter": 6,               # polygons, ellipses and bars behind the figure
+    "distractors": 2,           # two-segment limbs behind the figure
+    "occluders": 2,             # at most so many shapes in front of it,
+    "occluder": 0.25,           # each present with this probability
+    "light": 0.25,              # strength of the light gradient across the image
+    "cast": 0.12,               # colour cast, per channel
+    "contrast": (0.75, 1.15),
+    "blur": 0.009,              # largest standard deviation of the blur
+    "grain": 0.035,             # largest standard deviation of the sensor noise
+}
+PLAIN = {"gradient": 0.25, "value_noise": 0.06}  # the source: a smooth gradient, faintly mottled
+
+# Ranges of the joint angles in degrees. The prefix a_/b_ names the two sides, left and right after a coin
+# toss; without a prefix an entry of the limbs holds for both. Signs: `lean`, `bend`, `nod` forward; `hip`,
+# `arm` forward (flexion); `spread`, `lift` outwards (abduction); `legrot` outwards, `armrot` inwards;
+# `roll` in the image plane, `yaw` about the body's long axis (within 70: the front is always seen).
+TRUNK = ("roll", "yaw", "lean", "bend", "side", "twist", "nod", "turn", "tilt")
+LIMB = ("hip", "spread", "legrot", "knee", "arm", "lift", "armrot", "elbow")
+ANGLES = TRUNK + tuple(f"a_{n}" for n in LIMB) + tuple(f"b_{n}" for n in LIMB)
+MIRRORED = ("roll", "side", "twist", "turn", "tilt")  # change sign when left and right are exchanged
+
+# Human limits, never exceeded by a kind of pose below.
+JOINT_LIMITS = {
+    "bend": (-30, 90), "side": (-35, 35), "twist": (-45, 45), "nod": (-45, 50), "turn": (-70, 70),
+    "tilt": (-40, 40), "hip": (-35, 125), "spread": (-20, 70), "legrot": (-40, 50), "knee": (0, 145),
+    "arm": (-60, 180), "lift": (-10, 100), "armrot": (-90, 80), "elbow": (0, 145),
+}
+STANDING = {
+    "roll": (-5, 5), "yaw": (-70, 70), "lean": (-5, 5), "bend": (-4, 10), "side": (-6, 6), "twist": (-10, 10),
+    "nod": (-12, 18), "turn": (-25, 25), "tilt": (-10, 10), "hip": (-8, 12), "spread": (0, 12),
+    "legrot": (-5, 25), "knee": (0, 14), "arm": (-15, 18), "lift": (4, 22), "armrot": (-10, 40),
+    "elbow": (4, 35),
+}
+FREE_ARMS = {"arm": (-30, 130), "lift": (5, 80), "armrot": (-50, 60), "elbow": (5, 120)}
+# name: (share in the source, share in the target, upright, ranges that differ from STANDING)
+POSES = {
+    "stand": (0.34, 0.09, True, {}),
+    "walk": (0.24, 0.10, True, {
+        "a_hip": (8, 35), "a_knee": (0, 30), "b_hip": (-25, 0), "b_knee": (5, 45), "a_arm": (-32, -4),
+        "b_arm": (5, 38), "elbow": (5, 50), "bend": (0, 12)}),
+    "gesture": (0.22, 0.09, True, {
+        "a_arm": (0, 90), "a_lift": (5, 60), "a_elbow": (10, 115), "a_armrot": (-30, 60), "b_arm": (-15, 40),
+        "b_lift": (4, 40), "b_elbow": (5, 90)}),
+    "crouch": (0.030, 0.08, False, {
+        **FREE_ARMS, "hip": (60, 118), "knee": (70, 140), "spread": (5, 42), "lean": (0, 32),
+        "bend": (5, 40)}),
+    "kick": (0.020, 0.09, False, {
+        **FREE_ARMS, "a_hip": (45, 120), "a_knee": (0, 65), "a_spread": (0, 45), "b_hip": (-15, 12),
+        "b_knee": (0, 35), "lean": (-30, 8), "roll": (-28, 12), "side": (-20, 20)}),
+    "lunge": (0.025, 0.09, False, {
+        **FREE_ARMS, "a_hip": (45, 100), "a_knee": (50, 110), "b_hip": (-33, -5), "b_knee": (5, 65),
+        "spread": (3, 35), "lean": (0, 28), "bend": (-5, 35), "roll": (-12, 12)}),
+    "raise": (0.035, 0.09, False, {
+        "arm": (105, 180), "lift": (0, 55), "armrot": (-30, 30), "elbow": (0, 75), "hip": (-15, 35),
+        "spread": (0, 40), "knee": (0, 65), "bend": (-25, 10), "side": (-20, 20), "roll": (-15, 15)}),
+    "sit": (0.025, 0.06, False, {
+        "hip": (70, 105), "knee": (10, 110), "spread": (3, 35), "lean": (-25, 12), "bend": (-5, 35),
+        "arm": (-30, 80), "lift": (5, 45), "elbow": (10, 100)}),
+    "run": (0.020, 0.12, False, {
+        "a_hip": (35, 90), "a_knee": (45, 120), "b_hip": (-33, 0), "b_knee": (10, 95), "lean": (5, 30),
+        "a_arm": (-58, -15), "b_arm": (15, 85), "elbow": (55, 120), "twist": (-20, 20), "roll": (-12, 12)}),
+    "throw": (0.015, 0.09, False, {
+        **FREE_ARMS, "a_arm": (50, 170), "a_lift": (15, 95), "a_armrot": (-85, 20), "a_elbow": (20, 125),
+        "a_hip": (-30, 15), "b_hip": (0, 70), "knee": (0, 70), "spread": (3, 40), "twist": (-40, 40),
+        "side": (-28, 28), "bend": (-15, 40), "roll": (-18, 18)}),
+    "stoop": (0.010, 0.05, False, {
+        "lean": (10, 45), "bend": (30, 80), "hip": (10, 70), "knee": (0, 50), "arm": (30, 130),
+        "lift": (3, 50), "elbow": (0, 80), "nod": (-40, 20)}),
+    "handstand": (0.006, 0.05, False, {
+        "roll": (150, 210), "arm": (150, 180), "lift": (0, 35), "elbow": (0, 30), "hip": (-22, 70),
+        "spread": (0, 55), "knee": (0, 90), "bend": (-25, 15), "nod": (-40, 10), "lean": (-15, 15)}),
+    "cartwheel": (0.006, 0.05, False, {
+        "roll": (100, 170), "arm": (140, 180), "lift": (5, 55), "elbow": (0, 30), "hip": (-20, 30),
+        "spread": (25, 68), "knee": (0, 35), "side": (-25, 25)}),
+    "lie": (0.008, 0.05, False, {
+        **FREE_ARMS, "a_arm": (-20, 170), "roll": (68, 112), "hip": (-10, 85), "knee": (0, 110),
+        "spread": (0, 40), "bend": (-15, 30)}),
+}
+POSE_NAMES = tuple(POSES)
+UPRIGHT = tuple(p[2] for p in POSES.values())  # the easy kinds; the rest is the tail
+
+# Mean lengths in metres; a figure's are these times a common stature and a factor of its own each.
+SEGMENTS = {"hips": 0.20, "spine": 0.50, "shoulders": 0.35, "neck": 0.10, "head": 0.24, "upper_arm": 0.29,
+            "forearm": 0.26, "thigh": 0.44, "shin": 0.43}
+
+
+def _signed(value):
+    """The 64-bit pattern of a Python integer as the signed value torch.int64 stores."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift(x, bits):
+    """Logical right shift of int64 (torch's own shift copies the sign)."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x):
+    """Finaliser of splitmix64 (Steele, Lea, Flood 2014), a bijection of the 64-bit integers; any shape."""
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
+
+
+GOLDEN = _signed(0x9E3779B97F4A7C15)
+
+
+def _hash(seed, index, stream):
+    """State (B,) int64 of the samples `index` (B,) int64 in one stream of one seed."""
+    key = _mix(torch.tensor([_signed(seed * 0xD1342543DE82EF95 + stream * 0x2545F4914F6CDD1D)]))
+    return _mix(_mix(index ^ key.to(index.device)) + GOLDEN)
+
+
+def hash_uniform(seed, index, count, stream=0):
+    """Random numbers that depend on (seed, stream, index, column) alone: (B, count) float32 in [0, 1).
+
+    `index` is a (B,) int64 tensor of counters (any value); all arithmetic wraps modulo 2^64.
+    """
+    columns = torch.arange(1, count + 1, device=index.device) * GOLDEN
+    bits = _mix(_hash(seed, index, stream)[:, None] + columns)
+    return _shift(bits, 40).to(torch.float32) * 2.0 ** -24
+
+
+def _hash_normal(state):
+    """Nearly normal numbers of mean 0 and variance 1, one per int64 of `state`, as float32.
+
+    The sum of four 16-bit uniforms (Irwin-Hall): exact arithmetic, unlike Box-Muller's log and cos.
+    """
+    bits = _mix(state)
+    total = (bits & 0xFFFF) + ((bits >> 16) & 0xFFFF) + ((bits >> 32) & 0xFFFF) + ((bits >> 48) & 0xFFFF)
+    return (total.to(torch.float32) * 2.0 ** -16 - 2.0) * math.sqrt(3.0)
+
+
+def _pose_table():
+    """Ranges (kinds, angles, 2) in radians from POSES, checked against JOINT_LIMITS."""
+    table = torch.empty(len(POSES), len(ANGLES), 2, dtype=torch.float64)
+    for k, (kind, (_, _, _, ranges)) in enumerate(POSES.items()):
+        for j, name in enumerate(ANGLES):
+            plain = name[2:] if name[:2] in ("a_", "b_") else name
+            low, high = ranges.get(name, ranges.get(plain, STANDING[plain]))
+            least, most = JOINT_LIMITS.get(plain, (-360, 360))
+            if not least <= low <= high <= most:
+                raise ValueError(f"POSES[{kind!r}]: {name} = ({low}, {high}) leaves the joint's limits "
+                                 f"({least}, {most}); narrow the range.")
+            table[k, j, 0], table[k, j, 1] = math.radians(low), math.radians(high)
+    return table
+
+
+def _rotation(axis, angle):
+    """Rotations (B,3,3) by `angle` (B,) radians about the axis 0, 1 or 2 (right-handed)."""
+    c, s, one, zero = angle.cos(), angle.sin(), torch.ones_like(angle), torch.zeros_like(angle)
+    rows = {0: (one, zero, zero, zero, c, -s, zero, s, c),
+            1: (c, zero, s, zero, one, zero, -s, zero, c),
+            2: (c, -s, zero, s, c, zero, zero, zero, one)}[axis]
+    return torch.stack(rows, -1).view(-1, 3, 3)
+
+
+@dataclass
+class Figures:
+    """B posed figures in metres: x to the image's right, y up, z towards the camera, pelvis at the origin."""
+    joints: torch.Tensor    # (B,16,3) float64, in the order of BODY16
+    lengths: dict           # segment -> (B,) metres; of hips and shoulders the full width
+    girth: torch.Tensor     # (B,) factor of all radii
+    kind: torch.Tensor      # (B,) index into POSE_NAMES
+    root: torch.Tensor      # (B,3,3) frame of the pelvis; columns: body's left, up, front
+    chest: torch.Tensor     # (B,3,3)
+    head: torch.Tensor      # (B,3,3)
+    feet: tuple             # toes (left, right), each (B,3)
+    hands: tuple            # finger tips (left, right), each (B,3)
+
+
+def sample_poses(seed, index, domain):
+    """Posed figures of the samples `index` (B,) int64 under the pose distribution of `domain`.
+
+    `domain` is 'source' (long-tailed, 80 % upright) or 'target' (sports-like). Forward kinematics from the
+    pelvis outwards: segments keep their lengths, only angles within JOINT_LIMITS vary. Returns Figures.
+    """
+    device = index.device
+    shares = torch.tensor([p[0 if domain == "source" else 1] for p in POSES.values()], dtype=torch.float64)
+    draws = hash_uniform(seed, index, 2 + len(ANGLES), POSE).double()
+    edges = (shares.cumsum(0) / shares.sum())[:-1].to(device)
+    kind = torch.searchsorted(edges, draws[:, 0].contiguous(), right=True)
+    table = _pose_table().to(device)[kind]
+    values = table[..., 0] + (table[..., 1] - table[..., 0]) * draws[:, 2:]
+    angle = dict(zip(ANGLES, values.unbind(1)))
+    mirror = draws[:, 1] < 0.5
+    for name in MIRRORED:
+        angle[name] = torch.where(mirror, -angle[name], angle[name])
+    side_of = {+1: {n: torch.where(mirror, angle["b_" + n], angle["a_" + n]) for n in LIMB},
+               -1: {n: torch.where(mirror, angle["a_" + n], angle["b_" + n]) for n in LIMB}}
+
+    body = hash_uniform(seed, index, len(SEGMENTS) + 2, PROPORTIONS).double() * 2 - 1
+    stature = 1 + 0.08 * body[:, 0]
+    girth = 1.20 + 0.20 * body[:, 1]
+    lengths = {name: mean * stature * (1 + 0.09 * body[:, 2 + i])
+               for i, (name, mean) in enumerate(SEGMENTS.items())}
+    camera = hash_uniform(seed, index, 1, CAMERA).double()
+    pitch = math.radians(12) * (2 * camera[:, 0] - 1)
+
+    root = (_rotation(0, pitch) @ _rotation(2, angle["roll"]) @ _rotation(1, angle["yaw"])
+            @ _rotation(0, angle["lean"]))
+    chest = root @ _rotation(0, angle["bend"]) @ _rotation(2, angle["side"]) @ _rotation(1, angle["twist"])
+    head = chest @ _rotation(0, angle["nod"]) @ _rotation(2, angle["tilt"]) @ _rotation(1, angle["turn"])
+
+    def along(frame, axis, metres):
+        return frame[:, :, axis] * metres[:, None]
+
+    pelvis = torch.zeros(len(index), 3, dtype=torch.float64, device=device)
+    thorax = pelvis + along(chest, 1, lengths["spine"])
+    neck = thorax + along(chest, 1, lengths["neck"])
+    top = neck + along(head, 1, lengths["head"])
+    sides = {}
+    for side in (+1, -1):  # the body's left, its right
+        a = side_of[side]
+        hip = pelvis + along(root, 0, side * lengths["hips"] / 2)
+        thigh = (root @ _rotation(0, -a["hip"]) @ _rotation(2, side * a["spread"])
+                 @ _rotation(1, side * a["legrot"]))
+        knee = hip - along(thigh, 1, lengths["thigh"])
+        shin = thigh @ _rotation(0, a["knee"])
+        ankle = knee - along(shin, 1, lengths["shin"])
+        toe = ankle + along(shin, 2, 0.15 * stature) - along(shin, 1, 0.07 * stature)
+        shoulder = thorax + along(chest, 0, side * lengths["shoulders"] / 2)
+        upper = (chest @ _rotation(0, -a["arm"]) @ _rotation(2, side * a["lift"])
+                 @ _rotation(1, -side * a["armrot"]))
+        elbow = shoulder - along(upper, 1, lengths["upper_arm"])
+        fore = upper @ _rotation(0, -a["elbow"])
+        wrist = elbow - along(fore, 1, lengths["forearm"])
+        tip = wrist - along(fore, 1, 0.09 * stature)
+        sides[side] = (ankle, knee, hip, toe, wrist, elbow, shoulder, tip)
+    ankle, knee, hip, toe_l, wrist, elbow, shoulder, tip_l = sides[+1]
+    r_ankle, r_knee, r_hip, toe_r, r_wrist, r_elbow, r_shoulder, tip_r = sides[-1]
+    joints = torch.stack((r_ankle, r_knee, r_hip, hip, knee, ankle, pelvis, thorax, neck, top,
+                          r_wrist, r_elbow, r_shoulder, shoulder, elbow, wrist), 1)
+    return Figures(joints, lengths, girth, kind, root, chest, head, (toe_l, toe_r), (tip_l, tip_r))
+
+
+@dataclass
+class View:
+    """A perspective camera per figure; (u, v) is in image sides from the top left corner, v downwards."""
+    distance: torch.Tensor  # (B,) metres from the camera to the plane of the pelvis
+    scale: torch.Tensor     # (B,) image sides per metre at that plane
+    shift: torch.Tensor     # (B,2)
+
+    def project(self, points):
+        """(B,N,3) metres -> (B,N,2) image sides."""
+        near = (self.scale * self.distance)[:, None] / (self.distance[:, None] - points[..., 2])
+        flat = torch.stack((points[..., 0] * near, -points[..., 1] * near), -1)
+        return flat + self.shift[:, None]
+
+
+def _frame_figures(seed, index, figures):
+    """Cameras that put each figure's box at 55-80 % of the image, wholly inside up to a hand or a foot."""
+    draws = hash_uniform(seed, index, 5, CAMERA).double()
+    distance = 3.0 + 4.0 * draws[:, 1]
+    one, zero = torch.ones_like(distance), torch.zeros(len(index), 2, dtype=torch.float64, device=index.device)
+    flat = View(distance, one, zero).project(figures.joints)
+    low, high = flat.amin(1), flat.amax(1)
+    extent = 0.60 + 0.20 * draws[:, 2]
+    scale = extent / (high - low).amax(1)
+    room = (1 - (high - low) * scale[:, None]) / 2
+    # A crop around a person, roughly centred; the margin is the flesh around the joints, not to be cut off.
+    offset = (2 * draws[:, 3:5] - 1) * (room - 0.06).clamp(0, 0.06)
+    return View(distance, scale, 0.5 + offset - (low + high) / 2 * scale[:, None])
+
+
+def _skin(draws):
+    """Skin colours (B,3) from three uniform numbers (B,3): from pale to dark, a little varied."""
+    pale = torch.tensor([0.95, 0.78, 0.67], dtype=torch.float64, device=draws.device)
+    dark = torch.tensor([0.38, 0.24, 0.17], dtype=torch.float64, device=draws.device)
+    tone = (1 - draws[:, :1]) * pale + draws[:, :1] * dark
+    return (tone + 0.06 * (draws - 0.5)).clamp(0, 1)
+
+
+def _capsules(seed, index, figures, view, domain):
+    """The figure (and the target's distractor limbs) as tapered capsules: dict of (B,P) and (B,P,3) tensors.
+
+    ends `a`, `b` (B,P,2) and radii `ra`, `rb` in image sides, depths `za`, `zb` in metres, `metres` per
+    image side, colours `first`, `second`, and the pattern that mixes them (kind, frequency, phase).
+    """
+    j = figures.joints
+    look = hash_uniform(seed, index, 40, LOOK).double()
+    size = figures.girth * (figures.lengths["spine"] / SEGMENTS["spine"])
+    skin = _skin(look[:, 0:3])
+    shirt, trousers, shoes, mark = look[:, 3:6], look[:, 6:9], look[:, 9:12] * 0.7, look[:, 12:15]
+    hair = look[:, 15:18] * torch.tensor([0.5, 0.35, 0.25], dtype=torch.float64, device=look.device)
+    # The mark and the face must stand out, or front and back (hence left and right) could not be told.
+    mark = torch.where((shirt.mean(1) > 0.5)[:, None], mark * 0.3, 0.7 + mark * 0.3)
+    sleeve = torch.where(look[:, 18:19] < 0.5, shirt, skin)
+    shank = torch.where(look[:, 19:20] < 0.65, trousers, skin)
+    eyes = torch.full_like(skin, 0.05)
+
+    def at(point, frame, x, y, z):
+        return point + frame[:, :, 0] * x + frame[:, :, 1] * y + frame[:, :, 2] * z
+
+    wide = 0.5 * figures.lengths["hips"][:, None]
+    span = 0.5 * figures.lengths["shoulders"][:, None]
+    unit = size[:, None]
+    head_radius = (0.42 * figures.lengths["head"])[:, None]
+    crown = j[:, 9] - figures.head[:, :, 1] * head_radius
+    jaw = crown - figures.head[:, :, 1] * 0.35 * head_radius
+    breast = at(j[:, 7], figures.chest, 0 * unit, -0.13 * unit, 0.085 * unit)
+    parts = []  # (end, end, radius, radius in metres for girth 1, colour, garment)
+
+    def part(a, b, ra, rb, colour, garment):
+        parts.append((a, b, ra * size, rb * size, colour, garment))
+
+    for side, hip, knee, ankle, toe, shoulder, elbow, wrist, tip in (
+            (+1, 3, 4, 5, figures.feet[0], 13, 14, 15, figures.hands[0]),
+            (-1, 2, 1, 0, figures.feet[1], 12, 11, 10, figures.hands[1])):
+        part(j[:, hip], j[:, knee], 0.088, 0.060, trousers, 1)
+        part(j[:, knee], j[:, ankle], 0.060, 0.040, shank, 1)
+        part(j[:, ankle] - 0.02 * (toe - j[:, ankle]), toe, 0.044, 0.034, shoes, -1)
+        part(j[:, shoulder], j[:, elbow], 0.056, 0.043, shirt, 0)
+        part(j[:, elbow], j[:, wrist], 0.043, 0.032, sleeve, 0)
+        part(j[:, wrist], tip, 0.034, 0.036, skin, -1)
+        part(at(j[:, 6], figures.root, side * wide * 0.55, 0 * unit, 0 * unit),
+             at(j[:, 7], figures.chest, side * span * 0.50, -0.08 * unit, 0 * unit), 0.088, 0.098, shirt, 0)
+        part(at(crown, figures.head, side * 0.36 * head_radius, 0 * unit, 0.88 * head_radius),
+             at(crown, figures.head, side * 0.36 * head_radius, 0.01 * unit, 0.88 * head_radius),
+             0.020, 0.020, eyes, -1)
+    part(j[:, 2], j[:, 3], 0.085, 0.085, trousers, 1)
+    part(at(j[:, 7], figures.chest, span * 0.85, -0.03 * unit, 0 * unit),
+         at(j[:, 7], figures.chest, -span * 0.85, -0.03 * unit, 0 * unit), 0.062, 0.062, shirt, 0)
+    part(at(j[:, 7], figures.chest, 0 * unit, -0.02 * unit, 0 * unit), j[:, 8], 0.056, 0.050, skin, -1)
+    part(breast, breast - figures.chest[:, :, 1] * 0.10 * unit, 0.045, 0.045, mark, -1)
+    back = at(crown, figures.head, 0 * unit, 0 * unit, -0.10 * head_radius)
+    parts.append((back, jaw - figures.head[:, :, 2] * 0.25 * head_radius, head_radius[:, 0],
+                  head_radius[:, 0] * 0.8, hair, -1))
+    face = at(crown, figures.head, 0 * unit, -0.22 * head_radius, 0.30 * head_radius)
+    parts.append((face, at(jaw, figures.head, 0 * unit, -0.1 * head_radius, 0.2 * head_radius),
+                  head_radius[:, 0] * 0.82, head_radius[:, 0] * 0.68, skin, -1))
+
+    ends_a, ends_b = torch.stack([p[0] for p in parts], 1), torch.stack([p[1] for p in parts], 1)
+    near_a = view.distance[:, None] / (view.distance[:, None] - ends_a[..., 2]) * view.scale[:, None]
+    near_b = view.distance[:, None] / (view.distance[:, None] - ends_b[..., 2]) * view.scale[:, None]
+    capsules = {
+        "a": view.project(ends_a), "b": view.project(ends_b),
+        "ra": torch.stack([p[2] for p in parts], 1) * near_a,
+        "rb": torch.stack([p[3] for p in parts], 1) * near_b,
+        "za": ends_a[..., 2], "zb": ends_b[..., 2],
+        "first": torch.stack([p[4] for p in parts], 1),
+        "metres": (1 / view.scale)[:, None].expand(-1, len(parts)),
+    }
+    garment = torch.tensor([p[5] for p in parts], device=index.device)
+    capsules["second"] = capsules["first"]
+    capsules["pattern"] = torch.zeros_like(capsules["ra"])
+    capsules["frequency"] = torch.ones_like(capsules["ra"])
+    if domain == "target":
+        for g, at_ in ((0, 20), (1, 27)):
+            d = look[:, at_:at_ + 7]
+            kind = torch.where(d[:, 0] < WILD["textured"], 1 + (d[:, 1] * 4).floor(), torch.zeros_like(d[:, 0]))
+            worn = (garment == g)[None]
+            base = shirt if g == 0 else trousers
+            # A sleeve or a leg of bare skin keeps its plain look.
+            worn = worn & (capsules["first"] == base[:, None]).all(-1)
+            other = base + (d[:, 2:5] - base) * WILD["pattern_contrast"]
+            capsules["second"] = torch.where(worn[..., None], other[:, None], capsules["second"])
+            capsules["pattern"] = torch.where(worn, kind[:, None], capsules["pattern"])
+            capsules["frequency"] = torch.where(worn, (5 + 9 * d[:, 5:6]), capsules["frequency"])
+        limbs = _distractors(seed, index, view, torch.stack((skin, shirt, trousers), 1))
+        capsules = {name: torch.cat((limbs[name], capsules[name]), 1) for name in capsules}
+    return capsules
+
+
+def _distractors(seed, index, view, colours):
+    """Limb-like pairs of capsules behind the figure, in the manner of `_capsules`; `colours` (B,3,3)."""
+    count = WILD["distractors"]
+    d = hash_uniform(seed, index, count * 14, DISTRACTORS).double().view(len(index), count, 14)
+    start = d[..., 0:2]
+    turn = 2 * math.pi * d[..., 2]
+    reach = 0.12 + 0.14 * d[..., 3]
+    middle = start + torch.stack((turn.cos(), turn.sin()), -1) * reach[..., None]
+    turn = turn + (d[..., 4] - 0.5) * 4
+    end = middle + torch.stack((turn.cos(), turn.sin()), -1) * (0.10 + 0.14 * d[..., 5])[..., None]
+    radius = 0.020 + 0.022 * d[..., 6]
+    own = torch.where((d[..., 7] < 0.4)[..., None], d[..., 8:11],
+                      colours.gather(1, (d[..., 11] * 3).long()[..., None].expand(-1, -1, 3)))
+    depth = torch.full_like(radius, -4.0)
+    pattern = torch.where(d[..., 12] < 0.3, 1 + (d[..., 13] * 4).floor(), torch.zeros_like(depth))
+    pair = {"a": (start, middle), "b": (middle, end), "ra": (radius * 1.2, radius), "rb": (radius, radius * 0.75),
+            "za": (depth, depth), "zb": (depth, depth), "first": (own, own), "second": (1 - own, 1 - own),
+            "metres": ((1 / view.scale)[:, None].expand_as(depth),) * 2, "pattern": (pattern, pattern),
+            "frequency": (depth * 0 + 8, depth * 0 + 8)}
+    return {name: torch.cat(two, 1) for name, two in pair.items()}
+
+
+def _box_pixels(low, high, size):
+    """Pixels of the boxes low..high (B,2) in pixels: sample, y and x indices, each (M,)."""
+    i = torch.arange(size, device=low.device)
+    columns = (i >= low[:, :1]) & (i <= high[:, :1])
+    rows = (i >= low[:, 1:]) & (i <= high[:, 1:])
+    return (rows[:, :, None] & columns[:, None, :]).nonzero(as_tuple=True)
+
+
+def _triangle_wave(x):
+    """Period 1, from 0 to 1 and back: a stripe pattern without sin."""
+    return (2 * (x - x.floor()) - 1).abs()
+
+
+def _pattern(kind, u, v, frequency, salt):
+    """Weight (M,) in [0, 1] of a pattern's second colour at (u, v) metres on the cloth.
+
+    kind 0 plain, 1 rings, 2 lengthwise stripes, 3 checks, 4 blotches; `salt` (M,) int64 seeds the blotches.
+    """
+    def hard(wave):
+        return ((wave - 0.5) * 3 + 0.5).clamp(0, 1)
+    ring, stripe = hard(_triangle_wave(u * frequency)), hard(_triangle_wave(v * frequency))
+    check = ring + stripe - 2 * ring * stripe
+    cell = (u * frequency * 2).floor().long() * 7919 + (v * frequency * 2).floor().long() * 104729
+    blotch = _shift(_mix(salt + cell), 40).to(u.dtype) * 2.0 ** -24
+    return torch.where(kind == 1, ring, torch.where(kind == 2, stripe, torch.where(
+        kind == 3, check, torch.where(kind == 4, blotch, torch.zeros_like(u)))))
+
+
+def _paint_capsules(canvas, capsules, light, salt, size):
+    """Draw capsules (see `_capsules`) over canvas (B,3,S,S) in place, the nearest on top pixel by pixel.
+
+    They are visited from far to near, so that a soft edge mixes with what lies behind it. Only the pixels
+    of a capsule's box are computed. light (B,3) points to the lamp; salt (B,) int64 seeds the patterns.
+    """
+    order = (capsules["za"] + capsules["zb"]).argsort(dim=1, stable=True)
+    depth = torch.full((len(canvas), size, size), -1e3, device=canvas.device)
+    light = light.float()
+    for column in order.unbind(1):
+        rows = torch.arange(len(column), device=column.device)
+        c = {name: value[rows, column] for name, value in capsules.items()}
+        a, b = c["a"] * size - 0.5, c["b"] * size - 0.5
+        ra, rb = c["ra"] * size, c["rb"] * size
+        low = torch.minimum(a - ra[:, None], b - rb[:, None]) - 1
+        high = torch.maximum(a + ra[:, None], b + rb[:, None]) + 1
+        n, y, x = _box_pixels(low, high, size)
+        ab = b - a
+        length2 = (ab * ab).sum(1)
+        per_sample = torch.stack((
+            a[:, 0], a[:, 1], ab[:, 0], ab[:, 1], ab[:, 0] / length2.clamp(min=1e-6),
+            ab[:, 1] / length2.clamp(min=1e-6), ra, rb - ra, c["za"], c["zb"] - c["za"], c["metres"] / size,
+            c["pattern"], c["frequency"], length2.sqrt(), *c["first"].unbind(1), *c["second"].unbind(1))).float()
+        (ax, ay, dx, dy, ex, ey, r0, dr, z0, dz, metres, kind, frequency, length,
+         *colours) = per_sample[:, n].unbind(0)
+        px, py = x.float() - ax, y.float() - ay
+        t = (px * ex + py * ey).clamp(0, 1)
+        ox, oy = px - t * dx, py - t * dy          # offset from the axis
+        away = (ox * ox + oy * oy).sqrt()
+        radius = r0 + t * dr
+        cover = (radius - away + 0.5).clamp(0, 1)
+        bulge = (radius * radius - away * away).clamp(min=0).sqrt()
+        z = z0 + t * dz + bulge * metres
+        cover = torch.where(z > depth[n, y, x], cover, torch.zeros_like(cover))
+        lx, ly, lz = light[n].unbind(1)
+        shade = 0.45 + 0.60 * ((ox * lx + oy * ly + bulge * lz) / radius.clamp(min=1e-3)).clamp(min=0)
+        across = (ox * dy - oy * dx) / length.clamp(min=1e-3)
+        second = _pattern(kind, t * length * metres, across * metres + 10, frequency, salt[n])
+        first = torch.stack(colours[:3])
+        colour = (first + second * (torch.stack(colours[3:]) - first)) * shade
+        under = canvas[n, :, y, x].T
+        canvas[n, :, y, x] = (under + cover * (colour - under)).T
+        depth[n, y, x] = torch.where(cover > 0.5, z, depth[n, y, x])
+
+
+def _paint_shapes(canvas, draws, present, extent, size):
+    """Draw flat ellipses, boxes, triangles and thin bars over canvas (B,3,S,S) in place.
+
+    draws (B,P,12) uniform numbers, present (B,P) bool, extent (least, most) half-size in image sides.
+    """
+    d = draws.double()
+    centre = d[..., 0:2] * size - 0.5
+    turn = math.pi * d[..., 2]
+    half = (extent[0] + (extent[1] - extent[0]) * d[..., 3]) * size
+    bar = d[..., 5] < 0.3
+    aspect = torch.where(bar, 0.06 + 0.10 * d[..., 4], 0.4 + 0.6 * d[..., 4])
+    long = torch.where(bar, half * 1.8, half)
+    kind = torch.where(bar, torch.ones_like(half), (d[..., 6] * 3).floor())  # 0 ellipse, 1 box, 2 triangle
+    reach = torch.where(present, long * 1.5, torch.full_like(long, -1e4))
+    values = torch.stack((centre[..., 0], centre[..., 1], turn.cos(), turn.sin(), long,
+                          (long * aspect).clamp(min=0.6), kind, *d[..., 7:12].unbind(-1))).float()
+    for p in range(d.shape[1]):
+        n, y, x = _box_pixels(centre[:, p] - reach[:, p, None], centre[:, p] + reach[:, p, None], size)
+        cx, cy, cos, sin, w, h, kind, red, green, blue, slope, stripes = values[:, n, p].unbind(0)
+        px, py = x.float() - cx, y.float() - cy
+        u, v = (px * cos + py * sin) / w, (py * cos - px * sin) / h
+        ellipse = (u * u + v * v).sqrt()
+        box = torch.maximum(u.abs(), v.abs())
+        triangle = torch.maximum(v, 2 * u.abs() - v - 1)
+        edge = torch.where(kind == 0, ellipse, torch.where(kind == 1, box, triangle))
+        cover = ((1 - edge) * h + 0.5).clamp(0, 1)
+        band = torch.where(stripes < 0.3, 0.65 + 0.7 * _triangle_wave(u * (2 + 12 * stripes)),
+                           torch.ones_like(u))
+        colour = torch.stack((red, green, blue)) * band * (1 + (slope - 0.5) * u)
+        under = canvas[n, :, y, x].T
+        canvas[n, :, y, x] = (under + cover * (colour - under)).T
+
+
+def _value_noise(seed, index, cells, channels, size, stream):
+    """Smooth noise (B,channels,S,S) in [0, 1): random values on a grid of cells x cells, interpolated."""
+    grid = hash_uniform(seed, index, channels * (cells + 1) ** 2, stream)
+    grid = grid.view(len(index), channels, cells + 1, cells + 1)
+    at = (torch.arange(size, device=index.device).float() + 0.5) * (cells / size)
+    low = at.floor().clamp(max=cells - 1)
+    w = at - low
+    w = w * w * (3 - 2 * w)
+    low = low.long()
+    rows = grid[:, :, low] * (1 - w)[:, None] + grid[:, :, low + 1] * w[:, None]
+    return rows[..., low] * (1 - w) + rows[..., low + 1] * w
+
+
+def _backgrounds(seed, index, domain, size):
+    """Backgrounds (B,3,S,S) float32: a vertical gradient, mottled in the source, cluttered in the target."""
+    d = hash_uniform(seed, index, 8, FIELD)[..., None, None]
+    ramp = ((torch.arange(size, device=index.device).float() + 0.5) / size)[None, None, :, None]
+    if domain == "source":
+        base = 0.25 + 0.65 * d[:, 0:1] + 0.12 * (d[:, 1:4] - 0.5)
+        mottle = _value_noise(seed, index, 4, 1, size, FIELD + 10) - 0.5
+        return base + PLAIN["gradient"] * (d[:, 4:5] * 2 - 1) * (ramp - 0.5) + PLAIN["value_noise"] * mottle
+    canvas = d[:, 0:3] + (d[:, 3:6] - d[:, 0:3]) * ramp
+    canvas = canvas.expand(-1, -1, -1, size).clone()
+    for octave, cells in enumerate((3, 6, 12, 24)):
+        noise = _value_noise(seed, index, cells, 3 if octave == 0 else 1, size, FIELD + 10 + octave) - 0.5
+        canvas += WILD["value_noise"] * 2 * noise / (1 + 0.5 * octave)
+    draws = hash_uniform(seed, index, WILD["clutter"] * 12, CLUTTER).view(len(index), -1, 12)
+    _paint_shapes(canvas, draws, draws[..., 0] >= 0, (0.05, 0.24), size)
+    grey = (canvas[:, 0:1] + canvas[:, 1:2] + canvas[:, 2:3]) / 3
+    canvas = grey + WILD["saturation"] * (canvas - grey)
+    level = d[:, 6:7]
+    return level + WILD["background"] * (canvas - level)
+
+
+def _blur(images, sigma):
+    """Separable Gaussian blur of (B,3,S,S) by sigma (B,) pixels.
+
+    The border is repeated outwards first: zeros would leave a dark frame that gives the domain away.
+    """
+    # The widest blur there can be, not the widest of this batch: an image must not depend on its batch.
+    reach = max(1, math.ceil(2.5 * WILD["blur"] * images.shape[-1]))
+    offsets = torch.arange(-reach, reach + 1, device=images.device, dtype=torch.float64)
+    taps = (-0.5 * (offsets / sigma.double().clamp(min=0.05)[:, None]) ** 2).exp()
+    taps = (taps / taps.sum(1, keepdim=True)).float()
+    size = images.shape[-1]
+    for dim in (2, 3):
+        position = torch.arange(size, device=images.device)
+        total = torch.zeros_like(images)
+        for k in range(2 * reach + 1):
+            total += taps[:, k, None, None, None] * images.index_select(
+                dim, (position + (k - reach)).clamp(0, size - 1))
+        images = total
+    return images
+
+
+def _photograph(seed, index, images):
+    """What camera and lamp do to the target's images (B,3,S,S): light, cast, contrast, blur, grain."""
+    size = images.shape[-1]
+    d = hash_uniform(seed, index, 10, POST)
+    turn = 2 * math.pi * d[:, 0].double()
+    place = (torch.arange(size, device=index.device).float() + 0.5) / size - 0.5
+    slope = torch.stack((turn.cos(), turn.sin()), 1).float() * (2 * WILD["light"] * d[:, 1:2])
+    light = (1 + slope[:, 0, None, None] * place[None, None, :] + slope[:, 1, None, None] * place[None, :, None])
+    cast = 1 + WILD["cast"] * (2 * d[:, 2:5] - 1)
+    low, high = WILD["contrast"]
+    contrast = (low + (high - low) * d[:, 5])[:, None, None, None]
+    level = 0.5 + 0.16 * (d[:, 6] - 0.5)[:, None, None, None]
+    images = (images * light[:, None] * cast[:, :, None, None] - 0.5) * contrast + level
+    images = _blur(images, WILD["blur"] * size * d[:, 7])
+    cells = torch.arange(3 * size * size, device=index.device) * GOLDEN
+    grain = _hash_normal(_hash(seed, index, GRAIN)[:, None] + cells).view_as(images)
+    return images + (WILD["grain"] * d[:, 8] * d[:, 8])[:, None, None, None] * grain
+
+
+def _render_chunk(seed, index, domain, size):
+    """Images (B,3,S,S) uint8 of the samples `index` (B,) int64, on its device."""
+    figures = sample_poses(seed, index, domain)
+    view = _frame_figures(seed, index, figures)
+    capsules = _capsules(seed, index, figures, view, domain)
+    images = _backgrounds(seed, index, domain, size)
+    images = images.expand(-1, 3, size, size).contiguous()
+    lamp = torch.tensor([[-0.35, -0.60, 0.72]], dtype=torch.float64, device=index.device).repeat(len(index), 1)
+    if domain == "target":
+        d = hash_uniform(seed, index, 2, POST + 10).double()
+        lamp = lamp + torch.stack((1.2 * (d[:, 0] - 0.5), 0.8 * (d[:, 1] - 0.5), 0 * d[:, 0]), 1)
+        lamp = lamp / (lamp * lamp).sum(1, keepdim=True).sqrt()
+    _paint_capsules(images, capsules, lamp, _hash(seed, index, LOOK + 20), size)
+    if domain == "target":
+        d = hash_uniform(seed, index, WILD["occluders"] * 13, OCCLUDERS).view(len(index), -1, 13)
+        _paint_shapes(images, d[..., :12], d[..., 12] < WILD["occluder"], (0.05, 0.13), size)
+        images = _photograph(seed, index, images)
+    return (images * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8)
+
+
+class Mannequin:
+    """The built-in benchmark: figures on plain ground ('source') or in the wild ('target'), BODY16.
+
+    domain 'source' or 'target'; split 'train', 'val' or 'test' (the splits and domains draw from disjoint
+    ranges of counters); size S in pixels; count samples (default: DEFAULT_COUNTS). Poses and keypoints are
+    computed at once; the images are rendered together when the first one is asked for and kept as uint8.
+    `cache` is a directory for them (created if missing, safe to delete): one .npy file whose name carries
+    all parameters. `progress(done, total)` is called while rendering.
+
+    Attributes: skeleton, size, keypoints (N,16,2) float32 pixels (x, y), visible (N,16) float32: 1 where
+    the keypoint lies inside the image (its place is known even if something covers it), kind (N,) int64
+    index into POSE_NAMES, upright (N,) bool.
+    Raises ValueError for an unknown domain or split, or a size or count below 1.
+    """
+    DEFAULT_COUNTS = {("source", "train"): 6000, ("source", "val"): 500, ("source", "test"): 1000,
+                      ("target", "train"): 2000, ("target", "val"): 500, ("target", "test"): 1000}
+    CHUNK_PIXELS = 25 * 64 * 64
+
+    def __init__(self, domain, split, size=64, count=None, seed=0, cache=None, progress=None):
+        if (domain, split) not in self.DEFAULT_COUNTS:
+            raise ValueError(f"Mannequin: no domain {domain!r} with split {split!r}; "
+                             "use 'source' or 'target' with 'train', 'val' or 'test'.")
+        count = self.DEFAULT_COUNTS[domain, split] if count is None else count
+        if size < 1 or count < 1:
+            raise ValueError(f"Mannequin: size {size} and count {count} must be at least 1.")
+        self.skeleton = BODY16
+        self.domain, self.split, self.size, self.seed = domain, split, int(size), int(seed)
+        self.cache = None if cache is None else Path(cache)
+        self.progress = progress
+        block = list(self.DEFAULT_COUNTS).index((domain, split))
+        self.counters = torch.arange(count) + (block << 32)
+        figures = sample_poses(self.seed, self.counters, domain)
+        self.joints3d = figures.joints.float()
+        view = _frame_figures(self.seed, self.counters, figures)
+        self.keypoints = (view.project(figures.joints) * self.size - 0.5).float()
+        inside = (self.keypoints >= 0) & (self.keypoints <= self.size - 1)
+        self.visible = inside.all(-1).float()
+        self.kind = figures.kind
+        self.upright = torch.tensor(UPRIGHT)[self.kind]
+        self._images = None
+
+    def __len__(self):
+        return len(self.counters)
+
+    def names(self, indices):
+        """Names of samples, e.g. 'target-test-000012'."""
+        return [f"{self.domain}-{self.split}-{int(i):06d}" for i in indices]
+
+    def __getitem__(self, indices):
+        """Images (B,3,S,S) uint8, keypoints (B,16,2) and visible (B,16) float32 of 1-D `indices`."""
+        indices = torch.as_tensor(indices, dtype=torch.int64)
+        if self._images is None:
+            self._images = self._load()
+        return self._images[indices], self.keypoints[indices], self.visible[indices]
+
+    def render(self, indices, device="cpu"):
+        """Render samples afresh on any device, without cache: (B,3,S,S) uint8."""
+        counters = self.counters[torch.as_tensor(indices, dtype=torch.int64)].to(device)
+        chunk = max(1, self.CHUNK_PIXELS // self.size ** 2)
+        return torch.cat([_render_chunk(self.seed, part, self.domain, self.size)
+                          for part in counters.split(chunk)])
+
+    def cache_file(self):
+        """Path of the cache file, or None without a cache directory."""
+        if self.cache is None:
+            return None
+        settings = (RENDERER_VERSION, self.domain, self.split, self.size, len(self), self.seed, WILD, PLAIN,
+                    POSES, SEGMENTS)
+        digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+        return self.cache / f"mannequin-{self.domain}-{self.split}-{self.size}px-{len(self)}-{digest}.npy"
+
+    def _load(self):
+        """All images from the cache if it holds them, rendered (and stored) otherwise."""
+        shape, path = (len(self), 3, self.size, self.size), self.cache_file()
+        if path is not None and path.exists():
+            try:
+                stored = np.load(path, allow_pickle=False)
+            except (ValueError, EOFError, OSError):
+                stored = np.empty(0)  # cut short or not ours: rendered again below
+            if stored.shape == shape and stored.dtype == np.uint8:
+                return torch.from_numpy(stored)
+        images = torch.empty(shape, dtype=torch.uint8)
+        chunk = max(1, self.CHUNK_PIXELS // self.size ** 2)
+        for start in range(0, len(self), chunk):
+            part = self.counters[start:start + chunk]
+            images[start:start + chunk] = _render_chunk(self.seed, part, self.domain, self.size)
+            if self.progress is not None:
+                self.progress(min(start + chunk, len(self)), len(self))
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # other processes may render it too
+            with open(part, "wb") as file:
+                np.save(file, images.numpy(), allow_pickle=False)
+            os.replace(part, path)
+        return images
+
+
+# ---------------------------------------------------------------------------------------------------
+# MATLAB files (level 5, what MATLAB writes with -v6 and -v7)
+# ---------------------------------------------------------------------------------------------------
+
+import math
+import os
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+MAX_MAT_BYTES = 1 << 28  # of one variable: seventy times the largest annotation that the loaders read
+_MAT_HEADER_BYTES = 4096  # enough for a variable's flags, dimensions and name
+_MAT_MATRIX, _MAT_COMPRESSED = 14, 15
+_MAT_STORAGE = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8",
+                13: "u8"}
+_MAT_TEXT = {1: "latin-1", 2: "latin-1", 4: "utf-16", 16: "utf-8", 17: "utf-16", 18: "utf-32"}
+_MAT_NUMERIC = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8",
+                15: "u8"}
+_MAT_CHAR, _MAT_OPAQUE = 4, 17
+_MAT_UNREAD = {1: "a cell array", 2: "a struct", 3: "an object", 5: "a sparse matrix",
+               16: "a function handle", 17: "an object"}
+
+
+def read_mat(path, name):
+    """One numeric or char variable of a MATLAB level-5 file, plain or compressed, of either byte order.
+
+    Numeric arrays come in MATLAB's shape and class as C-ordered native arrays (a logical array as uint8).
+    A char array (..., n) comes as an array (...) of strings, a row of text as shape (1,). Cells, structs,
+    objects and sparse matrices are stepped over. The file is treated as untrusted: nothing in it is executed,
+    every size is checked against the bytes that are there before memory is taken, and a variable of more than
+    `MAX_MAT_BYTES` is refused.
+
+    Raises FileNotFoundError without the file; ValueError, which names the file, where it is no level-5 file
+    (HDF5-based v7.3 files included), is damaged, lacks the variable (those present are listed), or the
+    variable is of a kind that is not read.
+    """
+    with open(path, "rb") as file:
+        try:
+            return _read_mat_variable(file, os.fstat(file.fileno()).st_size, name)
+        except (ValueError, zlib.error) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _read_mat_variable(file, file_bytes, name):
+    header = file.read(128)
+    if header.startswith((b"MATLAB 7.3", b"\x89HDF")):
+        raise ValueError("a MATLAB v7.3 (HDF5) file; load it in MATLAB and save it again with "
+                         "save(..., '-v7')")
+    order = {b"IM": "<", b"MI": ">"}.get(header[126:128])
+    if order is None or struct.unpack(order + "H", header[124:126])[0] >> 8 != 1:
+        raise ValueError("not a MATLAB level-5 file (no such header); save it with MATLAB's save(..., '-v7')")
+
+    present = []
+    position = 128
+    while position < file_bytes:
+        file.seek(position)
+        tag = file.read(8)
+        if len(tag) < 8:
+            raise ValueError(f"truncated: {len(tag)} bytes of an 8-byte tag at offset {position}")
+        kind, nbytes = struct.unpack(order + "II", tag)
+        if nbytes > file_bytes - position - 8:
+            raise ValueError(f"truncated: the element at offset {position} declares {nbytes} bytes, "
+                             f"{file_bytes - position - 8} are left")
+        if kind == _MAT_MATRIX:
+            inflate, start = None, file.read(min(nbytes, _MAT_HEADER_BYTES))
+            matrix_bytes = nbytes
+        elif kind == _MAT_COMPRESSED:
+            inflate = zlib.decompressobj()
+            start = inflate.decompress(file.read(min(nbytes, 65536)), _MAT_HEADER_BYTES)
+            if len(start) < 8:
+                raise ValueError(f"truncated: the compressed element at offset {position} is cut short")
+            kind, matrix_bytes = struct.unpack(order + "II", start[:8])
+            start = start[8:]
+        if kind != _MAT_MATRIX:
+            raise ValueError(f"the element at offset {position} is of type {kind}, not a variable: "
+                             "the file is damaged")
+        matrix_class, is_complex, shape, found, at = _mat_variable_header(start[:matrix_bytes], order)
+        if found == name:
+            if matrix_class in _MAT_UNREAD or is_complex:
+                raise ValueError(f"variable {name!r} is {_MAT_UNREAD.get(matrix_class, 'complex')}; only "
+                                 "real numeric and char arrays are read")
+            if matrix_bytes > MAX_MAT_BYTES or nbytes > MAX_MAT_BYTES:
+                raise ValueError(f"variable {name!r} declares {max(matrix_bytes, nbytes)} bytes, more than "
+                                 f"the limit of {MAX_MAT_BYTES}")
+            # Eight bytes a value, the widest class. Empty axes count as one, or an empty array could still
+            # claim billions of rows.
+            if min(shape) < 0 or 8 * math.prod(max(n, 1) for n in shape) > MAX_MAT_BYTES:
+                raise ValueError(f"variable {name!r} has dimensions {shape}, negative or beyond the limit of "
+                                 f"{MAX_MAT_BYTES} bytes")
+            missing = matrix_bytes - len(start)
+            if inflate is None:
+                matrix = start + file.read(missing)
+            else:
+                rest = inflate.unconsumed_tail + file.read(nbytes - min(nbytes, 65536))
+                # One byte more than declared, so that zlib runs on to the checksum at its end.
+                matrix = start + inflate.decompress(rest, max(missing, 0) + 1)
+                if not inflate.eof or len(matrix) != matrix_bytes:
+                    raise ValueError(f"variable {name!r} does not inflate to the {matrix_bytes} bytes "
+                                     "that it declares")
+            return _mat_array(matrix, at, matrix_class, shape, order)
+        present.append(found)
+        position += 8 + nbytes
+    raise ValueError(f"no variable {name!r}; the file holds "
+                     + (", ".join(present[:20]) + (", ..." if len(present) > 20 else "") or "none"))
+
+
+def _mat_element(data, at, order):
+    """The element at byte `at` of `data` -> (type, its bytes, where the next one begins)."""
+    if at + 8 > len(data):
+        raise ValueError("truncated: a variable ends inside an element's tag")
+    kind, nbytes = struct.unpack_from(order + "II", data, at)
+    if kind >> 16:  # a small element: size and type share the first word, up to four bytes follow at once
+        kind, nbytes, begin, following = kind & 0xFFFF, kind >> 16, at + 4, at + 8
+        if nbytes > 4:
+            raise ValueError(f"a small element declares {nbytes} bytes, at most 4 fit: the file is damaged")
+    else:
+        begin, following = at + 8, at + 8 + nbytes + -nbytes % 8
+    if begin + nbytes > len(data):
+        raise ValueError(f"truncated: an element declares {nbytes} bytes, {len(data) - begin} are left")
+    return kind, memoryview(data)[begin:begin + nbytes], following
+
+
+def _mat_variable_header(data, order):
+    """First bytes of a variable -> (class, whether complex, shape, name, where its values begin)."""
+    kind, flags, at = _mat_element(data, 0, order)
+    if kind != 6 or len(flags) != 8:
+        raise ValueError("a variable without array flags: the file is damaged")
+    word = struct.unpack_from(order + "I", flags)[0]
+    matrix_class = word & 0xFF
+    if matrix_class not in _MAT_NUMERIC and matrix_class not in _MAT_UNREAD and matrix_class != _MAT_CHAR:
+        raise ValueError(f"a variable of class {matrix_class}, which does not exist: the file is damaged")
+    shape = ()
+    if matrix_class != _MAT_OPAQUE:  # the one class without dimensions
+        kind, sizes, at = _mat_element(data, at, order)
+        if kind != 5 or len(sizes) % 4 or not 8 <= len(sizes) <= 4 * 32:
+            raise ValueError("a variable without valid dimensions: the file is damaged")
+        shape = struct.unpack(f"{order}{len(sizes) // 4}i", sizes)
+    kind, letters, at = _mat_element(data, at, order)
+    if kind not in (1, 2, 16):
+        raise ValueError("a variable without a name: the file is damaged")
+    return matrix_class, bool(word & 0x800), shape, bytes(letters).decode("latin-1"), at
+
+
+def _mat_array(matrix, at, matrix_class, shape, order):
+    """The values at byte `at` of a variable as an array of its class and shape."""
+    kind, data, _ = _mat_element(matrix, at, order)
+    if matrix_class == _MAT_CHAR:
+        if kind not in _MAT_TEXT:
+            raise ValueError(f"text stored as type {kind}: the file is damaged")
+        encoding = _MAT_TEXT[kind]
+        if encoding in ("utf-16", "utf-32"):
+            encoding += "-le" if order == "<" else "-be"
+        # MATLAB's dimensions count UTF-16 units, whatever encoding the file stores.
+        text = bytes(data).decode(encoding, "replace").encode("utf-16-le", "replace")
+        values = np.frombuffer(text, "<u2")
+    else:
+        if kind not in _MAT_STORAGE:
+            raise ValueError(f"numbers stored as type {kind}: the file is damaged")
+        storage = np.dtype(order + _MAT_STORAGE[kind])
+        if len(data) % storage.itemsize:
+            raise ValueError(f"{len(data)} bytes of values are no multiple of {storage.itemsize}")
+        values = np.frombuffer(data, storage)
+    if values.size != math.prod(shape):
+        raise ValueError(f"dimensions {shape} ask for {math.prod(shape)} values, {values.size} are stored")
+    values = values.reshape(shape, order="F")  # MATLAB is column-major
+
+    if matrix_class == _MAT_CHAR:
+        if values.size == 0:
+            return np.zeros(shape[:-1], dtype="U1")
+        rows = np.ascontiguousarray(values).reshape(-1, shape[-1])
+        strings = [row.tobytes().decode("utf-16-le", "replace") for row in rows]
+        return np.array(strings, dtype=str).reshape(shape[:-1])
+    # MATLAB stores an array in the smallest type that holds its values, so class and storage differ; the
+    # storage of values that the class cannot hold is damage.
+    target = np.dtype(_MAT_NUMERIC[matrix_class])
+    if storage.kind == "f" and (target.kind != "f" or storage.itemsize > target.itemsize):
+        raise ValueError(f"an array of class {target.name} stored as {storage.name}: the file is damaged")
+    array = np.array(values, dtype=target, order="C")
+    if target.kind != "f" and not np.array_equal(array, values):
+        raise ValueError(f"values outside the range of their class {target.name}: the file is damaged")
+    return array
+
+
+# ---------------------------------------------------------------------------------------------------
+# LSP and LSP Extended
+# ---------------------------------------------------------------------------------------------------
+
+_LSP_SLOTS = (0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15, 8, 9)  # BODY16 keypoint of each of the 14 joints
+MAX_CROPS_BYTES = 2 << 30  # crops are kept in memory up to this size, beyond it decoded at every use
+
+
+class LSP:
+    """Leeds Sports Pose and LSP Extended: sports photographs with 14 labelled joints.
+
+    `root` holds `joints.mat` and `images/`. Which of the two it is shows in the shape of `joints`:
+      LSP           (3, 14, N), `images/im0001.jpg` ...; third value 1 = occluded
+      LSP Extended  (14, 3, N), `images/im00001.jpg` ...; third value 1 = labelled
+    An occluded joint of LSP has a position and counts as labelled, as in the published protocol. A joint of
+    LSP Extended that is not labelled, and pelvis and thorax, which neither has, get visible = 0 and keypoint
+    (0, 0). Labelled joints may lie outside the picture; they stay labelled.
+
+    split: 'train', 'val' or 'test'.
+    transductive: True makes every split the whole set, which is the published protocol of SURREAL -> LSP (the
+        unlabelled training images are the test images). False keeps them apart: LSP's own halves (the first
+        1,000 of 2,000 train, the others test, no 'val'); for LSP Extended, in file order, 80 % train,
+        5 % val, 15 % test. None (default): True for LSP, False for LSP Extended, which has no published
+        protocol.
+    size: side S of the crop in pixels.
+
+    Each photograph is resized, its aspect kept, until its longer side is S, and padded with zeros, centred,
+    to S x S. Image pixel i is at coordinate i; PIL's resize maps pixel centres, so a joint at x of a picture
+    w wide, resized to w', goes to (x + 0.5) w'/w - 0.5 + left, and the same for y. The joints' coordinates
+    are used as published: MATLAB may have counted them from 1, a shift below the annotators' precision.
+
+    Attributes: skeleton, size, files, keypoints (N, 16, 2) float32 in pixels (x, y) of the crop, visible
+    (N, 16) float32. `ds[indices]` with a 1-D list, array or LongTensor gives (images uint8 (B, 3, S, S),
+    keypoints (B, 16, 2), visible (B, 16)). Crops are decoded at first use and kept where the whole set fits
+    into `MAX_CROPS_BYTES`.
+
+    Raises FileNotFoundError for a missing root, joints.mat or image, ValueError for files or arguments that
+    are not as described, IndexError / TypeError for bad indices; each names the file or argument.
+    """
+
+    def __init__(self, root, split="train", size=256, transductive=None):
+        if split not in ("train", "val", "test"):
+            raise ValueError(f"split {split!r}: must be 'train', 'val' or 'test'")
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"size {size!r}: must be a positive integer, the side of the crop in pixels")
+        root = Path(root)
+        joints_file = _find_lsp_joints(root)
+        extended, positions, labelled = _read_lsp_joints(joints_file)
+        files = _find_lsp_images(root / "images", len(positions), extended, joints_file)
+        chosen = _lsp_split(len(files), split, extended, transductive, root)
+
+        self.skeleton, self.size = BODY16, size
+        self.files = files[chosen]
+        self.keypoints = torch.zeros(len(self.files), 16, 2)
+        self.visible = torch.zeros(len(self.files), 16)
+        self.visible[:, _LSP_SLOTS] = torch.from_numpy(labelled[chosen]).float()
+        mapped = [(xy + 0.5) * scale - 0.5 + offset
+                  for xy, (scale, offset) in zip(positions[chosen], map(self._crop_geometry, self.files))]
+        self.keypoints[:, _LSP_SLOTS] = torch.from_numpy(np.stack(mapped)).float()
+        self.keypoints[self.visible == 0] = 0
+
+        keep = len(self) * 3 * size * size <= MAX_CROPS_BYTES
+        # Untouched pages of torch.empty cost nothing: a set read in part takes memory for that part.
+        self._crops = torch.empty(len(self), 3, size, size, dtype=torch.uint8) if keep else None
+        self._decoded = torch.zeros(len(self), dtype=torch.bool)
+
+    def __len__(self):
+        return len(self.files)
+
+    def names(self, indices):
+        """File names of the images of a 1-D list, array or tensor of indices -> list of str."""
+        return [self.files[i].name for i in _index_tensor(indices, len(self)).tolist()]
+
+    def __getitem__(self, indices):
+        indices = _index_tensor(indices, len(self))
+        if self._crops is None:
+            images = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8)
+            for row, i in enumerate(indices.tolist()):
+                images[row] = self._decode(self.files[i])
+        else:
+            for i in indices[~self._decoded[indices]].unique().tolist():
+                self._crops[i] = self._decode(self.files[i])
+                self._decoded[i] = True
+            images = self._crops[indices]
+        return images, self.keypoints[indices], self.visible[indices]
+
+    def _crop_geometry(self, file):
+        """Scale and offset, each (x, y), from the picture to the crop; reads the picture's header alone."""
+        with _open_image(file) as image:
+            picture = np.array(image.size, dtype=np.float64)
+        fitted, offset = _fit_square(*image.size, self.size)
+        return np.array(fitted) / picture, np.array(offset)
+
+    def _decode(self, file):
+        """Photograph -> crop, uint8 (3, S, S)."""
+        with _open_image(file) as image:
+            fitted, (left, top) = _fit_square(*image.size, self.size)
+            try:
+                # JPEG decodes large pictures at 1/2, 1/4 or 1/8 at a fraction of the cost; twice the size
+                # wanted leaves the antialiasing to the resize. The reduced picture's sides are rounded up:
+                # `box` is the part that the original covers, so the mapping of coordinates stays exact.
+                reduced = image.draft(None, (2 * fitted[0], 2 * fitted[1]))
+                picture = image.convert("RGB").resize(fitted, Image.Resampling.BILINEAR,
+                                                      box=reduced[1] if reduced else None)
+            except (OSError, ValueError, SyntaxError) as error:
+                raise ValueError(f"{file}: cannot be decoded ({error}); fetch the image again") from error
+        crop = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        crop[:, top:top + fitted[1], left:left + fitted[0]] = pixels
+        return crop
+
+
+def _fit_square(width, height, size):
+    """Sides of a picture of width x height fitted into size x size, and (left, top) of its centred place."""
+    scale = size / max(width, height)
+    fitted = max(1, round(width * scale)), max(1, round(height * scale))
+    return fitted, ((size - fitted[0]) // 2, (size - fitted[1]) // 2)
+
+
+def _open_image(file):
+    try:
+        return Image.open(file)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file}: not a readable image ({error}); fetch it again") from error
+
+
+def _index_tensor(indices, n):
+    """1-D integer indices as a LongTensor, each checked to be within -n ... n-1 and made non-negative."""
+    indices = torch.as_tensor(indices)
+    if indices.ndim != 1 or (len(indices) and (indices.is_floating_point() or indices.dtype == torch.bool)):
+        raise TypeError("indices must be a 1-D list, array or tensor of integers, not "
+                        f"{indices.dtype} of shape {tuple(indices.shape)}")
+    indices = indices.long()
+    if len(indices) and (indices.min() < -n or indices.max() >= n):
+        raise IndexError(f"indices reach from {indices.min()} to {indices.max()}; there are {n} samples")
+    return torch.where(indices < 0, indices + n, indices)
+
+
+def _find_lsp_joints(root):
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such directory; give the one that holds joints.mat and images/")
+    joints_file = root / "joints.mat"
+    if not joints_file.is_file():
+        below = sorted(root.glob("*/joints.mat"))
+        if below:
+            hint = f"it is in {below[0].parent}; give that directory"
+        elif (root.parent / "joints.mat").is_file():
+            hint = f"it is in {root.parent}; give that directory"
+        else:
+            hint = "the LSP and LSP Extended archives have it beside images/"
+        raise FileNotFoundError(f"{joints_file}: missing; {hint}")
+    return joints_file
+
+
+def _read_lsp_joints(joints_file):
+    """joints.mat -> (extended, positions (N, 14, 2) in pixels of the photographs, labelled (N, 14) bool)."""
+    joints = read_mat(joints_file, "joints")
+    shape = joints.shape
+    if joints.ndim == 2:  # MATLAB drops a last axis of one
+        joints = joints[..., None]
+    if joints.ndim != 3 or joints.shape[:2] not in ((3, 14), (14, 3)) or joints.dtype.kind not in "fiu":
+        raise ValueError(f"{joints_file}: 'joints' has shape {shape}, expected (3, 14, N), LSP, or "
+                         "(14, 3, N), LSP Extended")
+    if joints.shape[2] == 0:
+        raise ValueError(f"{joints_file}: 'joints' has shape {shape}: no image")
+    extended = joints.shape[0] == 14
+    joints = joints.transpose((2, 0, 1) if extended else (2, 1, 0)).astype(np.float64)
+    flag = joints[..., 2]
+    if not np.isin(flag, (0, 1)).all():
+        raise ValueError(f"{joints_file}: the third value of a joint must be 0 or 1, "
+                         f"found {flag[~np.isin(flag, (0, 1))][0]}")
+    labelled = flag == 1 if extended else np.ones(flag.shape, dtype=bool)
+    bad = labelled & ~(np.abs(joints[..., :2]) < 1e6).all(-1)  # not a number counts as bad, too
+    if bad.any():
+        image, joint = np.argwhere(bad)[0]
+        raise ValueError(f"{joints_file}: joint {joint + 1} of image {image + 1} is labelled at "
+                         f"{joints[image, joint, :2].tolist()}, which is no place in a picture")
+    return extended, joints[..., :2], labelled
+
+
+def _find_lsp_images(folder, n, extended, joints_file):
+    """The n images of joints.mat in order, as an array of paths; none may be missing or left over."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such directory; it must hold the {n} images of joints.mat")
+    with os.scandir(folder) as entries:
+        found = {entry.name for entry in entries if re.fullmatch(r"im\d+\.jpg", entry.name)}
+    expected = [f"im{i + 1:0{5 if extended else 4}d}.jpg" for i in range(n)]
+    missing = next((name for name in expected if name not in found), None)
+    if missing:
+        raise FileNotFoundError(f"{folder / missing}: missing; {joints_file} has {n} entries "
+                                f"({'LSP Extended' if extended else 'LSP'}) and needs {expected[0]} ... "
+                                f"{expected[-1]}, the directory holds {len(found)} images")
+    extra = min(found.difference(expected), default=None)
+    if extra:
+        raise ValueError(f"{folder / extra}: no entry for it in {joints_file}, which has {n}; the directory "
+                         f"holds {len(found)} images. Take images and joints.mat from the same release")
+    return np.array([folder / name for name in expected], dtype=object)
+
+
+def _lsp_split(n, split, extended, transductive, root):
+    """The part of n images, in file order, that a split takes, as a slice."""
+    if transductive or (transductive is None and not extended):
+        return slice(0, n)
+    if extended:
+        train_end, val_end = n * 80 // 100, n * 85 // 100
+        bounds = {"train": (0, train_end), "val": (train_end, val_end), "test": (val_end, n)}
+    elif split == "val":
+        raise ValueError("split 'val': LSP's own split has 'train' and 'test' only; choose one of them, or "
+                         "transductive=True")
+    else:
+        bounds = {"train": (0, n // 2), "test": (n // 2, n)}
+    begin, end = bounds[split]
+    if begin == end:
+        raise ValueError(f"{root}: split {split!r} is empty, of {n} images; use a larger set or "
+                         "transductive=True")
+    return slice(begin, end)

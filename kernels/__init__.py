@@ -1,0 +1,67 @@
+"""The operators that ACTUPose fuses: decoding of heatmaps, and the angles by which similar poses are found.
+
+    heatmap_argmax(heatmaps)              cell and value of each map's maximum
+    soft_argmax(heatmaps, beta)           expected cell, differentiable
+    triplet_angle_distance(source, ...)   S x T mean angular difference, Eq. 7
+
+Each is a custom operator of torch (`torch.ops.actupose.<name>`), one file each: on CUDA tensors a Triton
+kernel, on CPU tensors the plain PyTorch of `kernels.reference`, which is the specification of both. With
+TRITON_INTERPRET=1 in the environment when this package is imported, CPU tensors go through the Triton kernels
+in Triton's interpreter. Without Triton, or for float64, the reference runs everywhere.
+"""
+import torch
+
+# Importing the files of the operators registers them.
+from kernels import heatmap_argmax as _, reference, soft_argmax as _, triplet_angle as _  # noqa: F401
+from kernels.common import runs_triton
+
+__all__ = ["heatmap_argmax", "reference", "soft_argmax", "triplet_angle_distance"]
+
+
+def _check_tensors(**arguments):
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} must be a torch tensor, got {type(value).__name__}")
+
+
+def heatmap_argmax(heatmaps):
+    """Cell and value of each heatmap's maximum.
+
+    heatmaps: (B, K, H, W) floating point, any strides. Returns coords (B, K, 2) float32, cells (x, y), and
+    confidence (B, K) float32. Ties, NaN, -inf and errors as in `reference.heatmap_argmax`. Not
+    differentiable.
+    """
+    _check_tensors(heatmaps=heatmaps)
+    return torch.ops.actupose.heatmap_argmax(heatmaps.detach())
+
+
+def soft_argmax(heatmaps, beta):
+    """Expected cell of each heatmap under softmax(beta * heatmap), differentiable in the heatmaps (on CUDA
+    once).
+
+    heatmaps: (B, K, H, W) floating point, any strides; beta > 0. Returns coords (B, K, 2), cells (x, y),
+    float32 (float64 for float64 heatmaps). Errors as in `reference.soft_argmax`.
+    """
+    _check_tensors(heatmaps=heatmaps)
+    if runs_triton(heatmaps):
+        return torch.ops.actupose.soft_argmax(heatmaps, float(beta))
+    # The operator's backward pass forms the probabilities again to save memory. Where the reference runs
+    # anyway, autograd keeps them, which is faster by a third.
+    return reference.soft_argmax(heatmaps, float(beta))
+
+
+def triplet_angle_distance(source, target, triplets, source_valid=None, target_valid=None, min_triplets=1):
+    """Mean angular difference between every source and every target pose (Eq. 7), for choosing pairs.
+
+    source (S, K, 2), target (T, K, 2) floating point, (x, y); triplets (A, 3) long; source_valid (S, K),
+    target_valid (T, K) bool, or None when all keypoints count. Returns (S, T) float32, radians; inf for pairs
+    with fewer than `min_triplets` usable triplets, or none. Formula and errors as in
+    `reference.triplet_angle_distance`. Not differentiable.
+    """
+    _check_tensors(source=source, target=target, triplets=triplets)
+    if source_valid is not None:
+        _check_tensors(source_valid=source_valid)
+    if target_valid is not None:
+        _check_tensors(target_valid=target_valid)
+    return torch.ops.actupose.triplet_angle_distance(
+        source.detach(), target.detach(), triplets, source_valid, target_valid, min_triplets)

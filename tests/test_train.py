@@ -1,0 +1,220 @@
+"""The command line and a whole run, tiny: what it writes, that it repeats, resumes and refuses with one clear line."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import actupose
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--epochs", "3", "--pretrain-epochs", "1", "--iters-per-epoch", "2", "--batch-size", "4", "--source-count", "60",
+        "--target-count", "30", "--style-iters", "4", "--vae-steps", "5", "--image-size", "32", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def few_test_images(monkeypatch):
+    """Validation and test splits of a few images, so that a run takes seconds."""
+    from data import Mannequin
+    monkeypatch.setattr(Mannequin, "DEFAULT_COUNTS", {key: min(n, 50) for key, n in Mannequin.DEFAULT_COUNTS.items()})
+
+
+def run(*arguments):
+    """The command line in this process -> exit status (0, or that of an error)."""
+    try:
+        train.main(list(arguments))
+    except train.UserError as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        return 2
+    except SystemExit as e:
+        return e.code
+    return 0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished tiny run of ACTUPose."""
+    from data import Mannequin
+    counts, Mannequin.DEFAULT_COUNTS = Mannequin.DEFAULT_COUNTS, {k: min(n, 50) for k, n in Mannequin.DEFAULT_COUNTS.items()}
+    out = tmp_path_factory.mktemp("runs") / "run"
+    try:
+        assert run(*TINY, "--out", str(out)) == 0
+    finally:
+        Mannequin.DEFAULT_COUNTS = counts
+    return out
+
+
+def test_a_runs_directory(finished):
+    result = json.loads((finished / "result.json").read_text())
+    assert result["method"] == "actupose" and result["target"] == "mannequin-wild" and result["seed"] == 0
+    assert set(result["pck"]) == {"shoulder", "elbow", "wrist", "hip", "knee", "ankle", "all"}
+    assert all(0 <= v <= 100 for v in result["pck"].values()) and len(result["bins"]) == 25
+    assert set(result["teacher"]["pck"]) == set(result["pck"]) and -100 <= result["evalpose"] <= 100
+    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in log] == [0, 1, 2]
+    assert "consistency" not in log[0] and {"mse", "consistency", "evalpose", "cross_domain", "pairs", "kept"} <= set(log[1])
+    assert json.loads((finished / "config.json").read_text())["epochs"] == 3
+    pictures = sorted((finished / "figures").glob("*.png"))
+    assert {"predictions.png", "domains.png", "style.png", "curriculum.png", "curves.png", "bins.png",
+            "complexity.png"} <= {p.name for p in pictures}
+    for picture in pictures:
+        with Image.open(picture) as image:
+            assert min(image.size) >= 100
+
+
+def test_evaluate_gets_the_same_numbers(finished, capsys):
+    assert run("evaluate", str(finished), "--device", "cpu") == 0
+    assert "the same as" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_overwritten(finished, capsys):
+    before = (finished / "last.pt").read_bytes()
+    assert run(*TINY, "--out", str(finished)) == 2
+    assert "finished run" in capsys.readouterr().err and (finished / "last.pt").read_bytes() == before
+
+
+def test_the_same_seed_gives_the_same_result_and_resume_goes_on(finished, tmp_path, monkeypatch):
+    """A run stopped after its second epoch and resumed ends where the uninterrupted one did."""
+    whole = train.train_epoch
+
+    def stop(run_, epoch, progress):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return whole(run_, epoch, progress)
+
+    monkeypatch.setattr(train, "train_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(*TINY, "--out", str(tmp_path / "r"))
+    monkeypatch.setattr(train, "train_epoch", whole)
+    assert run(*TINY, "--out", str(tmp_path / "r")) == 2                  # not without --resume
+    assert run("--resume", "--out", str(tmp_path / "r"), "--device", "cpu", "--lr", "0.5") == 2      # not with other settings
+    assert run("--resume", "--out", str(tmp_path / "r"), "--device", "cpu") == 0
+    one, two = (torch.load(d / "last.pt", weights_only=True)["student"] for d in (finished, tmp_path / "r"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    one, two = (json.loads((d / "result.json").read_text()) for d in (finished, tmp_path / "r"))
+    assert one["pck"] == two["pck"] and one["bins"] == two["bins"]
+
+
+@pytest.mark.parametrize("method", ["source-only", "udape", "udape+vae-hm", "oracle"])
+def test_methods_are_one_loop_with_parts_off(method, tmp_path):
+    assert run(*TINY, "--method", method, "--out", str(tmp_path / "r")) == 0
+    log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    assert ("consistency" in log[-1]) == method.startswith("udape") and "evalpose" not in log[-1]
+    assert log[-1]["pool"] == {"source-only": 60, "udape": 60, "udape+vae-hm": 60 - 17 * 60 // 25, "oracle": 30}[method]
+
+
+def test_compare_runs_what_is_missing_and_prints_a_table(tmp_path, capsys):
+    options = ["compare", "--methods", "source-only,no-evalpose", "--seeds", "0,1", "--out", str(tmp_path / "c"), *TINY]
+    script = "import sys, runpy; import data; data.Mannequin.DEFAULT_COUNTS = {k: min(n, 50) for k, n in data.Mannequin.DEFAULT_COUNTS.items()}"
+    assert run(*options) == 0 and script
+    table = capsys.readouterr().out
+    assert table.count("\n| source-only | 2 |") + table.startswith("| source-only") == 1 and "| no-evalpose | 2 |" in table
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "c").rglob("result.json")}
+    assert len(stamps) == 4
+    assert run(*options) == 0
+    assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
+    assert run(*options, "--lr", "0.5") == 2 and "--lr" in capsys.readouterr().err
+
+
+def test_comparison_table_by_hand():
+    def result(value, teacher=None):
+        pck = {"elbow": value - 1, "all": value}
+        return {"pck": pck, "evalpose": 50.0, "teacher": {"pck": {"all": teacher}} if teacher else None}
+    table = train.comparison_table({"source-only": [result(30.0), result(32.0)], "udape": [result(42.0, 43.0), result(44.0, 45.0)],
+                                    "oracle": [result(61.0), result(61.0)]})
+    assert "| udape | 2 | 42.0 | **43.0** ± 1.4 | 44.0 | 50.0 | 40 % |" in table        # (43 - 31) / (61 - 31)
+
+
+@pytest.mark.parametrize("arguments, text", [
+    (["--method", "actupos"], "--method"),
+    (["--epochz", "3"], "did you mean --epochs"),
+    (["--epochs", "many"], "--epochs"),
+    (["--epochs", "0"], "--epochs"),
+    (["--batch-size", "9999"], "--batch-size"),
+    (["--image-size", "65"], "--image-size"),
+    (["--target", "lsp"], "--target-root"),
+    (["--target", "lsp", "--target-root", "no/such/place"], "no/such/place"),
+    (["--device", "warp9"], "--device"),
+    (["--zoom", "1"], "--zoom"),
+    (["--style", "vgg"], "--style-weights"),
+    (["--preset", "demi"], "--preset"),
+    (["--resume", "--out", "no/such/run"], "no/such/run"),
+    (["evaluate", "no/such/run"], "no/such/run"),
+    (["evalate", "x"], "evalate"),
+    (["compare", "--methods", "udap"], "udap"),
+    (["compare", "--seeds", "a"], "--seeds"),
+    (["compare", "--jobs", "0"], "--jobs"),
+])
+def test_mistakes_get_one_line(arguments, text, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1 and error.startswith("train.py: ")
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_checkpoint_of_another_shape(finished, tmp_path, capsys):
+    out = tmp_path / "r"
+    out.mkdir()
+    config = json.loads((finished / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "architecture": "resnet18"}))
+    (out / "last.pt").write_bytes((finished / "last.pt").read_bytes())
+    assert run("evaluate", str(out), "--device", "cpu") == 2
+    error = capsys.readouterr().err
+    assert "last.pt" in error and "--architecture" in error
+    (out / "last.pt").write_bytes(b"not a checkpoint")
+    assert run("evaluate", str(out), "--device", "cpu") == 2
+    assert "last.pt" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(actupose, "heatmap_mse", lambda p, t, w: (p * math.nan).mean())
+    assert run(*TINY, "--out", str(tmp_path / "r")) == 2
+    error = capsys.readouterr().err
+    assert "not finite" in error and "--lr" in error and not (tmp_path / "r" / "last.pt").exists()
+
+
+def test_help_names_default_and_papers_value():
+    environment = dict(os.environ, COLUMNS="200")
+    text = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True, env=environment).stdout
+    assert "[default 0.001; paper 0.0001]" in text and "curriculum (§3.1)" in text and "--preset {demo,paper}" in text
+
+
+def test_paper_preset_is_the_papers():
+    """§4 and the base method's published settings."""
+    s = train.make_settings("paper", style_weights="x")
+    assert (s.architecture, s.image_size, s.sigma, s.batch_size, s.epochs, s.iters_per_epoch, s.lr) == \
+        ("resnet101", 256, 2.0, 32, 70, 500, 1e-4)
+    assert (s.bins, s.pace, s.spread, s.ema, s.w_udape, s.w_evalpose, s.w_cross) == (25, 2.0, 0.25, 0.999, 1.0, 0.1, 0.01)
+
+
+def test_batches_cover_the_data():
+    """Every pass visits each sample once, whatever the batch size; a batch depends on (seed, step) alone."""
+    order = train.Shuffler(0, 10)
+    drawn = np.concatenate([order.batch(4, step) for step in range(5)])
+    assert sorted(drawn[:10]) == sorted(drawn[10:20]) == list(range(10))
+    assert np.array_equal(train.Shuffler(0, 10).batch(4, 3), drawn[12:16])
+
+
+def test_training_step_never_waits_for_the_device():
+    """No .item(), .cpu(), nonzero or boolean indexing inside a step: on the meta device each of them would raise."""
+    settings = train.make_settings("demo", image_size=32, batch_size=4, source_count=8, target_count=8)
+    from data import BODY16
+    trainer = train.Trainer(settings, BODY16, None, torch.device("cpu"))
+    trainer.teacher = actupose.make_teacher(trainer.student)
+    for module in (trainer.student, trainer.teacher):
+        module.to("meta")
+    trainer.optimiser = torch.optim.SGD(trainer.student.parameters(), lr=0.1)
+    trainer.device = torch.device("meta")
+    trainer.limbs, trainer.triplets = trainer.limbs.to("meta"), trainer.triplets.to("meta")
+    batch = (torch.arange(4), torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, 16, 2), torch.ones(4, 16))
+    terms, confidence = trainer.step(0, batch, batch[:2])
+    assert confidence.device.type == "meta" and terms["consistency"].device.type == "meta"

@@ -1,0 +1,1394 @@
+"""Train, evaluate and compare: `python train.py` runs ACTUPose on the built-in benchmark.
+
+    settings     one dataclass; the command line, the presets and config.json come from it
+    data         which datasets a run uses, batches on the device
+    the step     one iteration of the method (Fig. 4 of the paper), assembled from actupose.py
+    a run        epochs, checkpoints, evaluation, result.json
+    pictures     drawn with Pillow into figures/
+    compare      many runs -> one table
+    main         the command line
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+
+import actupose
+import data
+import kernels
+from data import (colour_jitter, compose_views, denormalise, hash_uniform, invert_view, map_keypoints, normalise,
+                  random_affine_view, random_crop_view, render_heatmaps, warp)
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: printed as one line, exit status 2."""
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Settings
+# ----------------------------------------------------------------------------------------------------------
+
+# A method is the one loop with parts on or off; an ablation is ACTUPose with one setting changed.
+METHODS = {
+    "source-only": dict(supervise="source", adapt=False, curriculum="off", style="off", w_evalpose=0.0, w_cross=0.0),
+    "udape": dict(curriculum="off", w_evalpose=0.0, w_cross=0.0),
+    "udape+vae-hm": dict(curriculum="hardest", w_evalpose=0.0, w_cross=0.0),
+    "actupose": dict(),
+    "oracle": dict(supervise="target", adapt=False, curriculum="off", style="off", w_evalpose=0.0, w_cross=0.0),
+}
+ABLATIONS = {
+    "no-curriculum": dict(curriculum="off"),
+    "no-eq4": dict(rescoring="off"),
+    "literal-eq4": dict(rescoring="literal"),
+    "min-max": dict(scale="minmax"),
+    "no-evalpose": dict(w_evalpose=0.0),
+    "no-cross-domain": dict(w_cross=0.0),
+    "no-style": dict(style="off"),
+}
+
+
+def option(default, group, text, paper=None, choices=None):
+    """A field of Settings with what --help says of it. paper: the value of the paper's preset, if another."""
+    return field(default=default, metadata=dict(group=group, help=text, paper=paper, choices=choices))
+
+
+@dataclass
+class Settings:
+    """Everything that decides a run's result. Defaults are the demo's; `paper` values the paper's (§4)."""
+    method: str = option("actupose", "task", "which of the paper's rows to train", choices=tuple(METHODS))
+    source: str = option("mannequin", "task", "labelled source domain", choices=("mannequin",))
+    target: str = option("mannequin-wild", "task", "unlabelled target domain", choices=("mannequin-wild", "lsp"))
+    target_root: str = option("", "task", "directory of the target dataset, for targets on disk")
+    source_count: int = option(6000, "task", "source training images that the built-in benchmark renders")
+    target_count: int = option(2000, "task", "unlabelled target images that it renders")
+    seed: int = option(0, "task", "seed of the data, initialisation, augmentation and every draw")
+    cache: str = option("", "task", "directory for rendered images, safe to delete (default: render anew, ~20 s)")
+
+    architecture: str = option("narrow", "network", "pose network", "resnet101", tuple(actupose.ARCHITECTURES))
+    image_size: int = option(64, "network", "side of the input in pixels", 256)
+    sigma: float = option(1.0, "network", "deviation of a target heatmap's Gaussian in cells", 2.0)
+    subcell: bool = option(True, "network", "targets and decoding finer than a heatmap cell; off: the published "
+                           "protocol, cells against cells", False)
+
+    epochs: int = option(70, "schedule", "epochs in all")
+    pretrain_epochs: int = option(40, "schedule", "epochs on the source before the teacher joins")
+    iters_per_epoch: int = option(30, "schedule", "iterations an epoch", 500)
+    batch_size: int = option(32, "schedule", "images of each domain in a batch")
+    lr: float = option(1e-3, "schedule", "learning rate of Adam", 1e-4)
+    lr_drops: str = option("45,60", "schedule", "epochs at which it drops")
+    lr_factor: float = option(0.3, "schedule", "by what factor", 0.1)
+    ema: float = option(0.99, "schedule", "decay of the teacher's moving average", 0.999)
+
+    curriculum: str = option("active", "curriculum (§3.1)", "source samples of an epoch: active (Eq. 3-4), all of them, or "
+                             "the hardest bins", choices=("active", "off", "hardest"))
+    bins: int = option(25, "curriculum (§3.1)", "N_b, complexity bins")
+    hard_bins: int = option(8, "curriculum (§3.1)", "bins that udape+vae-hm trains on")
+    pace: float = option(2.0, "curriculum (§3.1)", "lambda of Eq. 3: how fast the peak moves to the hard bins")
+    spread: float = option(0.25, "curriculum (§3.1)", "sigma of Eq. 3")
+    scale: str = option("rank", "curriculum (§3.1)", "s_j of Eq. 3: a bin's rank, or its min-max scaled mean score",
+                        choices=("rank", "minmax"))
+    rescoring: str = option("relative", "curriculum (§3.1)", "Eq. 4: relative to the mean confidence, literal (cumulative), off",
+                            choices=("relative", "literal", "off"))
+    vae_steps: int = option(1500, "curriculum (§3.1)", "training steps of the Pose-VAE", 20000)
+
+    supervise: str = option("source", "adaptation (§3.2)", "whose labels are used: target makes the oracle",
+                            choices=("source", "target"))
+    adapt: bool = option(True, "adaptation (§3.2)", "teacher and consistency after the pretraining epochs")
+    mask_ratio: float = option(0.5, "adaptation (§3.2)", "share of least confident pseudo-labels left out")
+    occlusion: float = option(0.5, "adaptation (§3.2)", "probability of hiding a confident keypoint of the student's view")
+    style: str = option("small", "adaptation (§3.2)", "style transfer networks; small is trained on the run's own images",
+                        "vgg", ("small", "vgg", "off"))
+    style_weights: str = option("", "adaptation (§3.2)", "directory with vgg_normalised.pth and decoder.pth for --style vgg")
+    style_prob: float = option(0.5, "adaptation (§3.2)", "probability of restyling a batch, each direction")
+    style_iters: int = option(300, "adaptation (§3.2)", "iterations that train the style networks", 20000)
+
+    rotation: float = option(60.0, "augmentation (§3.2)", "random rotation of the views, +- degrees (180 for hands)")
+    shear: float = option(30.0, "augmentation (§3.2)", "random shear of the views, +- degrees")
+    translate: float = option(0.05, "augmentation (§3.2)", "random translation, +- share of the side")
+    zoom: str = option("0.6,1.3", "augmentation (§3.2)", "random scale of the views, low,high")
+    crop: str = option("0.6,1.3", "augmentation (§3.2)", "area of the random resized crop, low,high")
+    jitter: float = option(0.25, "augmentation (§3.2)", "strength of the colour jitter")
+
+    w_udape: float = option(1.0, "losses (§3.3-3.4)", "w1 of Eq. 8")
+    w_evalpose: float = option(0.1, "losses (§3.3-3.4)", "w2 of Eq. 8, EvalPose (Eq. 5)")
+    w_cross: float = option(0.01, "losses (§3.3-3.4)", "w3 of Eq. 8, cross-domain features (Eq. 6)")
+    beta: float = option(50.0, "losses (§3.3-3.4)", "sharpness of the soft-argmax")
+    gamma: float = option(0.06, "losses (§3.3-3.4)", "Gamma, the threshold on Eq. 7 in radians")
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in choices:
+                raise UserError(f"--{f.name.replace('_', '-')}: {value!r} is not one of {', '.join(choices)}")
+        positive = ("epochs", "iters_per_epoch", "batch_size", "lr", "sigma", "bins", "pace", "spread", "image_size",
+                    "source_count", "target_count", "beta", "vae_steps", "style_iters")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name.replace('_', '-')}: must be positive, got {getattr(self, name)}")
+        if not 0 < self.hard_bins <= self.bins:
+            raise UserError(f"--hard-bins: must be from 1 to --bins ({self.bins}), got {self.hard_bins}")
+        for name in ("mask_ratio", "occlusion", "style_prob", "ema"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name.replace('_', '-')}: must be from 0 to 1, got {getattr(self, name)}")
+        if self.image_size % 32:
+            raise UserError(f"--image-size: must be a multiple of 32, got {self.image_size}")
+        if self.target == "lsp" and not self.target_root:
+            raise UserError("--target lsp: also give --target-root, the directory that holds images/ and joints.mat")
+        self.numbers("lr_drops"), self.numbers("zoom", 2), self.numbers("crop", 2)
+
+    def numbers(self, name, count=None):
+        """A setting written as comma-separated numbers, as a list."""
+        text = getattr(self, name)
+        try:
+            values = [float(part) for part in text.split(",") if part.strip()]
+        except ValueError:
+            values = None
+        if values is None or (count and len(values) != count):
+            raise UserError(f"--{name.replace('_', '-')}: comma-separated numbers{f' ({count})' if count else ''}, got {text!r}")
+        return values
+
+
+def make_settings(preset="demo", **given):
+    """Settings of a preset, then what the method changes, then what was given (the later wins)."""
+    values = {}
+    if preset == "paper":
+        values = {f.name: f.metadata["paper"] for f in dataclasses.fields(Settings) if f.metadata["paper"] is not None}
+    method = given.get("method", "actupose")
+    if method not in METHODS:
+        raise UserError(f"--method: unknown {method!r}; one of {', '.join(METHODS)}")
+    return Settings(**{**values, **METHODS[method], **given})
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Data of a run
+# ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Domains:
+    """The datasets of a run: labelled source, unlabelled target, validation for choices, test for the table."""
+    source: object
+    target: object
+    val: object
+    test: object
+
+
+def open_domains(settings):
+    """The datasets that the settings name; images are rendered or decoded when first used."""
+    size, cache = settings.image_size, settings.cache or None
+
+    def mannequin(domain, split, count):
+        return data.Mannequin(domain, split, size, count, seed=settings.seed, cache=cache)
+
+    source = mannequin("source", "train", settings.source_count)
+    if settings.target == "mannequin-wild":
+        target, val, test = (mannequin("target", split, count)
+                             for split, count in (("train", settings.target_count), ("val", None), ("test", None)))
+    else:
+        target, val, test = (data.LSP(settings.target_root, split, size) for split in ("train", "val", "test"))
+    for name, dataset in (("source", source), ("target", target)):
+        if len(dataset) < settings.batch_size:
+            raise UserError(f"--batch-size: {settings.batch_size} is more than the {len(dataset)} images of the {name} "
+                            f"training set; use a smaller batch")
+    return Domains(source, target, val, test)
+
+
+class Shuffler:
+    """Endless batches of positions 0 ... n-1, each pass in a new random order: a function of (seed, step) alone."""
+
+    def __init__(self, seed, n):
+        self.seed, self.n, self.passes = seed, n, {}
+
+    def _order(self, i):
+        if i not in self.passes:
+            self.passes = {j: order for j, order in self.passes.items() if j == i - 1}     # a batch spans two at most
+            self.passes[i] = np.random.default_rng((self.seed, i)).permutation(self.n)
+        return self.passes[i]
+
+    def batch(self, batch_size, step):
+        """The `step`-th batch of `batch_size` <= n positions."""
+        start = step * batch_size
+        i, at = divmod(start, self.n)
+        first = self._order(i)[at:at + batch_size]
+        if len(first) == batch_size:
+            return first
+        return np.concatenate([first, self._order(i + 1)[:batch_size - len(first)]])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The step
+# ----------------------------------------------------------------------------------------------------------
+
+# Streams of random numbers of one step, so that they stay apart.
+SOURCE_STREAM, TARGET_STREAM, TEACHER_STREAM, STREAMS = 0, 1, 2, 3
+
+
+class Trainer:
+    """Networks, optimiser and one training step, without any loop over samples or keypoints."""
+
+    def __init__(self, settings, skeleton, style_transfer, device):
+        self.settings, self.skeleton, self.device = settings, skeleton, device
+        torch.manual_seed(settings.seed)
+        self.student = actupose.PoseResNet(settings.architecture, len(skeleton)).to(device)
+        if settings.image_size % self.student.stride:
+            raise UserError(f"--image-size: must be a multiple of the heatmap's stride {self.student.stride}")
+        self.student.to(memory_format=torch.channels_last)
+        self.teacher = None
+        self.style_transfer = style_transfer
+        self.optimiser = torch.optim.Adam(self.student.parameters(), lr=settings.lr)
+        self.stride = self.student.stride
+        self.cells = settings.image_size // self.stride
+        self.limbs = torch.tensor(skeleton.limbs, device=device)
+        self.triplets = torch.tensor(skeleton.triplets, device=device)
+        self.zoom, self.crop = settings.numbers("zoom", 2), settings.numbers("crop", 2)
+
+    def learning_rate(self, epoch):
+        """Set and return the epoch's learning rate: --lr, times --lr-factor at each of --lr-drops."""
+        s = self.settings
+        lr = s.lr * s.lr_factor ** sum(epoch >= drop for drop in s.numbers("lr_drops"))
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def affine(self, u):
+        """A random view from uniform numbers (B, 5)."""
+        s = self.settings
+        return random_affine_view(u, s.image_size, s.rotation, s.shear, s.translate, self.zoom)
+
+    def restyle(self, content, style, u):
+        """With probability --style-prob, the content batch in the style batch's look, strength alpha ~ U(0, 1)."""
+        if self.style_transfer is None or self.coin.random() >= self.settings.style_prob:
+            return content
+        with torch.no_grad():
+            return self.style_transfer(content, style.roll(1, 0), u)
+
+    def random(self, indices, stream, step):
+        """40 uniform numbers for each sample of a step: (B, 40), a function of (seed, sample, step)."""
+        return hash_uniform(self.settings.seed, indices, 40, stream=step * STREAMS + stream + 1000)
+
+    def labelled_view(self, batch, step):
+        """Augmented source images, heatmaps, weights and keypoints (pixels of the view)."""
+        s = self.settings
+        indices, images, keypoints, visible = (t.to(self.device, non_blocking=True) for t in batch)
+        u = self.random(indices, SOURCE_STREAM, step)
+        view = compose_views(self.affine(u[:, 3:8]), random_crop_view(u[:, :3], s.image_size, self.crop))
+        images = colour_jitter(warp(normalise(images), view), u[:, 8:11], s.jitter)
+        keypoints = map_keypoints(keypoints, view)
+        heatmaps, weight = render_heatmaps(keypoints, visible, self.cells, self.stride, s.sigma, s.subcell)
+        return images, heatmaps, weight, keypoints, u
+
+    def supervised(self, batch, step, target_images=None):
+        """L_mse on labelled images, and what the other losses need. target_images: whose style may be taken on."""
+        images, heatmaps, weight, keypoints, u = self.labelled_view(batch, step)
+        student_images = images if target_images is None else self.restyle(images, target_images, u[:, 11])
+        predicted, features = self.student(student_images)
+        loss = actupose.heatmap_mse(predicted, heatmaps, weight)
+        cells, confidence = kernels.heatmap_argmax(predicted.detach())
+        # Eq. 4 wants the mean confidence of a sample; keypoints that the view cut off do not count.
+        mean_confidence = (confidence * weight).sum(1) / weight.sum(1).clamp(min=1)
+        return dict(images=images, predicted=predicted, features=features, loss=loss, weight=weight, cells=cells,
+                    keypoints=keypoints, confidence=mean_confidence)
+
+    def step(self, step, source_batch, target_batch):
+        """One iteration. Batches: (indices, uint8 images, keypoints, visible); the target's labels are not used.
+
+        Returns a dictionary of scalars on the device and the source samples' confidences (B,).
+        """
+        s = self.settings
+        self.coin = np.random.default_rng((s.seed, 7, step))
+        self.student.train()
+        # Heatmap errors are summed over a map's pixels: Decision, see the README on the scales of Eq. 8.
+        pixels = self.cells ** 2
+        indices = target_images = base = None
+        if target_batch is not None:
+            indices, target_images = (t.to(self.device, non_blocking=True) for t in target_batch[:2])
+            target_images = normalise(target_images)
+            u = self.random(indices, TARGET_STREAM, step)
+            base = random_crop_view(u[:, :3], s.image_size, self.crop)   # the common frame of both views
+        source = self.supervised(source_batch, step, None if base is None else warp(target_images, base))
+        if self.teacher is None:
+            loss, terms = s.w_udape * pixels * source["loss"], dict(mse=pixels * source["loss"])
+        else:
+            loss, terms = self.adapt(source, target_images, base, indices, u, step, pixels)
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step()
+        if self.teacher is not None:
+            actupose.update_teacher(self.teacher, self.student, s.ema)
+        terms["confidence"] = source["confidence"].mean()
+        return {name: value.detach() for name, value in terms.items()}, source["confidence"]
+
+    def adapt(self, source, target_images, base, indices, u, step, pixels):
+        """The target's part of the step: teacher, pseudo-labels, consistency, Eq. 5-8. Returns loss and its terms."""
+        s = self.settings
+        u_teacher = self.random(indices, TEACHER_STREAM, step)
+        student_view, teacher_view = self.affine(u[:, 3:8]), self.affine(u_teacher[:, 3:8])
+
+        with torch.no_grad():
+            images = colour_jitter(warp(target_images, compose_views(teacher_view, base)), u_teacher[:, 8:11], s.jitter)
+            images = self.restyle(images, source["images"], u_teacher[:, 11])
+            self.teacher.train()                                         # batch statistics, as the base method
+            maps, teacher_features = self.teacher(images)
+            maps = warp(maps, invert_view(teacher_view), self.stride)     # into the common frame
+            pseudo, cells, confidence = actupose.rectify(maps, s.sigma)
+            mask = actupose.confidence_mask(confidence, s.mask_ratio)
+            # Decision: what the student's view does not show, it is not asked to predict.
+            in_view = map_keypoints(cells * self.stride, student_view)
+            mask = mask & ((in_view >= 0) & (in_view <= s.image_size - 1)).all(-1)
+            images = colour_jitter(warp(target_images, compose_views(student_view, base)), u[:, 8:11], s.jitter)
+            images, _ = actupose.occlude_keypoints(images, in_view, confidence, u[:, 12:15 + len(self.skeleton)],
+                                                   half=s.image_size * 10 / 256, probability=s.occlusion)
+
+        predicted, _ = self.student(images)
+        predicted = warp(predicted, invert_view(student_view), self.stride)
+        consistency = actupose.consistency_loss(predicted, pseudo, mask)
+        udape = pixels * (source["loss"] + consistency)
+
+        evalpose = cross = torch.zeros((), device=self.device)
+        if s.w_evalpose:
+            on_source = kernels.soft_argmax(source["predicted"], s.beta)
+            on_target = kernels.soft_argmax(predicted, s.beta)
+            evalpose = (actupose.evalpose(on_source, source["keypoints"] / self.stride, self.limbs, source["weight"])
+                        + actupose.evalpose(on_target, cells, self.limbs, mask))
+        if s.w_cross:
+            similar = actupose.mine_pairs(source["cells"], cells, self.triplets, s.gamma, source["weight"] > 0, mask)
+            cross = actupose.cross_domain_loss(source["features"], teacher_features, similar)
+        loss = actupose.total_loss(udape, evalpose, cross, (s.w_udape, s.w_evalpose, s.w_cross))       # Eq. 8
+        terms = dict(mse=pixels * source["loss"], consistency=pixels * consistency, kept=mask.float().mean(),
+                     teacher_confidence=confidence.mean())
+        if s.w_evalpose:
+            terms["evalpose"] = evalpose
+        if s.w_cross:
+            terms.update(cross_domain=cross, pairs=similar.float().sum())
+        return loss, terms
+
+    @torch.no_grad()
+    def predict(self, model, dataset, batch_size=64):
+        """Keypoints (N, K, 2) in pixels and confidences (N, K) of a whole dataset, on the CPU."""
+        model.eval()
+        keypoints, confidences = [], []
+        for start in range(0, len(dataset), batch_size):
+            images, _, _ = dataset[torch.arange(start, min(start + batch_size, len(dataset)))]
+            heatmaps, _ = model(normalise(images.to(self.device)).contiguous(memory_format=torch.channels_last))
+            cells, confidence = actupose.decode_keypoints(heatmaps, self.settings.subcell)
+            keypoints.append(cells.cpu() * self.stride)
+            confidences.append(confidence.cpu())
+        return torch.cat(keypoints), torch.cat(confidences)
+
+    def scored_teacher(self):
+        """The teacher as it is evaluated.
+
+        Decision: its parameters with the student's BatchNorm statistics; its own are those of strongly
+        augmented, restyled views in training mode and fit clean images badly.
+        """
+        if self.teacher is None:
+            return None
+        teacher = actupose.make_teacher(self.teacher)
+        for mine, students in zip(teacher.buffers(), self.student.buffers()):
+            mine.copy_(students)
+        return teacher
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------
+
+
+def scoring_frame(dataset, stride, subcell):
+    """Truth as it is scored: keypoints (N, K, 2), weight (N, K) and the side of the frame, in one unit.
+
+    subcell: pixels against pixels. Otherwise the published protocol, cells against cells: keypoints whose
+    cell lies outside the map or has x <= 1 or y <= 1 are left out.
+    """
+    if subcell:
+        return dataset.keypoints, dataset.visible, dataset.size
+    cells = torch.floor(dataset.keypoints / stride + 0.5)
+    counted = ((cells > 1) & (cells < dataset.size // stride)).all(-1)
+    return cells * stride, dataset.visible * counted, dataset.size
+
+
+def score(predicted, dataset, stride, subcell, bins=None, num_bins=25):
+    """PCK by group, EvalPose score, and PCK by complexity bin (bins: (N,), the bin of each pose)."""
+    true, weight, size = scoring_frame(dataset, stride, subcell)
+    result = {"pck": actupose.pck(predicted, true, weight, size, dataset.skeleton.groups),
+              "evalpose": actupose.evalpose_score(predicted, true, torch.tensor(dataset.skeleton.limbs), weight)}
+    if bins is not None:
+        scored = list(dataset.skeleton.groups["all"])
+        hits, counted = actupose.pck_hits(predicted[:, scored], true[:, scored], weight[:, scored], 0.05 * size)
+        per_pose = 100 * hits.sum(1) / counted.sum(1).clamp(min=1)
+        usable = counted.any(1).numpy()
+        result["bins"] = [per_pose[torch.from_numpy((bins == j) & usable)].mean().item() for j in range(num_bins)]
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A run
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """One line that says how far the work is and how long it will take; quiet when not a terminal."""
+
+    def __init__(self, title):
+        self.title, self.start, self.shown = title, time.time(), 0.0
+        self.live = sys.stderr.isatty()
+
+    def __call__(self, done, total, note=""):
+        """Show that `done` of `total` is finished."""
+        now = time.time()
+        if not self.live or (done < total and now - self.shown < 0.2):
+            return
+        self.shown = now
+        left = (now - self.start) / max(done, 1) * (total - done)
+        line = f"{self.title} {done}/{total}, {left // 60:.0f}:{left % 60:02.0f} left {note}"
+        print("\r" + line.ljust(110)[:110], end="\n" if done >= total else "", file=sys.stderr, flush=True)
+
+
+def write_json(path, value):
+    """Write JSON so that a crash leaves either the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def save_checkpoint(path, state):
+    """torch.save to a temporary file, synced, then renamed."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """A run's last.pt as a dictionary of tensors and plain values. UserError when it cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint; start the run anew without --resume") from None
+    except Exception as e:
+        raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}); remove it and start anew") from None
+
+
+def load_weights(module, state, path):
+    """module.load_state_dict with an error that names the file and the first thing that does not fit."""
+    own = module.state_dict()
+    for name in sorted(own.keys() ^ state.keys()):
+        where = "lacks" if name in own else "has an unknown"
+        raise UserError(f"{path}: the checkpoint {where} {name}; is it of another --architecture or skeleton?")
+    for name, value in own.items():
+        if value.shape != state[name].shape:
+            raise UserError(f"{path}: {name} has shape {tuple(state[name].shape)}, this network {tuple(value.shape)}; "
+                            f"use the --architecture and data of the run that wrote it")
+    module.load_state_dict(state)
+
+
+def choose_device(name):
+    """auto, cpu or cuda -> torch.device; UserError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device: {name!r} cannot be used here ({str(e).splitlines()[0]}); try --device cpu") from None
+    return device
+
+
+def prepare_style(settings, domains, device):
+    """The style transfer networks of a run, trained on its two domains' training images; None when off."""
+    if settings.style == "off":
+        return None
+    torch.manual_seed(settings.seed)
+    transfer = actupose.StyleTransfer(settings.style).to(device)
+    if settings.style_weights:
+        for part, file in (("encoder", "vgg_normalised.pth"), ("decoder", "decoder.pth")):
+            load_style_weights(getattr(transfer, part), Path(settings.style_weights) / file)
+        return transfer.requires_grad_(False).eval()
+    if settings.style == "vgg":
+        raise UserError("--style vgg: also give --style-weights, the directory of vgg_normalised.pth and decoder.pth; "
+                        "or use --style small")
+    size = min(16, settings.batch_size)
+    shuffled = [(dataset, Shuffler(settings.seed, len(dataset))) for dataset in (domains.source, domains.target)]
+
+    def batches(i):
+        return tuple(normalise(dataset[shuffle.batch(size, i)][0].to(device)) for dataset, shuffle in shuffled)
+
+    return actupose.train_style_transfer(transfer, batches, settings.style_iters, train_encoder=True,
+                                         progress=Progress("style transfer"))
+
+
+def load_style_weights(network, path):
+    """Published AdaIN weights into an encoder or decoder, by name; layers beyond relu4_1 are ignored."""
+    state = load_checkpoint(path)
+    own = network.state_dict()
+    load_weights(network, {name: value for name, value in state.items() if name in own}, path)
+
+
+@dataclass
+class Run:
+    """All that a run consists of once it is set up; what changes in training is in `state` and `load`."""
+    settings: Settings
+    domains: Domains
+    vae: actupose.PoseVAE
+    curriculum: actupose.ActiveCurriculum
+    trainer: Trainer
+    log: list
+    drawn: list                                              # per epoch, samples drawn from each bin (Fig. 5)
+
+    def state(self, epoch):
+        """Checkpoint after `epoch`: tensors and plain values only, so that it loads without unpickling code."""
+        trainer = self.trainer
+        return dict(epoch=epoch, student=trainer.student.state_dict(),
+                    teacher=trainer.teacher.state_dict() if trainer.teacher is not None else None,
+                    style=trainer.style_transfer.state_dict() if trainer.style_transfer is not None else None,
+                    optimiser=trainer.optimiser.state_dict(), vae=self.vae.state_dict(),
+                    curriculum=self.curriculum.state_dict(), log=self.log, drawn=self.drawn)
+
+    def load(self, state, path):
+        """Restore a checkpoint. Returns the next epoch."""
+        trainer = self.trainer
+        load_weights(trainer.student, state["student"], path)
+        if state["teacher"] is not None:
+            trainer.teacher = actupose.make_teacher(trainer.student)
+            load_weights(trainer.teacher, state["teacher"], path)
+        trainer.optimiser.load_state_dict(state["optimiser"])
+        try:
+            self.curriculum.load_state_dict(state["curriculum"])
+        except ValueError as e:
+            raise UserError(f"{path}: {e}; resume with the data that the run was started on") from None
+        self.log, self.drawn = state["log"], state["drawn"]
+        return state["epoch"] + 1
+
+
+def set_up(settings, device, checkpoint=None, path=None):
+    """Data, Pose-VAE, curriculum, style transfer and networks of a run; from a checkpoint where there is one."""
+    domains = open_domains(settings)
+    source = domains.source
+    root = source.skeleton.root
+    if checkpoint is None:
+        vae = actupose.train_pose_vae(source.keypoints, source.visible, root, settings.vae_steps, seed=settings.seed)
+        style_transfer = prepare_style(settings, domains, device)
+    else:
+        vae = actupose.PoseVAE(len(source.skeleton)).eval()
+        load_weights(vae, checkpoint["vae"], path)
+        style_transfer = None
+        if checkpoint["style"] is not None:
+            style_transfer = actupose.StyleTransfer(settings.style).to(device).requires_grad_(False).eval()
+            load_weights(style_transfer, checkpoint["style"], path)
+    complexity = actupose.pose_complexity(vae, source.keypoints, source.visible, root).numpy()
+    curriculum = actupose.ActiveCurriculum(complexity, settings.epochs, settings.bins, settings.pace, settings.spread,
+                                           settings.scale, settings.rescoring, settings.seed)
+    return Run(settings, domains, vae, curriculum, Trainer(settings, source.skeleton, style_transfer, device), [], [])
+
+
+def train_epoch(run, epoch, progress):
+    """One epoch: re-rank and draw (Eq. 3-4), iterate. Returns the epoch's line for log.jsonl."""
+    s, trainer, curriculum = run.settings, run.trainer, run.curriculum
+    if s.adapt and epoch == s.pretrain_epochs:
+        trainer.teacher = actupose.make_teacher(trainer.student)
+    labelled = run.domains.target if s.supervise == "target" else run.domains.source
+    needs_target = trainer.style_transfer is not None or trainer.teacher is not None
+    curriculum.rerank()
+    pool = {"active": lambda: curriculum.sample(epoch), "hardest": lambda: curriculum.hardest(s.hard_bins),
+            "off": lambda: np.arange(len(labelled))}[s.curriculum]()
+    if s.curriculum == "active":
+        run.drawn.append(curriculum.drawn_per_bin.tolist())
+    source_order, target_order = Shuffler(s.seed, len(pool)), Shuffler(s.seed + 1, len(run.domains.target))
+    lr = trainer.learning_rate(epoch)
+    sums, seen = {}, []
+    for i in range(s.iters_per_epoch):
+        step = epoch * s.iters_per_epoch + i
+        # An active pool is new each epoch and already in random order; a fixed one is passed over epoch after epoch.
+        at = (np.arange(s.batch_size) + i * s.batch_size) % len(pool) if s.curriculum == "active" else \
+            source_order.batch(s.batch_size, step)
+        indices = torch.from_numpy(pool[at])
+        target_indices = torch.from_numpy(target_order.batch(s.batch_size, step)) if needs_target else None
+        terms, confidence = trainer.step(
+            step, (indices, *labelled[indices]),
+            (target_indices, *run.domains.target[target_indices]) if needs_target else None)
+        seen.append((indices, confidence))
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0) + value
+        progress(step + 1, s.epochs * s.iters_per_epoch, f"epoch {epoch + 1}/{s.epochs}")
+    row = {"epoch": epoch, "lr": lr, "pool": len(pool)}
+    row.update((name, value.item() / s.iters_per_epoch) for name, value in sums.items())
+    if s.curriculum == "active":
+        row["peak_bin"] = curriculum.peak_bin(epoch)
+    if s.supervise == "source":
+        curriculum.observe(torch.cat([i for i, _ in seen]), torch.cat([c for _, c in seen]).cpu())
+    return row
+
+
+def validate(run):
+    """PCK of student and teacher on the validation split, for choices and curves."""
+    trainer, val = run.trainer, run.domains.val
+    models = {"val_student": trainer.student, "val_teacher": trainer.scored_teacher()}
+    return {name: score(trainer.predict(model, val)[0], val, trainer.stride, run.settings.subcell)["pck"]["all"]
+            for name, model in models.items() if model is not None}
+
+
+def evaluate(run):
+    """Scores of the last epoch on the test split: {"student": ..., "teacher": ...} and the student's predictions."""
+    trainer, test, s = run.trainer, run.domains.test, run.settings
+    complexity = actupose.pose_complexity(run.vae, test.keypoints, test.visible, test.skeleton.root)
+    bins = actupose.assign_bins(complexity, s.bins)
+    student = trainer.predict(trainer.student, test)
+    scores = {"student": score(student[0], test, trainer.stride, s.subcell, bins, s.bins)}
+    if trainer.teacher is not None:
+        teacher = trainer.predict(trainer.scored_teacher(), test)
+        scores["teacher"] = score(teacher[0], test, trainer.stride, s.subcell, bins, s.bins)
+    return scores, student
+
+
+def train(settings, out, device="auto", resume=False):
+    """One run, from data to result.json and figures/ in the directory `out`. Returns the result."""
+    out, device = Path(out), choose_device(device)
+    last, checkpoint = out / "last.pt", None
+    if (out / "result.json").exists():
+        raise UserError(f"{out}: holds a finished run; give another --out, or `evaluate {out}`")
+    if resume:
+        checkpoint = load_checkpoint(last)
+    elif last.exists():
+        raise UserError(f"{out}: holds an unfinished run; add --resume to go on with it, or give another --out")
+    started = time.time()
+    run = set_up(settings, device, checkpoint, last)
+    first, spent = 0, 0.0
+    if checkpoint is not None:
+        first, spent = run.load(checkpoint, last), checkpoint["seconds"]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out: {out} cannot be made a directory ({e.strerror})") from None
+    write_json(out / "config.json", {**dataclasses.asdict(settings), "torch": torch.__version__,
+                                     "python": platform.python_version(), "device": str(device),
+                                     "threads": torch.get_num_threads()})
+    progress = Progress(settings.method)
+    for epoch in range(first, settings.epochs):
+        row = train_epoch(run, epoch, progress)
+        bad = [name for name, value in row.items() if not math.isfinite(value)]
+        if bad:
+            raise UserError(f"epoch {epoch}: {', '.join(bad)} not finite; lower --lr, or the weights --w-evalpose and "
+                            f"--w-cross. The checkpoint of the epoch before is in {last}")
+        if (epoch + 1) % 5 == 0 or epoch + 1 == settings.epochs:
+            row.update(validate(run))
+        run.log.append(row)
+        seconds = spent + time.time() - started
+        save_checkpoint(last, {**run.state(epoch), "seconds": seconds})
+        (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in run.log))
+    scores, predictions = evaluate(run)
+    best = max((row for row in run.log if "val_student" in row), key=lambda row: row["val_student"])
+    result = {"method": settings.method, "source": settings.source, "target": settings.target, "seed": settings.seed,
+              **scores["student"], "teacher": scores.get("teacher"), "val": run.log[-1]["val_student"],
+              "best_val": best["val_student"], "best_val_epoch": best["epoch"], "epochs": settings.epochs,
+              "seconds": round(spent + time.time() - started, 1),
+              "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)}
+    draw_figures(run, predictions, out / "figures")
+    write_json(out / "result.json", result)
+    return result
+
+
+def print_result(result, skeleton):
+    """The tables of one result: PCK by group for student and teacher, EvalPose, and PCK by complexity bin."""
+    groups = list(skeleton.groups)
+    print("PCK@0.05  " + "".join(f"{name:>11}" for name in groups) + "   EvalPose")
+    for name, scores in (("student", result), ("teacher", result["teacher"])):
+        if scores:
+            print(f"{name:10}" + "".join(f"{scores['pck'][g]:11.1f}" for g in groups) + f"{scores['evalpose']:11.1f}")
+    print("student by complexity bin of the pose, simple to complex: "
+          + " ".join("-" if math.isnan(v) else f"{v:.0f}" for v in result["bins"]))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pictures
+# ----------------------------------------------------------------------------------------------------------
+
+INK, GREY, GRID, PAPER = (34, 40, 49), (112, 122, 136), (228, 232, 238), (255, 255, 255)
+RIGHT, LEFT, CENTRE = (240, 78, 88), (38, 132, 230), (250, 178, 40)
+PALETTE = (LEFT, RIGHT, (32, 164, 118), CENTRE, (136, 84, 208), (96, 108, 122), (24, 190, 207),
+           (227, 119, 194), (150, 100, 70), (160, 190, 60))
+FINGERS = {"thumb": RIGHT, "index": PALETTE[4], "middle": PALETTE[2], "ring": LEFT, "little": PALETTE[5]}
+HEAT = ((248, 250, 252), (176, 212, 245), LEFT, (14, 42, 92))               # heat maps, from 0 to the maximum
+ASCII = str.maketrans({"→": "->", "–": "-", "—": "-", "×": "x", "−": "-"})  # what Pillow's own font lacks
+
+
+class Canvas:
+    """A white picture drawn at twice its size and shrunk when saved: smooth lines with Pillow alone.
+
+    Every argument is in pixels of the saved picture; colours are (r, g, b) or (r, g, b, alpha), 0 to 255.
+    """
+    SCALE = 2
+
+    def __init__(self, width, height):
+        self.image = Image.new("RGB", (self.SCALE * round(width), self.SCALE * round(height)), PAPER)
+        self.draw = ImageDraw.Draw(self.image, "RGBA")
+
+    def line(self, points, colour, width=1.0):
+        points = [(self.SCALE * x, self.SCALE * y) for x, y in points]
+        self.draw.line(points, colour, max(1, round(self.SCALE * width)), joint="curve")
+
+    def polygon(self, points, colour):
+        self.draw.polygon([(self.SCALE * x, self.SCALE * y) for x, y in points], colour)
+
+    def box(self, x0, y0, x1, y1, colour, radius=0):
+        corners = [self.SCALE * x0, self.SCALE * y0, self.SCALE * x1 - 1, self.SCALE * y1 - 1]
+        self.draw.rounded_rectangle([round(c) for c in corners], self.SCALE * radius, colour)
+
+    def dot(self, x, y, radius, colour):
+        self.draw.circle((self.SCALE * x, self.SCALE * y), self.SCALE * radius, colour)
+
+    def text(self, x, y, text, size=13, colour=INK, anchor="la", bold=False):
+        """Text at (x, y) with Pillow's anchors; returns where it ends if it starts at x."""
+        font, text = ImageFont.load_default(size=self.SCALE * size), str(text).translate(ASCII)
+        self.draw.text((self.SCALE * x, self.SCALE * y), text, colour, font, anchor,
+                       stroke_width=0.013 * self.SCALE * size if bold else 0)
+        return x + font.getlength(text) / self.SCALE
+
+    def paste(self, image, x, y):
+        """An image that is already SCALE times as large as it shall appear."""
+        self.image.paste(image, (round(self.SCALE * x), round(self.SCALE * y)))
+
+    def legend(self, x, y, entries, size=13):
+        """Coloured swatches with their names, in a line from x on, centred on y; entries: (name, colour)."""
+        for name, colour in entries:
+            self.box(x, y - 5, x + 10, y + 5, colour, 2)
+            x = self.text(x + 16, y, name, size, anchor="lm") + 20
+
+    def save(self, path):
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.image.reduce(self.SCALE).save(path, format="PNG", optimize=True)
+
+
+def _array(values):
+    """Tensors, lists and None -> a float64 array, NaN where there is nothing."""
+    return np.asarray(values.detach().cpu() if torch.is_tensor(values) else values, dtype=np.float64)
+
+
+def _panel(image, side):
+    """One uint8 image (3, S, S) -> a picture for `Canvas.paste` that appears `side` pixels wide."""
+    pixels = np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(1, 2, 0))
+    return Image.fromarray(pixels).resize((Canvas.SCALE * side,) * 2, Image.Resampling.BICUBIC)
+
+
+def _to_panel(keypoints, size, side):
+    """Keypoints of an image of `size` pixels in those of its `_panel`; pixel centres stay centres."""
+    return (_array(keypoints) + 0.5) * (Canvas.SCALE * side / size) - 0.5
+
+
+def _ticks(low, high, count, smallest):
+    """About `count` round numbers from low to high, at least `smallest` apart."""
+    rough = max((high - low) / count, smallest, 1e-12)
+    power = 10.0 ** math.floor(math.log10(rough) + 1e-9)
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    return np.arange(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1) * step
+
+
+def _axes(canvas, box, x_range, y_range, title="", xlabel="", ylabel="", ticks=(8, 5), y_step=0.0):
+    """Title, grid and tick labels around box (x0, y0, x1, y1); returns data (x, y) -> points on the canvas.
+
+    ticks: about how many on either axis; x counts epochs or bins, so its ticks are whole; y_step: the
+    smallest step between ticks of y.
+    """
+    x0, y0, x1, y1 = box
+    x_span, y_span = (max(high - low, 1e-9) for low, high in (x_range, y_range))
+
+    def place(x, y):
+        x, y = np.broadcast_arrays(_array(x), _array(y))
+        return list(zip((x0 + (x - x_range[0]) / x_span * (x1 - x0)).ravel().tolist(),
+                        (y1 - (y - y_range[0]) / y_span * (y1 - y0)).ravel().tolist()))
+
+    for value in _ticks(*y_range, ticks[1], y_step):
+        y = place(x_range[0], value)[0][1]
+        canvas.line([(x0, y), (x1, y)], GRID)
+        canvas.text(x0 - 6, y, f"{value:,.6g}", 11, GREY, "rm")
+    canvas.line([(x0, y1), (x1, y1)], GREY)
+    for value in _ticks(*x_range, ticks[0], smallest=1):
+        canvas.text(place(value, y_range[0])[0][0], y1 + 6, f"{value:,.6g}", 11, GREY, "mt")
+    canvas.text((x0 + x1) / 2, y1 + 22, xlabel, 12, GREY, "mt")
+    end = canvas.text(x0, y0 - 12, title, 14, INK, "ls", bold=True)
+    canvas.text(end + (8 if title else 0), y0 - 12, ylabel, 12, GREY, "ls")
+    return place
+
+
+def _smooth(values, parts=8):
+    """A Catmull-Rom curve, kept above 0, through values (n,) at 0 ... n - 1: x from -1/2 to n - 1/2, y."""
+    n = len(values)
+    padded = np.concatenate([values[:1], values, values[-1:]])
+    slope = (padded[2:] - padded[:-2]) / 2
+    x = np.arange((n - 1) * parts + 1) / parts
+    i = np.minimum(x.astype(int), max(n - 2, 0))
+    t, j = x - i, np.minimum(i + 1, n - 1)
+    y = (1 - t) ** 2 * ((1 + 2 * t) * values[i] + t * slope[i])
+    y += t ** 2 * ((3 - 2 * t) * values[j] + (t - 1) * slope[j])
+    return np.concatenate([[-0.5], x, [n - 0.5]]), np.maximum(np.concatenate([values[:1], y, values[-1:]]), 0)
+
+
+def _heat(values):
+    """Values in [0, 1] (...) -> colours (..., 3) uint8 of the heat map."""
+    stops = np.linspace(0, 1, len(HEAT))
+    return np.stack([np.interp(values, stops, c).round().astype(np.uint8) for c in zip(*HEAT)], -1)
+
+
+def _joint_colour(name):
+    """Right, left and centre of a body, or the finger of a hand, by the keypoint's name."""
+    return FINGERS.get(name.split()[0]) or {"r-": RIGHT, "l-": LEFT}.get(name[:2], CENTRE)
+
+
+def draw_skeleton(draw, keypoints, visible, skeleton, colour, width, confidence=None):
+    """Limbs and joints of one figure, outlined in white so that they stand out from any background.
+
+    draw: ImageDraw.Draw(image, "RGBA"); keypoints: (K, 2), (x, y) in pixels of that image; visible: (K,),
+    0 leaves a keypoint and its limbs out; colour: one (r, g, b) for all, or None: by body side or finger;
+    width: of a limb in pixels; confidence: (K,) in [0, 1], fades joints, and limbs by their less certain end.
+    """
+    keypoints, shown = _array(keypoints), _array(visible) > 0
+    shown &= np.isfinite(keypoints).all(-1)
+    colours = [colour or _joint_colour(name) for name in skeleton.names]
+    certain = np.ones(len(skeleton)) if confidence is None else np.nan_to_num(_array(confidence)).clip(0, 1)
+    alpha = (255 * (0.2 + 0.8 * certain)).round().astype(int)
+    neighbours = [set() for _ in skeleton.names]
+    limbs = []
+    for a, b in skeleton.limbs:
+        # The line from hip to hip repeats the two from the hips to the pelvis, where that is labelled.
+        if shown[a] and shown[b] and not neighbours[a] & neighbours[b]:
+            neighbours[a].add(b)
+            neighbours[b].add(a)
+            sides = {colours[a], colours[b]} - {CENTRE}
+            limb_colour = sides.pop() if len(sides) == 1 else CENTRE
+            limbs.append(([tuple(keypoints[a]), tuple(keypoints[b])], min(alpha[a], alpha[b]), limb_colour))
+    for points, opacity, _ in limbs:
+        draw.line(points, (*PAPER, opacity * 4 // 5), round(width * 1.7))
+    for points, opacity, limb_colour in limbs:
+        draw.line(points, (*limb_colour, opacity), round(width))
+    for point, opacity, joint_colour, present in zip(keypoints.tolist(), alpha, colours, shown):
+        if present:
+            draw.circle(tuple(point), width * 1.35, (*PAPER, opacity))
+            draw.circle(tuple(point), width * 0.95, (*joint_colour, opacity))
+
+
+def draw_predictions(path, images, true, visible, predicted, confidence, skeleton, titles=None):
+    """Samples as image, ground truth and prediction side by side, each with its own PCK@0.05.
+
+    images: (n, 3, S, S) uint8; true, predicted: (n, K, 2) in pixels of the images; visible: (n, K), 0 = not
+    labelled; confidence: (n, K), fades the prediction; titles: n strings for the captions. n up to 12.
+    A keypoint counts as right within 0.05 S of the truth. Raises ValueError without a sample.
+    """
+    if not len(images):
+        raise ValueError("images: no sample to draw; give at least one")
+    side, gap, head, foot, margin = 192, 4, 62, 34, 12
+    columns = {1: 1, 2: 2, 4: 2}.get(len(images), 3)
+    cell_width, cell_height = 3 * side + 2 * gap, side + foot
+    canvas = Canvas(2 * margin + columns * cell_width + (columns - 1) * margin,
+                    head + math.ceil(len(images) / columns) * cell_height + 8)
+    body = any(name.startswith("r-") for name in skeleton.names)
+    sides = [("right", RIGHT), ("left", LEFT), ("centre", CENTRE)] if body else list(FINGERS.items())
+    canvas.legend(margin, 20, sides)
+    for column in range(min(columns, len(images))):
+        for i, name in enumerate(("image", "ground truth", "prediction (faint = unsure)")):
+            x = margin + column * (cell_width + margin) + i * (side + gap)
+            canvas.text(x, head - 8, name, 13, GREY, "ls")
+    size = images.shape[-1]
+    tensors = [torch.as_tensor(_array(values)) for values in (predicted, true, visible)]
+    for n, image in enumerate(images):
+        x = margin + (n % columns) * (cell_width + margin)
+        y = head + (n // columns) * cell_height
+        poses = [None, (true[n], visible[n], None), (predicted[n], np.ones(len(skeleton)), confidence[n])]
+        for i, pose in enumerate(poses):
+            panel = _panel(image, side)
+            if pose is not None:
+                draw_skeleton(ImageDraw.Draw(panel, "RGBA"), _to_panel(pose[0], size, side), pose[1],
+                              skeleton, None, 6, pose[2])
+            canvas.paste(panel, x + i * (side + gap), y)
+        score = actupose.pck(*(t[n:n + 1] for t in tensors), size, {"all": skeleton.groups["all"]})["all"]
+        caption = "no keypoint labelled" if math.isnan(score) else f"PCK@0.05  {score:.0f} %"
+        middle = y + side + 14
+        canvas.box(x, middle - 4, x + 60, middle + 4, GRID, 3)
+        if score > 0:                     # a bar as long as the score: good and bad are seen at a glance
+            canvas.box(x, middle - 4, x + max(0.6 * score, 6), middle + 4, PALETTE[2], 3)
+        end = canvas.text(x + 68, middle, caption, 13, anchor="lm", bold=True)
+        if titles is not None:
+            canvas.text(end + 12, middle, titles[n], 13, GREY, "lm")
+    canvas.save(path)
+
+
+def draw_samples(path, rows, skeleton):
+    """Rows of images with their labelled skeletons.
+
+    rows: list of (title, images (n, 3, S, S) uint8, keypoints (n, K, 2) in their pixels, visible (n, K)).
+    """
+    gap, margin, head = 6, 20, 34
+    most = max(len(images) for _, images, _, _ in rows)
+    side = min(192, (1760 - gap * (most - 1)) // most)
+    canvas = Canvas(2 * margin + most * (side + gap) - gap, 10 + len(rows) * (head + side) + margin)
+    for r, (title, images, keypoints, visible) in enumerate(rows):
+        y = 10 + r * (head + side) + head
+        canvas.text(margin, y - 10, title, 15, anchor="ls", bold=True)
+        for n, image in enumerate(images):
+            panel = _panel(image, side)
+            draw_skeleton(ImageDraw.Draw(panel, "RGBA"), _to_panel(keypoints[n], image.shape[-1], side),
+                          visible[n], skeleton, None, max(3, side / 32))
+            canvas.paste(panel, margin + n * (side + gap), y)
+    canvas.save(path)
+
+
+def draw_style(path, columns):
+    """A table of images: columns is a list of (title, images (n, 3, S, S) uint8), one image a row."""
+    side, gap, margin, head = 160, 8, 20, 40
+    rows = max(len(images) for _, images in columns)
+    canvas = Canvas(2 * margin + len(columns) * (side + gap) - gap, head + rows * (side + gap) - gap + margin)
+    for c, (title, images) in enumerate(columns):
+        x = margin + c * (side + gap)
+        canvas.text(x + side / 2, head - 12, title, 14, anchor="ms", bold=True)
+        for n, image in enumerate(images):
+            canvas.paste(_panel(image, side), x, head + n * (side + gap))
+    canvas.save(path)
+
+
+def draw_curriculum(path, panels):
+    """Fig. 5: how many samples each epoch draws from each bin, simplest bin first.
+
+    panels: list of (title, counts (E, N_b)). Above, the curves of five epochs: the area under one is what the
+    epoch trains on. Below, all epochs as a heat map, the five marked at its left edge.
+    """
+    width, curve, heat, margin = 520, 280, 180, 66
+    canvas = Canvas(len(panels) * (width + margin) + 30, curve + heat + 170)
+    for p, (title, counts) in enumerate(panels):
+        counts = np.nan_to_num(_array(counts))
+        epochs, bins = counts.shape
+        x0, y0, y1 = p * (width + margin) + margin, 44, 44 + curve
+        top, bin_range = max(counts.max(), 1.0), (-0.5, bins - 0.5)
+        place = _axes(canvas, (x0, y0, x0 + width, y1), bin_range, (0, 1.08 * top), title, "",
+                      "samples drawn", (12, 5))
+        chosen = np.unique(np.linspace(0, epochs - 1, 5).round().astype(int))
+        curves = [(epoch, colour, *_smooth(counts[epoch])) for epoch, colour in zip(chosen, PALETTE)]
+        for _, colour, x, y in curves:
+            canvas.polygon(place(x, y) + place([bins - 0.5, -0.5], 0), (*colour, 44))
+        for i, (epoch, colour, x, y) in enumerate(curves):
+            canvas.line(place(x, y), colour, 2)
+            drawn = counts[epoch].sum()
+            drawn = f"{drawn:,.0f}" if drawn < 1e5 else f"{drawn / 1000:,.0f}k"
+            canvas.legend(x0 + i * width / len(curves), y1 + 36, [(f"epoch {epoch}: {drawn}", colour)], 11)
+        y0, y1 = y1 + 80, y1 + 80 + heat
+        place = _axes(canvas, (x0, y0, x0 + width, y1), bin_range, (-0.5, epochs - 0.5), "",
+                      "bin, from simple to complex poses", f"epoch (white: none, dark: {top:,.0f} samples)",
+                      (12, 5), 1)
+        picture = Image.fromarray(_heat(counts[::-1] / top))
+        size = (Canvas.SCALE * width, Canvas.SCALE * heat)
+        canvas.paste(picture.resize(size, Image.Resampling.NEAREST), x0, y0)
+        for epoch, colour, _, _ in curves:
+            canvas.dot(*place(-0.5, epoch)[0], 4, colour)
+    canvas.save(path)
+
+
+def draw_curves(path, log, adapt_from=None):
+    """A run's log over its epochs: loss terms, validation PCK, what adaptation works on, learning rate.
+
+    log: a dict for each epoch, as the lines of log.jsonl; values that are missing, None or NaN are left out.
+    adapt_from: the epoch at which adaptation starts, a dashed line. Raises ValueError for an empty log.
+    """
+    if not log:
+        raise ValueError("log: no epoch to draw; train for at least one")
+    panels = [("Pose loss (mse)", {"mse": ""}), ("Consistency (target)", {"consistency": ""}),
+              ("EvalPose, Eq. 5", {"evalpose": ""}), ("Cross-domain, Eq. 6", {"cross_domain": ""}),
+              ("Validation PCK@0.05, %", {"val_student": "student", "val_teacher": "teacher"}),
+              ("Pseudo-labels", {"confidence": "confidence", "kept": "kept"}),
+              ("Similar pairs, Eq. 7", {"pairs": ""}), ("Learning rate", {"lr": ""})]
+    table = {}
+    for key in (key for _, keys in panels for key in keys):
+        xy = _array([[line["epoch"], line.get(key)] for line in log])
+        table[key] = xy[np.isfinite(xy[:, 1])]
+    full = [(title, {label: table[key] for key, label in keys.items()}) for title, keys in panels
+            if any(len(table[key]) for key in keys)]
+    width, height, margin, columns = 350, 190, 70, min(4, max(len(full), 1))
+    canvas = Canvas(columns * (width + margin) + 30, max(-(-len(full) // columns), 1) * (height + 96) + 16)
+    epochs = [line["epoch"] for line in log]
+    for n, (title, panel) in enumerate(full):
+        x0, y0 = n % columns * (width + margin) + margin, n // columns * (height + 96) + 44
+        values = np.concatenate([xy[:, 1] for xy in panel.values()])
+        low, high = min(values.min(), 0), values.max() if values.max() > 0 else 1
+        place = _axes(canvas, (x0, y0, x0 + width, y0 + height), (min(epochs), max(epochs)),
+                      (low, high + 0.08 * (high - low)), title, "epoch", ticks=(7, 6))
+        if adapt_from is not None and min(epochs) <= adapt_from <= max(epochs):
+            x = place(adapt_from, low)[0][0]
+            for y in range(y0, y0 + height, 8):
+                canvas.line([(x, y), (x, y + 4)], GREY)
+            if n == 0:
+                canvas.text(x - 5, y0 + 4, "adaptation starts", 11, GREY, "ra")
+        for (label, xy), colour in zip(panel.items(), PALETTE):
+            points = place(xy[:, 0], xy[:, 1])
+            if len(points) > 1:
+                canvas.line(points, colour, 2)
+            for point in points if 3 * len(points) <= len(log) else points[-1:]:
+                canvas.dot(*point, 3, colour)
+        if len(panel) > 1:
+            canvas.legend(x0 + 190, y0 - 17, list(zip(panel, PALETTE)), 12)
+    canvas.save(path)
+
+
+def draw_bins(path, series, ylabel):
+    """Fig. 9: a score over the bins of rising pose complexity, a bar for each method.
+
+    series: dict label -> N_b scores, None or NaN where a bin has none; ylabel: what the score is.
+    """
+    scores = {label: _array(values) for label, values in series.items()}
+    bins = max(map(len, scores.values()))
+    width = min(1600, max(420, 130 * len(scores), bins * (14 * len(scores) + 10)))
+    x0, y0, height, margin = 64, 66, 300, 24
+    canvas = Canvas(x0 + width + margin, y0 + height + 54)
+    finite = np.concatenate([[0.0], *(values[np.isfinite(values)] for values in scores.values())])
+    low, high = finite.min(), finite.max() if finite.max() > 0 else 1.0
+    place = _axes(canvas, (x0, y0, x0 + width, y0 + height), (-0.5, bins - 0.5), (1.05 * low, 1.05 * high),
+                  "", "complexity bin, from simple to complex poses", ylabel, (25, 6))
+    bar = 0.8 / len(scores)
+    for i, (values, colour) in enumerate(zip(scores.values(), cycle(PALETTE))):
+        for b in np.flatnonzero(np.isfinite(values)):
+            (left, y), (right, zero) = place([b - 0.4 + i * bar, b - 0.4 + (i + 0.92) * bar], [values[b], 0])
+            canvas.box(left, min(y, zero), right, max(y, zero, min(y, zero) + 1), colour)
+    canvas.legend(x0, 22, list(zip(scores, cycle(PALETTE))))
+    canvas.save(path)
+
+
+def draw_complexity(path, keypoints_per_bin, spread, skeleton):
+    """Fig. 2 and 3: poses of some bins, and how much the poses within each bin differ.
+
+    keypoints_per_bin: list of (bin, keypoints (m, K, 2) in any unit, y down, visible (m, K)), simplest first;
+    every pose is scaled to its cell. spread: mean, low, high, each (N_b,): the angular difference between
+    poses of a bin (Eq. 7) in degrees, its mean and the ends of its whiskers.
+    """
+    cell, head, margin, chart = 96, 44, 64, 560
+    most = max(len(keypoints) for _, keypoints, _ in keypoints_per_bin)
+    height = max(len(keypoints_per_bin) * cell, 300)
+    canvas = Canvas(2 * margin + 30 + most * cell + chart + margin // 2, head + height + 50)
+    canvas.text(20, head - 12, "Poses by bin", 14, anchor="ls", bold=True)
+    for r, (number, poses, visible) in enumerate(keypoints_per_bin):
+        y0 = head + r * height / len(keypoints_per_bin)
+        canvas.text(20, y0 + cell / 2, f"bin {number}", 13, GREY, "lm")
+        for n, (pose, shown) in enumerate(zip(_array(poses), _array(visible) > 0)):
+            if shown.any():
+                low, high = pose[shown].min(0), pose[shown].max(0)
+                scale = 0.84 * cell / max(high - low).clip(1e-9)
+                pose = (pose - (low + high) / 2) * scale + (margin + 20 + (n + 0.5) * cell, y0 + cell / 2)
+                draw_skeleton(canvas.draw, pose * Canvas.SCALE, shown, skeleton, None, 5)
+    mean, low, high = (_array(spread[key]) for key in ("mean", "low", "high"))
+    x0, bins = 2 * margin + 30 + most * cell, np.flatnonzero(np.isfinite(mean))
+    top = np.nanmax(np.concatenate([[1.0], mean, high]))
+    place = _axes(canvas, (x0, head, x0 + chart, head + height), (-0.5, len(mean) - 0.5), (0, 1.05 * top),
+                  "Angular difference within a bin", "bin, from simple to complex poses", "degrees", (12, 6))
+    for b in bins[np.isfinite(low[bins]) & np.isfinite(high[bins])]:
+        (left, y), (right, bottom) = place([b - 0.28, b + 0.28], [high[b], low[b]])
+        canvas.box(left, y, right, max(bottom, y + 1), (*PALETTE[0], 70), 2)
+    if len(bins) > 1:
+        canvas.line(place(bins, mean[bins]), PALETTE[0], 2)
+    for point in place(bins, mean[bins]):
+        canvas.dot(*point, 3.5, PALETTE[0])
+    canvas.save(path)
+
+
+def bin_spread(keypoints, skeleton, bins, num_bins, per_bin=100):
+    """Fig. 3: how much the poses of each bin differ, by Eq. 7: {"mean", "low", "high"}, (N_b,) degrees a triplet.
+
+    The distance of Eq. 7 divides the norm by K; times K / sqrt(A) it is the root mean square over the A triplets.
+    """
+    triplets = torch.tensor(skeleton.triplets)
+    columns = []
+    for j in range(num_bins):
+        poses = keypoints[torch.from_numpy(np.flatnonzero(bins == j)[:per_bin])]
+        distance = kernels.triplet_angle_distance(poses, poses, triplets)
+        pairs = distance[torch.triu(torch.ones_like(distance), 1) > 0] * len(skeleton) / math.sqrt(len(triplets))
+        pairs = torch.rad2deg(pairs[torch.isfinite(pairs)])
+        columns.append([pairs.mean().item(), pairs.quantile(0.25).item(), pairs.quantile(0.75).item()])
+    return dict(zip(("mean", "low", "high"), np.array(columns).T))
+
+
+def draw_figures(run, predictions, folder):
+    """All pictures of a finished run. predictions: the student's keypoints and confidences on the test split."""
+    trainer, domains, s = run.trainer, run.domains, run.settings
+    skeleton, shown = domains.source.skeleton, torch.arange(12)
+    first = domains.test[shown]
+    scores = [actupose.evalpose_score(predictions[0][i:i + 1], first[1][i:i + 1], torch.tensor(skeleton.limbs),
+                                      first[2][i:i + 1]) for i in range(len(shown))]
+    draw_predictions(folder / "predictions.png", *first, predictions[0][shown], predictions[1][shown], skeleton,
+                     [f"EvalPose {value:.0f}" for value in scores])
+    draw_samples(folder / "domains.png", [(f"{name}: {dataset}", *split[shown[:8]]) for name, dataset, split in
+                                          (("source", s.source, domains.source), ("target", s.target, domains.val))], skeleton)
+    if trainer.style_transfer is not None:
+        source, target = (normalise(d[shown[:8]][0].to(trainer.device)) for d in (domains.source, domains.target))
+        full = torch.ones(8, device=trainer.device)
+        columns = (("source", source), ("source -> target", trainer.style_transfer(source, target, full)),
+                   ("target", target), ("target -> source", trainer.style_transfer(target, source, full)))
+        draw_style(folder / "style.png", [(title, denormalise(images).cpu()) for title, images in columns])
+    if s.curriculum == "active":
+        other = actupose.ActiveCurriculum(run.curriculum.complexity, s.epochs, s.bins, s.pace, s.spread,
+                                          "minmax" if s.scale == "rank" else "rank")
+        expected = [other.probabilities(epoch) * np.diff(other.edges) for epoch in range(s.epochs)]
+        draw_curriculum(folder / "curriculum.png", [(f"this run: s_j by {s.scale}", np.array(run.drawn)),
+                                                    (f"for comparison: s_j by {other.scale}", np.array(expected))])
+    draw_curves(folder / "curves.png", run.log, s.pretrain_epochs if s.adapt else None)
+    models = {"student": trainer.student, "teacher": trainer.scored_teacher()}
+    bins = actupose.assign_bins(actupose.pose_complexity(run.vae, domains.test.keypoints, domains.test.visible,
+                                                         skeleton.root), s.bins)
+    draw_bins(folder / "bins.png", {name: score(trainer.predict(model, domains.test)[0], domains.test, trainer.stride,
+                                                s.subcell, bins, s.bins)["bins"]
+                                    for name, model in models.items() if model is not None}, "PCK@0.05")
+    source_bins = actupose.assign_bins(run.curriculum.complexity, s.bins)
+    rows = []
+    for j in np.unique(np.linspace(0, s.bins - 1, 5).astype(int)):
+        of_bin = torch.from_numpy(np.flatnonzero(source_bins == j)[:8])
+        rows.append((int(j), domains.source.keypoints[of_bin], domains.source.visible[of_bin]))
+    draw_complexity(folder / "complexity.png", rows, bin_spread(domains.source.keypoints, skeleton, source_bins, s.bins), skeleton)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Many runs, one table
+# ----------------------------------------------------------------------------------------------------------
+
+
+def variant_settings(name, preset, given):
+    """Settings of a row of the comparison: a method, or "no-curriculum" and the like, ACTUPose with one change."""
+    if name in METHODS:
+        return {**given, "method": name}
+    if name in ABLATIONS:
+        return {**given, "method": "actupose", **ABLATIONS[name]}
+    raise UserError(f"--methods: unknown {name!r}; methods: {', '.join(METHODS)}; ablations: {', '.join(ABLATIONS)}")
+
+
+def compare(names, seeds, root, jobs, preset, device, given):
+    """Run what is missing of names x seeds under `root`, in `jobs` processes, and print the table in Markdown."""
+    root = Path(root)
+    wanted = [(name, seed, root / f"{name}-s{seed}") for name in names for seed in seeds]
+    todo = []
+    for name, seed, out in wanted:
+        values = variant_settings(name, preset, {**given, "seed": seed})
+        settings = dataclasses.asdict(make_settings(preset, **values))
+        if (out / "config.json").exists():
+            config = json.loads((out / "config.json").read_text())
+            for key, value in settings.items():
+                if config.get(key) != value:
+                    raise UserError(f"{out}: was run with --{key.replace('_', '-')} {config.get(key)}, now {value} is asked for; "
+                                    f"give another --out")
+        if not (out / "result.json").exists():
+            command = [sys.executable, __file__, "--preset", preset, "--device", device, "--out", str(out)]
+            for key, value in values.items():
+                command += [f"--{key.replace('_', '-')}", str(value)]
+            todo.append((out, command + (["--resume"] if (out / "last.pt").exists() else [])))
+    progress, running, failed = Progress("runs"), [], []
+    total = len(todo)
+    environment = dict(os.environ, OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // jobs)))
+    while todo or running:
+        while todo and len(running) < jobs:
+            out, command = todo.pop(0)
+            out.mkdir(parents=True, exist_ok=True)
+            with open(out / "output.txt", "w") as f:
+                running.append((out, subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=environment)))
+        time.sleep(0.5)
+        for out, process in [r for r in running if r[1].poll() is not None]:
+            running.remove((out, process))
+            if process.returncode:
+                failed.append(f"{out}: exit status {process.returncode}, see {out / 'output.txt'}")
+            progress(total - len(todo) - len(running), total, out.name)
+    results = {}
+    for name, seed, out in wanted:
+        if (out / "result.json").exists():
+            results.setdefault(name, []).append(json.loads((out / "result.json").read_text()))
+    print(comparison_table(results))
+    if results:
+        draw_bins(root / "bins.png", {name: np.mean([r["bins"] for r in rows], 0).tolist() for name, rows in results.items()},
+                  "PCK@0.05")
+    if failed:
+        raise UserError("; ".join(failed))
+
+
+def comparison_table(results):
+    """Markdown table of {name: [result, ...]}: mean over seeds, spread (sample deviation), share of the gap closed."""
+    mean = {name: np.mean([r["pck"]["all"] for r in rows]) for name, rows in results.items()}
+    groups = [g for g in next(iter(results.values()))[0]["pck"] if g != "all"] if results else []
+    lines = ["| method | seeds | " + " | ".join(groups) + " | all | teacher | EvalPose | gap closed |",
+             "|---|---|" + "---|" * (len(groups) + 4)]
+    for name, rows in results.items():
+        all_scores = [r["pck"]["all"] for r in rows]
+        spread = f" ± {np.std(all_scores, ddof=1):.1f}" if len(rows) > 1 else ""
+        teacher = [r["teacher"]["pck"]["all"] for r in rows if r["teacher"]]
+        gap = "–"
+        if "source-only" in mean and "oracle" in mean:
+            gap = f"{100 * (mean[name] - mean['source-only']) / (mean['oracle'] - mean['source-only']):.0f} %"
+        cells = [f"{np.mean([r['pck'][g] for r in rows]):.1f}" for g in groups]
+        lines.append(f"| {name} | {len(rows)} | " + " | ".join(cells) + f" | **{mean[name]:.1f}**{spread} | "
+                     + (f"{np.mean(teacher):.1f}" if teacher else "–")
+                     + f" | {np.mean([r['evalpose'] for r in rows]):.1f} | {gap} |")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------
+
+
+def boolean(text):
+    """on/off, true/false, yes/no, 1/0 -> bool."""
+    if text.lower() in ("on", "true", "yes", "1"):
+        return True
+    if text.lower() in ("off", "false", "no", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"must be on or off, got {text!r}")
+
+
+def add_settings(parser, skip=()):
+    """One --option for each field of Settings, in groups, with the default and the paper's value in the help."""
+    groups = {}
+    for f in dataclasses.fields(Settings):
+        if f.name in skip:
+            continue
+        title = f.metadata["group"]
+        group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
+        paper = f.metadata["paper"]
+        shown = [f"default {f.default}" if f.default != "" else "", f"paper {paper}" if paper is not None else ""]
+        text = f.metadata["help"] + " [" + "; ".join(part for part in shown if part) + "]"
+        kind = type(f.default)
+        group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, choices=f.metadata["choices"],
+                           type=boolean if kind is bool else kind, help=text.replace("[]", "").replace("%", "%%"),
+                           metavar=None if f.metadata["choices"] else kind.__name__.upper())
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, with the nearest option for a typo."""
+
+    def error(self, message):
+        """One line on stderr, exit status 2."""
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in (w.split("=")[0] for w in sys.argv[1:] if w.startswith("--")):
+            near = difflib.get_close_matches(word, known, 1)
+            if word not in known and near:
+                message += f"; did you mean {near[0]}?"
+        print(f"train.py: {message} (--help lists the options)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def main(arguments):
+    """The command line: train (with no word), evaluate RUN, compare."""
+    verb = arguments[0] if arguments and not arguments[0].startswith("-") else "train"
+    rest = arguments[1:] if verb != "train" or (arguments and arguments[0] == "train") else arguments
+    describe = argparse.RawDescriptionHelpFormatter
+    if verb == "train":
+        parser = Parser(prog="train.py", formatter_class=describe, allow_abbrev=False, description=TRAIN_HELP)
+        parser.add_argument("--preset", choices=("demo", "paper"), default="demo", help="which defaults the options below have")
+        parser.add_argument("--out", default="", help="directory of the run [default runs/METHOD-TARGET-sSEED]")
+        parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... [default: a GPU if there is one]")
+        parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
+        add_settings(parser)
+        given = vars(parser.parse_args(rest))
+        preset, out, device, resume = (given.pop(name) for name in ("preset", "out", "device", "resume"))
+        settings = make_settings(preset, **given)
+        out = Path(out or f"runs/{settings.method}-{settings.target}-s{settings.seed}")
+        if resume:
+            settings = resumed_settings(out, given)
+        result = train(settings, out, device, resume)
+        print_result(result, data.BODY16)
+        print(f"{result['seconds']:.0f} s, {result['peak_memory_gb']} GB; pictures in {out / 'figures'}")
+    elif verb == "evaluate":
+        parser = Parser(prog="train.py evaluate", description="Repeat the evaluation of a finished run.")
+        parser.add_argument("run", help="directory of the run")
+        parser.add_argument("--device", default="auto", help="cpu, cuda, ... [default: a GPU if there is one]")
+        options = parser.parse_args(rest)
+        evaluate_run(Path(options.run), choose_device(options.device))
+    elif verb == "compare":
+        parser = Parser(prog="train.py compare", formatter_class=describe, allow_abbrev=False, description=COMPARE_HELP)
+        parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated rows [default: the five methods]")
+        parser.add_argument("--seeds", default="0,1,2", help="comma-separated seeds [default 0,1,2]")
+        parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores [default 1]")
+        parser.add_argument("--preset", choices=("demo", "paper"), default="demo", help="which defaults the options below have")
+        parser.add_argument("--out", default="runs/compare", help="directory of the runs [default runs/compare]")
+        parser.add_argument("--device", default="auto", help="cpu, cuda, ... [default: a GPU if there is one]")
+        add_settings(parser, skip=("method", "seed"))
+        given = vars(parser.parse_args(rest))
+        names, seeds, jobs, preset, out, device = (given.pop(n) for n in ("methods", "seeds", "jobs", "preset", "out", "device"))
+        try:
+            seeds = [int(seed) for seed in seeds.split(",")]
+        except ValueError:
+            raise UserError(f"--seeds: comma-separated whole numbers, got {seeds!r}") from None
+        if jobs < 1:
+            raise UserError(f"--jobs: must be at least 1, got {jobs}")
+        compare(names.split(","), seeds, out, jobs, preset, device, given)
+    else:
+        raise UserError(f"unknown command {verb!r}; use train (the default), evaluate RUN or compare")
+
+
+def saved_settings(out):
+    """Settings from a run's config.json. UserError when there is none."""
+    try:
+        config = json.loads((out / "config.json").read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{out}: no run here ({type(e).__name__} on config.json)") from None
+    names = {f.name for f in dataclasses.fields(Settings)}
+    return Settings(**{name: value for name, value in config.items() if name in names})
+
+
+def resumed_settings(out, given):
+    """The settings that a run was started with; UserError where the command line asks for others."""
+    settings = saved_settings(out)
+    for name, value in given.items():
+        if getattr(settings, name) != value:
+            raise UserError(f"--{name.replace('_', '-')}: the run in {out} was started with {getattr(settings, name)}; "
+                            f"leave the option away with --resume, or start a new run")
+    return settings
+
+
+def evaluate_run(out, device):
+    """Score a run's last checkpoint again and say whether the figures are those of result.json."""
+    settings = saved_settings(out)
+    checkpoint = load_checkpoint(out / "last.pt")
+    run = set_up(settings, device, checkpoint, out / "last.pt")
+    run.load(checkpoint, out / "last.pt")
+    scores, _ = evaluate(run)
+    result = {**scores["student"], "teacher": scores.get("teacher")}
+    print_result(result, run.domains.test.skeleton)
+    try:
+        stored = json.loads((out / "result.json").read_text())
+    except FileNotFoundError:
+        print(f"after epoch {checkpoint['epoch'] + 1} of {settings.epochs}; the run is not finished, --resume goes on with it")
+        return
+    same = all(abs(stored["pck"][g] - result["pck"][g]) < 1e-9 for g in result["pck"]) and \
+        abs(stored["evalpose"] - result["evalpose"]) < 1e-4
+    print(f"{'the same as' if same else 'DIFFERS from'} {out / 'result.json'}")
+
+
+TRAIN_HELP = """Train ACTUPose or a baseline. With no option: ACTUPose on the built-in benchmark, in minutes on a CPU.
+
+  python train.py                                          the demo
+  python train.py --method udape --seed 1                  a baseline, another seed
+  python train.py --target lsp --target-root DIR           adapt to real photographs
+  python train.py evaluate RUN                             score a finished run again
+  python train.py compare --methods udape,actupose         several runs, one table"""
+
+COMPARE_HELP = f"""Run what is missing of methods x seeds, skip what is finished, print the table in Markdown.
+
+methods:   {', '.join(METHODS)}
+ablations: {', '.join(ABLATIONS)} (ACTUPose with one thing changed)"""
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last epoch", file=sys.stderr)
+        sys.exit(130)
