@@ -517,13 +517,36 @@ def heatmap_mse(predicted, target, weight):
     return 0.5 * ((predicted - target) ** 2 * weight[..., None, None]).mean()
 
 
-def rectify(heatmaps, sigma):
-    """Pseudo-labels: each heatmap redrawn as a clean Gaussian at its maximum.
+def decode_keypoints(heatmaps, subcell=False):
+    """Heatmaps (B, K, H, W) -> cells (B, K, 2) as (x, y), confidence (B, K).
 
-    heatmaps: (B, K, H, H) of the teacher; sigma: cells.
-    Returns heatmaps (B, K, H, W), cells (B, K, 2) as (x, y), confidence (B, K) (the maximum).
+    subcell: add the vertex of the parabola through the maximum and its two neighbours, on each axis, at
+    most half a cell.
     """
     cells, confidence = kernels.heatmap_argmax(heatmaps)
+    if not subcell:
+        return cells, confidence
+    height, width = heatmaps.shape[-2:]
+    flat, index = heatmaps.flatten(2), cells.long()
+    offset = []
+    for axis, (size, step) in enumerate(((width, 1), (height, width))):
+        i, at = index[..., axis], index[..., 1] * width + index[..., 0]
+        edge = (i == 0) | (i == size - 1)
+        before = flat.gather(2, torch.where(edge, at, at - step)[..., None])[..., 0].float()
+        after = flat.gather(2, torch.where(edge, at, at + step)[..., None])[..., 0].float()
+        curvature = 2 * confidence - before - after
+        vertex = 0.5 * (after - before) / torch.where(curvature > 0, curvature, 1.0)
+        offset.append(torch.where(edge | (curvature <= 0), 0.0, vertex.clamp(-0.5, 0.5)))
+    return cells + torch.stack(offset, -1), confidence
+
+
+def rectify(heatmaps, sigma, subcell=False):
+    """Pseudo-labels: each heatmap redrawn as a clean Gaussian at its maximum.
+
+    heatmaps: (B, K, H, H) of the teacher; sigma: cells; subcell: as in `decode_keypoints`.
+    Returns heatmaps (B, K, H, W), cells (B, K, 2) as (x, y), confidence (B, K) (the maximum).
+    """
+    cells, confidence = decode_keypoints(heatmaps, subcell)
     return draw_gaussians(cells, heatmaps.shape[-1], sigma), cells, confidence
 
 
@@ -632,29 +655,6 @@ def total_loss(udape, evalpose_term, cross_domain, weights=(1.0, 0.1, 0.01)):
 # ----------------------------------------------------------------------------------------------------------
 # §4 Metrics
 # ----------------------------------------------------------------------------------------------------------
-
-
-def decode_keypoints(heatmaps, subcell=False):
-    """Heatmaps (B, K, H, W) -> cells (B, K, 2) as (x, y), confidence (B, K).
-
-    subcell: add the vertex of the parabola through the maximum and its two neighbours, on each axis, at
-    most half a cell.
-    """
-    cells, confidence = kernels.heatmap_argmax(heatmaps)
-    if not subcell:
-        return cells, confidence
-    height, width = heatmaps.shape[-2:]
-    flat, index = heatmaps.flatten(2), cells.long()
-    offset = []
-    for axis, (size, step) in enumerate(((width, 1), (height, width))):
-        i, at = index[..., axis], index[..., 1] * width + index[..., 0]
-        edge = (i == 0) | (i == size - 1)
-        before = flat.gather(2, torch.where(edge, at, at - step)[..., None])[..., 0].float()
-        after = flat.gather(2, torch.where(edge, at, at + step)[..., None])[..., 0].float()
-        curvature = 2 * confidence - before - after
-        vertex = 0.5 * (after - before) / torch.where(curvature > 0, curvature, 1.0)
-        offset.append(torch.where(edge | (curvature <= 0), 0.0, vertex.clamp(-0.5, 0.5)))
-    return cells + torch.stack(offset, -1), confidence
 
 
 def pck_hits(predicted, true, weight, threshold):

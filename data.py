@@ -19,12 +19,12 @@ indexing: `dataset[indices]` gives uint8 crops (B, 3, S, S), keypoints (B, K, 2)
 (B, K). The augmentation happens later, in batch and on the device.
 """
 
+import functools
 import hashlib
 import math
 import os
 import re
 import struct
-import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+
+
+class DataError(ValueError):
+    """A file from outside that is not what it should be; the message names it and says what was expected."""
+
 
 # ----------------------------------------------------------------------------------------------------------
 # Skeletons
@@ -137,12 +142,13 @@ def warp(maps, view, stride=1):
     Bilinear and differentiable. Returns (B, C, H, W).
     """
     height, width = maps.shape[-2:]
-    inverse = invert_view(view)
-    # From output cells to input cells, then to grid_sample's -1 ... 1 (align_corners: -1 is cell 0's centre).
-    half = torch.tensor([(width - 1) / 2, (height - 1) / 2], dtype=maps.dtype, device=maps.device).clamp(min=.5)
-    linear = inverse[..., :2].to(maps.dtype) * (half / half[:, None])
-    offset = ((inverse[..., :2].to(maps.dtype) @ half) + inverse[..., 2].to(maps.dtype) / stride - half) / half
-    grid = F.affine_grid(torch.cat([linear, offset[..., None]], -1), maps.shape, align_corners=True)
+    half_x, half_y = max((width - 1) / 2, 0.5), max((height - 1) / 2, 0.5)
+    (a, b, x), (c, d, y) = (row.unbind(-1) for row in invert_view(view).to(maps.dtype).unbind(-2))
+    # From output cells to input cells, in grid_sample's units: -1 ... 1 from the centre of cell 0 to the last's.
+    x = (a * half_x + b * half_y + x / stride) / half_x - 1
+    y = (c * half_x + d * half_y + y / stride) / half_y - 1
+    theta = torch.stack([torch.stack([a, b * (half_y / half_x), x], -1), torch.stack([c * (half_x / half_y), d, y], -1)], -2)
+    grid = F.affine_grid(theta, maps.shape, align_corners=True)
     return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
 
 
@@ -184,18 +190,21 @@ def render_heatmaps(keypoints, visible, size, stride, sigma, subcell=False):
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # ImageNet's, as the base method's
 
 
+@functools.lru_cache
+def _per_channel(values, device):
+    """Three numbers as (3, 1, 1) on a device; kept, so that a training step makes no copy from the host."""
+    return torch.tensor(values, device=device).view(3, 1, 1)
+
+
 def normalise(images):
     """uint8 (B, 3, H, W) -> float32, zero mean and unit deviation by ImageNet's statistics."""
-    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1) * 255
-    std = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1) * 255
-    return (images.float() - mean) / std
+    return (images.float() / 255 - _per_channel(IMAGE_MEAN, images.device)) / _per_channel(IMAGE_STD, images.device)
 
 
 def denormalise(images):
     """The inverse of `normalise`: float (B, 3, H, W) -> uint8, clamped."""
-    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1)
-    return ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    colours = images * _per_channel(IMAGE_STD, images.device) + _per_channel(IMAGE_MEAN, images.device)
+    return (colours * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def random_crop_view(u, size, area):
@@ -223,9 +232,8 @@ def colour_jitter(images, u, strength):
     images: (B, 3, H, W), normalised; the factors act on the colours behind them.
     """
     factor = (1 + strength * (2 * u - 1))[:, :, None, None, None]
-    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1)
-    luma = torch.tensor((0.299, 0.587, 0.114), device=images.device).view(3, 1, 1)
+    mean, std = (_per_channel(values, images.device) for values in (IMAGE_MEAN, IMAGE_STD))
+    luma = _per_channel((0.299, 0.587, 0.114), images.device)
     colours = (images * std + mean) * factor[:, 0]
     grey = (colours * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
     colours = grey + (colours - grey) * factor[:, 1]
@@ -244,27 +252,27 @@ def colour_jitter(images, u, strength):
 # last bit between the vector and the remainder loop of torch, and so would depend on the batch.
 # ---------------------------------------------------------------------------------------------------------
 
-RENDERER_VERSION = 1  # part of the cache file's name: raise it when the pictures change
+RENDERER_VERSION = 2  # part of the cache file's name: raise it when the pictures change
 
 # Streams of random numbers: one per purpose, so that adding a draw to one leaves the others as they were.
 POSE, PROPORTIONS, CAMERA, LOOK, CLUTTER, DISTRACTORS, OCCLUDERS, POST, GRAIN, FIELD = range(1, 11)
 
 # Difficulty of the target's appearance. Lengths are fractions of the image side, colours are in [0, 1].
 WILD = {
-    "textured": 0.6,            # probability that a garment carries a pattern
-    "pattern_contrast": 0.45,   # how far the second colour of a pattern goes from the first
-    "saturation": 0.6,          # of the background's colours, 1 = any RGB colour
-    "background": 0.6,          # contrast of the whole background
-    "value_noise": 0.25,        # weight of the value noise in the background
-    "clutter": 6,               # polygons, ellipses and bars behind the figure
+    "textured": 0.5,            # probability that a garment carries a pattern
+    "pattern_contrast": 0.35,   # how far the second colour of a pattern goes from the first
+    "saturation": 0.4,          # of the background's colours, 1 = any RGB colour
+    "background": 0.5,          # contrast of the whole background
+    "value_noise": 0.20,        # weight of the value noise in the background
+    "clutter": 5,               # polygons, ellipses and bars behind the figure
     "distractors": 2,           # two-segment limbs behind the figure
     "occluders": 2,             # at most so many shapes in front of it,
-    "occluder": 0.25,           # each present with this probability
-    "light": 0.25,              # strength of the light gradient across the image
+    "occluder": 0.20,           # each present with this probability
+    "light": 0.20,              # strength of the light gradient across the image
     "cast": 0.12,               # colour cast, per channel
-    "contrast": (0.75, 1.15),
-    "blur": 0.009,              # largest standard deviation of the blur
-    "grain": 0.035,             # largest standard deviation of the sensor noise
+    "contrast": (0.80, 1.15),
+    "blur": 0.008,              # largest standard deviation of the blur
+    "grain": 0.030,             # largest standard deviation of the sensor noise
 }
 PLAIN = {"gradient": 0.25, "value_noise": 0.06}  # the source: a smooth gradient, faintly mottled
 
@@ -290,7 +298,8 @@ STANDING = {
     "elbow": (4, 35),
 }
 FREE_ARMS = {"arm": (-30, 130), "lift": (5, 80), "armrot": (-50, 60), "elbow": (5, 120)}
-# name: (share in the source, share in the target, upright, ranges that differ from STANDING)
+# name: (weight in the source, weight in the target, upright, ranges that differ from STANDING); weights are
+# relative: sample_poses divides them by their sum.
 POSES = {
     "stand": (0.34, 0.09, True, {}),
     "walk": (0.24, 0.10, True, {
@@ -434,9 +443,9 @@ def sample_poses(seed, index, domain):
     pelvis outwards: segments keep their lengths, only angles within JOINT_LIMITS vary. Returns Figures.
     """
     device = index.device
-    shares = torch.tensor([p[0 if domain == "source" else 1] for p in POSES.values()], dtype=torch.float64)
+    weights = torch.tensor([p[0 if domain == "source" else 1] for p in POSES.values()], dtype=torch.float64)
     draws = hash_uniform(seed, index, 2 + len(ANGLES), POSE).double()
-    edges = (shares.cumsum(0) / shares.sum())[:-1].to(device)
+    edges = (weights.cumsum(0) / weights.sum())[:-1].to(device)
     kind = torch.searchsorted(edges, draws[:, 0].contiguous(), right=True)
     table = _pose_table().to(device)[kind]
     values = table[..., 0] + (table[..., 1] - table[..., 0]) * draws[:, 2:]
@@ -510,8 +519,8 @@ def _frame_figures(seed, index, figures):
     """Cameras that put each figure's box at 55-80 % of the image, wholly inside up to a hand or a foot."""
     draws = hash_uniform(seed, index, 5, CAMERA).double()
     distance = 3.0 + 4.0 * draws[:, 1]
-    one, zero = torch.ones_like(distance), torch.zeros(len(index), 2, dtype=torch.float64, device=index.device)
-    flat = View(distance, one, zero).project(figures.joints)
+    centred = torch.zeros_like(draws[:, :2])
+    flat = View(distance, torch.ones_like(distance), centred).project(figures.joints)
     low, high = flat.amin(1), flat.amax(1)
     extent = 0.60 + 0.20 * draws[:, 2]
     scale = extent / (high - low).amax(1)
@@ -557,7 +566,7 @@ def _capsules(seed, index, figures, view, domain):
     crown = j[:, 9] - figures.head[:, :, 1] * head_radius
     jaw = crown - figures.head[:, :, 1] * 0.35 * head_radius
     breast = at(j[:, 7], figures.chest, 0 * unit, -0.13 * unit, 0.085 * unit)
-    parts = []  # (end, end, radius, radius in metres for girth 1, colour, garment)
+    parts = []  # (end, end, radius, radius in metres, colour, garment: 0 shirt, 1 trousers, -1 none)
 
     def part(a, b, ra, rb, colour, garment):
         parts.append((a, b, ra * size, rb * size, colour, garment))
@@ -566,21 +575,21 @@ def _capsules(seed, index, figures, view, domain):
             (+1, 3, 4, 5, figures.feet[0], 13, 14, 15, figures.hands[0]),
             (-1, 2, 1, 0, figures.feet[1], 12, 11, 10, figures.hands[1])):
         part(j[:, hip], j[:, knee], 0.088, 0.060, trousers, 1)
-        part(j[:, knee], j[:, ankle], 0.060, 0.040, shank, 1)
-        part(j[:, ankle] - 0.02 * (toe - j[:, ankle]), toe, 0.044, 0.034, shoes, -1)
+        part(j[:, knee], j[:, ankle], 0.060, 0.044, shank, 1)
+        part(j[:, ankle] - 0.02 * (toe - j[:, ankle]), toe, 0.050, 0.040, shoes, -1)
         part(j[:, shoulder], j[:, elbow], 0.056, 0.043, shirt, 0)
-        part(j[:, elbow], j[:, wrist], 0.043, 0.032, sleeve, 0)
-        part(j[:, wrist], tip, 0.034, 0.036, skin, -1)
+        part(j[:, elbow], j[:, wrist], 0.044, 0.036, sleeve, 0)
+        part(j[:, wrist], tip, 0.040, 0.044, skin, -1)
         part(at(j[:, 6], figures.root, side * wide * 0.55, 0 * unit, 0 * unit),
              at(j[:, 7], figures.chest, side * span * 0.50, -0.08 * unit, 0 * unit), 0.088, 0.098, shirt, 0)
         part(at(crown, figures.head, side * 0.36 * head_radius, 0 * unit, 0.88 * head_radius),
              at(crown, figures.head, side * 0.36 * head_radius, 0.01 * unit, 0.88 * head_radius),
-             0.020, 0.020, eyes, -1)
+             0.022, 0.022, eyes, -1)
     part(j[:, 2], j[:, 3], 0.085, 0.085, trousers, 1)
     part(at(j[:, 7], figures.chest, span * 0.85, -0.03 * unit, 0 * unit),
          at(j[:, 7], figures.chest, -span * 0.85, -0.03 * unit, 0 * unit), 0.062, 0.062, shirt, 0)
     part(at(j[:, 7], figures.chest, 0 * unit, -0.02 * unit, 0 * unit), j[:, 8], 0.056, 0.050, skin, -1)
-    part(breast, breast - figures.chest[:, :, 1] * 0.10 * unit, 0.045, 0.045, mark, -1)
+    part(breast, breast - figures.chest[:, :, 1] * 0.10 * unit, 0.052, 0.052, mark, -1)
     back = at(crown, figures.head, 0 * unit, 0 * unit, -0.10 * head_radius)
     parts.append((back, jaw - figures.head[:, :, 2] * 0.25 * head_radius, head_radius[:, 0],
                   head_radius[:, 0] * 0.8, hair, -1))
@@ -604,9 +613,9 @@ def _capsules(seed, index, figures, view, domain):
     capsules["pattern"] = torch.zeros_like(capsules["ra"])
     capsules["frequency"] = torch.ones_like(capsules["ra"])
     if domain == "target":
-        for g, at_ in ((0, 20), (1, 27)):
-            d = look[:, at_:at_ + 7]
-            kind = torch.where(d[:, 0] < WILD["textured"], 1 + (d[:, 1] * 4).floor(), torch.zeros_like(d[:, 0]))
+        for g, column in ((0, 20), (1, 27)):
+            d = look[:, column:column + 7]
+            kind = (1 + (d[:, 1] * 4).floor()) * (d[:, 0] < WILD["textured"])
             worn = (garment == g)[None]
             base = shirt if g == 0 else trousers
             # A sleeve or a leg of bare skin keeps its plain look.
@@ -635,7 +644,8 @@ def _distractors(seed, index, view, colours):
                       colours.gather(1, (d[..., 11] * 3).long()[..., None].expand(-1, -1, 3)))
     depth = torch.full_like(radius, -4.0)
     pattern = torch.where(d[..., 12] < 0.3, 1 + (d[..., 13] * 4).floor(), torch.zeros_like(depth))
-    pair = {"a": (start, middle), "b": (middle, end), "ra": (radius * 1.2, radius), "rb": (radius, radius * 0.75),
+    pair = {"a": (start, middle), "b": (middle, end),
+            "ra": (radius * 1.2, radius), "rb": (radius, radius * 0.75),
             "za": (depth, depth), "zb": (depth, depth), "first": (own, own), "second": (1 - own, 1 - own),
             "metres": ((1 / view.scale)[:, None].expand_as(depth),) * 2, "pattern": (pattern, pattern),
             "frequency": (depth * 0 + 8, depth * 0 + 8)}
@@ -692,7 +702,8 @@ def _paint_capsules(canvas, capsules, light, salt, size):
         per_sample = torch.stack((
             a[:, 0], a[:, 1], ab[:, 0], ab[:, 1], ab[:, 0] / length2.clamp(min=1e-6),
             ab[:, 1] / length2.clamp(min=1e-6), ra, rb - ra, c["za"], c["zb"] - c["za"], c["metres"] / size,
-            c["pattern"], c["frequency"], length2.sqrt(), *c["first"].unbind(1), *c["second"].unbind(1))).float()
+            c["pattern"], c["frequency"], length2.sqrt(),
+            *c["first"].unbind(1), *c["second"].unbind(1))).float()
         (ax, ay, dx, dy, ex, ey, r0, dr, z0, dz, metres, kind, frequency, length,
          *colours) = per_sample[:, n].unbind(0)
         px, py = x.float() - ax, y.float() - ay
@@ -706,6 +717,8 @@ def _paint_capsules(canvas, capsules, light, salt, size):
         cover = torch.where(z > depth[n, y, x], cover, torch.zeros_like(cover))
         lx, ly, lz = light[n].unbind(1)
         shade = 0.45 + 0.60 * ((ox * lx + oy * ly + bulge * lz) / radius.clamp(min=1e-3)).clamp(min=0)
+        # Darker towards the outline, so that a limb shows before a body part of the same colour.
+        shade = shade * (0.6 + 0.4 * bulge / radius.clamp(min=1e-3))
         across = (ox * dy - oy * dx) / length.clamp(min=1e-3)
         second = _pattern(kind, t * length * metres, across * metres + 10, frequency, salt[n])
         first = torch.stack(colours[:3])
@@ -810,7 +823,7 @@ def _photograph(seed, index, images):
     turn = 2 * math.pi * d[:, 0].double()
     place = (torch.arange(size, device=index.device).float() + 0.5) / size - 0.5
     slope = torch.stack((turn.cos(), turn.sin()), 1).float() * (2 * WILD["light"] * d[:, 1:2])
-    light = (1 + slope[:, 0, None, None] * place[None, None, :] + slope[:, 1, None, None] * place[None, :, None])
+    light = 1 + slope[:, 0, None, None] * place + slope[:, 1, None, None] * place[:, None]
     cast = 1 + WILD["cast"] * (2 * d[:, 2:5] - 1)
     low, high = WILD["contrast"]
     contrast = (low + (high - low) * d[:, 5])[:, None, None, None]
@@ -829,7 +842,8 @@ def _render_chunk(seed, index, domain, size):
     capsules = _capsules(seed, index, figures, view, domain)
     images = _backgrounds(seed, index, domain, size)
     images = images.expand(-1, 3, size, size).contiguous()
-    lamp = torch.tensor([[-0.35, -0.60, 0.72]], dtype=torch.float64, device=index.device).repeat(len(index), 1)
+    lamp = torch.tensor([[-0.35, -0.60, 0.72]], dtype=torch.float64, device=index.device)
+    lamp = lamp.repeat(len(index), 1)
     if domain == "target":
         d = hash_uniform(seed, index, 2, POST + 10).double()
         lamp = lamp + torch.stack((1.2 * (d[:, 0] - 0.5), 0.8 * (d[:, 1] - 0.5), 0 * d[:, 0]), 1)
@@ -984,17 +998,17 @@ def read_mat(path, name):
         try:
             return _read_mat_variable(file, os.fstat(file.fileno()).st_size, name)
         except (ValueError, zlib.error) as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise DataError(f"{path}: {error}") from error
 
 
 def _read_mat_variable(file, file_bytes, name):
     header = file.read(128)
     if header.startswith((b"MATLAB 7.3", b"\x89HDF")):
-        raise ValueError("a MATLAB v7.3 (HDF5) file; load it in MATLAB and save it again with "
+        raise DataError("a MATLAB v7.3 (HDF5) file; load it in MATLAB and save it again with "
                          "save(..., '-v7')")
     order = {b"IM": "<", b"MI": ">"}.get(header[126:128])
     if order is None or struct.unpack(order + "H", header[124:126])[0] >> 8 != 1:
-        raise ValueError("not a MATLAB level-5 file (no such header); save it with MATLAB's save(..., '-v7')")
+        raise DataError("not a MATLAB level-5 file (no such header); save it with MATLAB's save(..., '-v7')")
 
     present = []
     position = 128
@@ -1002,10 +1016,10 @@ def _read_mat_variable(file, file_bytes, name):
         file.seek(position)
         tag = file.read(8)
         if len(tag) < 8:
-            raise ValueError(f"truncated: {len(tag)} bytes of an 8-byte tag at offset {position}")
+            raise DataError(f"truncated: {len(tag)} bytes of an 8-byte tag at offset {position}")
         kind, nbytes = struct.unpack(order + "II", tag)
         if nbytes > file_bytes - position - 8:
-            raise ValueError(f"truncated: the element at offset {position} declares {nbytes} bytes, "
+            raise DataError(f"truncated: the element at offset {position} declares {nbytes} bytes, "
                              f"{file_bytes - position - 8} are left")
         if kind == _MAT_MATRIX:
             inflate, start = None, file.read(min(nbytes, _MAT_HEADER_BYTES))
@@ -1014,24 +1028,24 @@ def _read_mat_variable(file, file_bytes, name):
             inflate = zlib.decompressobj()
             start = inflate.decompress(file.read(min(nbytes, 65536)), _MAT_HEADER_BYTES)
             if len(start) < 8:
-                raise ValueError(f"truncated: the compressed element at offset {position} is cut short")
+                raise DataError(f"truncated: the compressed element at offset {position} is cut short")
             kind, matrix_bytes = struct.unpack(order + "II", start[:8])
             start = start[8:]
         if kind != _MAT_MATRIX:
-            raise ValueError(f"the element at offset {position} is of type {kind}, not a variable: "
+            raise DataError(f"the element at offset {position} is of type {kind}, not a variable: "
                              "the file is damaged")
         matrix_class, is_complex, shape, found, at = _mat_variable_header(start[:matrix_bytes], order)
         if found == name:
             if matrix_class in _MAT_UNREAD or is_complex:
-                raise ValueError(f"variable {name!r} is {_MAT_UNREAD.get(matrix_class, 'complex')}; only "
+                raise DataError(f"variable {name!r} is {_MAT_UNREAD.get(matrix_class, 'complex')}; only "
                                  "real numeric and char arrays are read")
             if matrix_bytes > MAX_MAT_BYTES or nbytes > MAX_MAT_BYTES:
-                raise ValueError(f"variable {name!r} declares {max(matrix_bytes, nbytes)} bytes, more than "
+                raise DataError(f"variable {name!r} declares {max(matrix_bytes, nbytes)} bytes, more than "
                                  f"the limit of {MAX_MAT_BYTES}")
             # Eight bytes a value, the widest class. Empty axes count as one, or an empty array could still
             # claim billions of rows.
             if min(shape) < 0 or 8 * math.prod(max(n, 1) for n in shape) > MAX_MAT_BYTES:
-                raise ValueError(f"variable {name!r} has dimensions {shape}, negative or beyond the limit of "
+                raise DataError(f"variable {name!r} has dimensions {shape}, negative or beyond the limit of "
                                  f"{MAX_MAT_BYTES} bytes")
             missing = matrix_bytes - len(start)
             if inflate is None:
@@ -1041,28 +1055,28 @@ def _read_mat_variable(file, file_bytes, name):
                 # One byte more than declared, so that zlib runs on to the checksum at its end.
                 matrix = start + inflate.decompress(rest, max(missing, 0) + 1)
                 if not inflate.eof or len(matrix) != matrix_bytes:
-                    raise ValueError(f"variable {name!r} does not inflate to the {matrix_bytes} bytes "
+                    raise DataError(f"variable {name!r} does not inflate to the {matrix_bytes} bytes "
                                      "that it declares")
             return _mat_array(matrix, at, matrix_class, shape, order)
         present.append(found)
         position += 8 + nbytes
-    raise ValueError(f"no variable {name!r}; the file holds "
+    raise DataError(f"no variable {name!r}; the file holds "
                      + (", ".join(present[:20]) + (", ..." if len(present) > 20 else "") or "none"))
 
 
 def _mat_element(data, at, order):
     """The element at byte `at` of `data` -> (type, its bytes, where the next one begins)."""
     if at + 8 > len(data):
-        raise ValueError("truncated: a variable ends inside an element's tag")
+        raise DataError("truncated: a variable ends inside an element's tag")
     kind, nbytes = struct.unpack_from(order + "II", data, at)
     if kind >> 16:  # a small element: size and type share the first word, up to four bytes follow at once
         kind, nbytes, begin, following = kind & 0xFFFF, kind >> 16, at + 4, at + 8
         if nbytes > 4:
-            raise ValueError(f"a small element declares {nbytes} bytes, at most 4 fit: the file is damaged")
+            raise DataError(f"a small element declares {nbytes} bytes, at most 4 fit: the file is damaged")
     else:
         begin, following = at + 8, at + 8 + nbytes + -nbytes % 8
     if begin + nbytes > len(data):
-        raise ValueError(f"truncated: an element declares {nbytes} bytes, {len(data) - begin} are left")
+        raise DataError(f"truncated: an element declares {nbytes} bytes, {len(data) - begin} are left")
     return kind, memoryview(data)[begin:begin + nbytes], following
 
 
@@ -1070,20 +1084,20 @@ def _mat_variable_header(data, order):
     """First bytes of a variable -> (class, whether complex, shape, name, where its values begin)."""
     kind, flags, at = _mat_element(data, 0, order)
     if kind != 6 or len(flags) != 8:
-        raise ValueError("a variable without array flags: the file is damaged")
+        raise DataError("a variable without array flags: the file is damaged")
     word = struct.unpack_from(order + "I", flags)[0]
     matrix_class = word & 0xFF
     if matrix_class not in _MAT_NUMERIC and matrix_class not in _MAT_UNREAD and matrix_class != _MAT_CHAR:
-        raise ValueError(f"a variable of class {matrix_class}, which does not exist: the file is damaged")
+        raise DataError(f"a variable of class {matrix_class}, which does not exist: the file is damaged")
     shape = ()
     if matrix_class != _MAT_OPAQUE:  # the one class without dimensions
         kind, sizes, at = _mat_element(data, at, order)
         if kind != 5 or len(sizes) % 4 or not 8 <= len(sizes) <= 4 * 32:
-            raise ValueError("a variable without valid dimensions: the file is damaged")
+            raise DataError("a variable without valid dimensions: the file is damaged")
         shape = struct.unpack(f"{order}{len(sizes) // 4}i", sizes)
     kind, letters, at = _mat_element(data, at, order)
     if kind not in (1, 2, 16):
-        raise ValueError("a variable without a name: the file is damaged")
+        raise DataError("a variable without a name: the file is damaged")
     return matrix_class, bool(word & 0x800), shape, bytes(letters).decode("latin-1"), at
 
 
@@ -1092,7 +1106,7 @@ def _mat_array(matrix, at, matrix_class, shape, order):
     kind, data, _ = _mat_element(matrix, at, order)
     if matrix_class == _MAT_CHAR:
         if kind not in _MAT_TEXT:
-            raise ValueError(f"text stored as type {kind}: the file is damaged")
+            raise DataError(f"text stored as type {kind}: the file is damaged")
         encoding = _MAT_TEXT[kind]
         if encoding in ("utf-16", "utf-32"):
             encoding += "-le" if order == "<" else "-be"
@@ -1101,13 +1115,13 @@ def _mat_array(matrix, at, matrix_class, shape, order):
         values = np.frombuffer(text, "<u2")
     else:
         if kind not in _MAT_STORAGE:
-            raise ValueError(f"numbers stored as type {kind}: the file is damaged")
+            raise DataError(f"numbers stored as type {kind}: the file is damaged")
         storage = np.dtype(order + _MAT_STORAGE[kind])
         if len(data) % storage.itemsize:
-            raise ValueError(f"{len(data)} bytes of values are no multiple of {storage.itemsize}")
+            raise DataError(f"{len(data)} bytes of values are no multiple of {storage.itemsize}")
         values = np.frombuffer(data, storage)
     if values.size != math.prod(shape):
-        raise ValueError(f"dimensions {shape} ask for {math.prod(shape)} values, {values.size} are stored")
+        raise DataError(f"dimensions {shape} ask for {math.prod(shape)} values, {values.size} are stored")
     values = values.reshape(shape, order="F")  # MATLAB is column-major
 
     if matrix_class == _MAT_CHAR:
@@ -1120,10 +1134,10 @@ def _mat_array(matrix, at, matrix_class, shape, order):
     # storage of values that the class cannot hold is damage.
     target = np.dtype(_MAT_NUMERIC[matrix_class])
     if storage.kind == "f" and (target.kind != "f" or storage.itemsize > target.itemsize):
-        raise ValueError(f"an array of class {target.name} stored as {storage.name}: the file is damaged")
+        raise DataError(f"an array of class {target.name} stored as {storage.name}: the file is damaged")
     array = np.array(values, dtype=target, order="C")
     if target.kind != "f" and not np.array_equal(array, values):
-        raise ValueError(f"values outside the range of their class {target.name}: the file is damaged")
+        raise DataError(f"values outside the range of their class {target.name}: the file is damaged")
     return array
 
 
@@ -1232,7 +1246,7 @@ class LSP:
                 picture = image.convert("RGB").resize(fitted, Image.Resampling.BILINEAR,
                                                       box=reduced[1] if reduced else None)
             except (OSError, ValueError, SyntaxError) as error:
-                raise ValueError(f"{file}: cannot be decoded ({error}); fetch the image again") from error
+                raise DataError(f"{file}: cannot be decoded ({error}); fetch the image again") from error
         crop = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         crop[:, top:top + fitted[1], left:left + fitted[0]] = pixels
@@ -1252,7 +1266,7 @@ def _open_image(file):
     except FileNotFoundError:
         raise
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file}: not a readable image ({error}); fetch it again") from error
+        raise DataError(f"{file}: not a readable image ({error}); fetch it again") from error
 
 
 def _index_tensor(indices, n):
@@ -1290,21 +1304,21 @@ def _read_lsp_joints(joints_file):
     if joints.ndim == 2:  # MATLAB drops a last axis of one
         joints = joints[..., None]
     if joints.ndim != 3 or joints.shape[:2] not in ((3, 14), (14, 3)) or joints.dtype.kind not in "fiu":
-        raise ValueError(f"{joints_file}: 'joints' has shape {shape}, expected (3, 14, N), LSP, or "
+        raise DataError(f"{joints_file}: 'joints' has shape {shape}, expected (3, 14, N), LSP, or "
                          "(14, 3, N), LSP Extended")
     if joints.shape[2] == 0:
-        raise ValueError(f"{joints_file}: 'joints' has shape {shape}: no image")
+        raise DataError(f"{joints_file}: 'joints' has shape {shape}: no image")
     extended = joints.shape[0] == 14
     joints = joints.transpose((2, 0, 1) if extended else (2, 1, 0)).astype(np.float64)
     flag = joints[..., 2]
     if not np.isin(flag, (0, 1)).all():
-        raise ValueError(f"{joints_file}: the third value of a joint must be 0 or 1, "
+        raise DataError(f"{joints_file}: the third value of a joint must be 0 or 1, "
                          f"found {flag[~np.isin(flag, (0, 1))][0]}")
     labelled = flag == 1 if extended else np.ones(flag.shape, dtype=bool)
     bad = labelled & ~(np.abs(joints[..., :2]) < 1e6).all(-1)  # not a number counts as bad, too
     if bad.any():
         image, joint = np.argwhere(bad)[0]
-        raise ValueError(f"{joints_file}: joint {joint + 1} of image {image + 1} is labelled at "
+        raise DataError(f"{joints_file}: joint {joint + 1} of image {image + 1} is labelled at "
                          f"{joints[image, joint, :2].tolist()}, which is no place in a picture")
     return extended, joints[..., :2], labelled
 
@@ -1323,7 +1337,7 @@ def _find_lsp_images(folder, n, extended, joints_file):
                                 f"{expected[-1]}, the directory holds {len(found)} images")
     extra = min(found.difference(expected), default=None)
     if extra:
-        raise ValueError(f"{folder / extra}: no entry for it in {joints_file}, which has {n}; the directory "
+        raise DataError(f"{folder / extra}: no entry for it in {joints_file}, which has {n}; the directory "
                          f"holds {len(found)} images. Take images and joints.mat from the same release")
     return np.array([folder / name for name in expected], dtype=object)
 
@@ -1336,12 +1350,12 @@ def _lsp_split(n, split, extended, transductive, root):
         train_end, val_end = n * 80 // 100, n * 85 // 100
         bounds = {"train": (0, train_end), "val": (train_end, val_end), "test": (val_end, n)}
     elif split == "val":
-        raise ValueError("split 'val': LSP's own split has 'train' and 'test' only; choose one of them, or "
+        raise DataError("split 'val': LSP's own split has 'train' and 'test' only; choose one of them, or "
                          "transductive=True")
     else:
         bounds = {"train": (0, n // 2), "test": (n // 2, n)}
     begin, end = bounds[split]
     if begin == end:
-        raise ValueError(f"{root}: split {split!r} is empty, of {n} images; use a larger set or "
+        raise DataError(f"{root}: split {split!r} is empty, of {n} images; use a larger set or "
                          "transductive=True")
     return slice(begin, end)

@@ -201,7 +201,10 @@ def open_domains(settings):
         target, val, test = (mannequin("target", split, count)
                              for split, count in (("train", settings.target_count), ("val", None), ("test", None)))
     else:
-        target, val, test = (data.LSP(settings.target_root, split, size) for split in ("train", "val", "test"))
+        try:
+            target, val, test = (data.LSP(settings.target_root, split, size) for split in ("train", "val", "test"))
+        except FileNotFoundError as e:
+            raise UserError(f"--target-root: {e}") from None
     for name, dataset in (("source", source), ("target", target)):
         if len(dataset) < settings.batch_size:
             raise UserError(f"--batch-size: {settings.batch_size} is more than the {len(dataset)} images of the {name} "
@@ -346,7 +349,7 @@ class Trainer:
             self.teacher.train()                                         # batch statistics, as the base method
             maps, teacher_features = self.teacher(images)
             maps = warp(maps, invert_view(teacher_view), self.stride)     # into the common frame
-            pseudo, cells, confidence = actupose.rectify(maps, s.sigma)
+            pseudo, cells, confidence = actupose.rectify(maps, s.sigma, s.subcell)
             mask = actupose.confidence_mask(confidence, s.mask_ratio)
             # Decision: what the student's view does not show, it is not asked to predict.
             in_view = map_keypoints(cells * self.stride, student_view)
@@ -1270,12 +1273,17 @@ def add_settings(parser, skip=()):
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, with the nearest option for a typo."""
 
+    def parse_args(self, arguments):
+        """As argparse's, remembering the words for `error`."""
+        self.words = arguments
+        return super().parse_args(arguments)
+
     def error(self, message):
         """One line on stderr, exit status 2."""
         known = [option for action in self._actions for option in action.option_strings]
-        for word in (w.split("=")[0] for w in sys.argv[1:] if w.startswith("--")):
+        for word in (w.split("=")[0] for w in self.words if w.startswith("--")):
             near = difflib.get_close_matches(word, known, 1)
-            if word not in known and near:
+            if near and word not in known:
                 message += f"; did you mean {near[0]}?"
         print(f"train.py: {message} (--help lists the options)", file=sys.stderr)
         raise SystemExit(2)
@@ -1386,7 +1394,7 @@ ablations: {', '.join(ABLATIONS)} (ACTUPose with one thing changed)"""
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except UserError as e:
+    except (UserError, data.DataError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

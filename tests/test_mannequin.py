@@ -42,7 +42,7 @@ def test_hash_uniform_is_uniform_and_streams_differ():
 @pytest.mark.parametrize("domain", ["source", "target"])
 @pytest.mark.parametrize("size", [33, 64])
 def test_a_sample_is_a_function_of_seed_and_index(domain, size):
-    """Bit-equal alone, in any batch and in a dataset of another length; another seed gives another picture."""
+    """Bit-equal alone, in any batch and in a longer dataset; another seed gives another picture."""
     whole = Mannequin(domain, "train", size, count=30)
     images, keypoints, visible = whole[list(range(30))]
     assert images.shape == (30, 3, size, size) and images.dtype == torch.uint8
@@ -76,7 +76,7 @@ def test_default_counts_and_names():
 
 @pytest.mark.parametrize("domain", ["source", "target"])
 def test_figures_keep_their_bones_and_fill_the_crop(domain):
-    """Segments have the figure's own lengths in every pose; pelvis and thorax are midpoints; all is visible."""
+    """Segments keep the figure's lengths in every pose; pelvis and thorax are midpoints; all is visible."""
     index = torch.arange(400)
     figures = sample_poses(0, index, domain)
     j = figures.joints

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import actupose
+import data
 import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +32,7 @@ def run(*arguments):
     """The command line in this process -> exit status (0, or that of an error)."""
     try:
         train.main(list(arguments))
-    except train.UserError as e:
+    except (train.UserError, data.DataError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         return 2
     except SystemExit as e:
