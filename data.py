@@ -374,8 +374,9 @@ GOLDEN = _signed(0x9E3779B97F4A7C15)
 
 def _hash(seed, index, stream):
     """State (B,) int64 of the samples `index` (B,) int64 in one stream of one seed."""
-    key = _mix(torch.tensor([_signed(seed * 0xD1342543DE82EF95 + stream * 0x2545F4914F6CDD1D)]))
-    return _mix(_mix(index ^ key.to(index.device)) + GOLDEN)
+    key = _signed(seed * 0xD1342543DE82EF95 + stream * 0x2545F4914F6CDD1D)
+    key = _mix(torch.full((1,), key, dtype=torch.int64, device=index.device))      # filled there, not copied
+    return _mix(_mix(index ^ key) + GOLDEN)
 
 
 def hash_uniform(seed, index, count, stream=0):

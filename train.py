@@ -194,7 +194,8 @@ def open_domains(settings):
     size, cache = settings.image_size, settings.cache or None
 
     def mannequin(domain, split, count):
-        return data.Mannequin(domain, split, size, count, seed=settings.seed, cache=cache)
+        return data.Mannequin(domain, split, size, count, seed=settings.seed, cache=cache,
+                              progress=Progress(f"rendering {domain} {split}"))
 
     source = mannequin("source", "train", settings.source_count)
     if settings.target == "mannequin-wild":
@@ -257,6 +258,9 @@ class Trainer:
         self.optimiser = torch.optim.Adam(self.student.parameters(), lr=settings.lr)
         self.stride = self.student.stride
         self.cells = settings.image_size // self.stride
+        # Decision: the terms of Eq. 8 are sums over the body, averaged over samples: heatmap errors are summed over
+        # keypoints and cells, as Eq. 5 is over limbs. Their plain mean is about 1e-3 and would drown under w2 = 0.1.
+        self.summed = len(skeleton) * self.cells ** 2
         self.limbs = torch.tensor(skeleton.limbs, device=device)
         self.triplets = torch.tensor(skeleton.triplets, device=device)
         self.zoom, self.crop = settings.numbers("zoom", 2), settings.numbers("crop", 2)
@@ -316,8 +320,6 @@ class Trainer:
         s = self.settings
         self.coin = np.random.default_rng((s.seed, 7, step))
         self.student.train()
-        # Heatmap errors are summed over a map's pixels: Decision, see the README on the scales of Eq. 8.
-        pixels = self.cells ** 2
         indices = target_images = base = None
         if target_batch is not None:
             indices, target_images = (t.to(self.device, non_blocking=True) for t in target_batch[:2])
@@ -326,9 +328,9 @@ class Trainer:
             base = random_crop_view(u[:, :3], s.image_size, self.crop)   # the common frame of both views
         source = self.supervised(source_batch, step, None if base is None else warp(target_images, base))
         if self.teacher is None:
-            loss, terms = s.w_udape * pixels * source["loss"], dict(mse=pixels * source["loss"])
+            loss, terms = s.w_udape * self.summed * source["loss"], dict(mse=self.summed * source["loss"])
         else:
-            loss, terms = self.adapt(source, target_images, base, indices, u, step, pixels)
+            loss, terms = self.adapt(source, target_images, base, indices, u, step)
         self.optimiser.zero_grad()
         loss.backward()
         self.optimiser.step()
@@ -337,7 +339,7 @@ class Trainer:
         terms["confidence"] = source["confidence"].mean()
         return {name: value.detach() for name, value in terms.items()}, source["confidence"]
 
-    def adapt(self, source, target_images, base, indices, u, step, pixels):
+    def adapt(self, source, target_images, base, indices, u, step):
         """The target's part of the step: teacher, pseudo-labels, consistency, Eq. 5-8. Returns loss and its terms."""
         s = self.settings
         u_teacher = self.random(indices, TEACHER_STREAM, step)
@@ -361,7 +363,7 @@ class Trainer:
         predicted, _ = self.student(images)
         predicted = warp(predicted, invert_view(student_view), self.stride)
         consistency = actupose.consistency_loss(predicted, pseudo, mask)
-        udape = pixels * (source["loss"] + consistency)
+        udape = self.summed * (source["loss"] + consistency)
 
         evalpose = cross = torch.zeros((), device=self.device)
         if s.w_evalpose:
@@ -373,7 +375,7 @@ class Trainer:
             similar = actupose.mine_pairs(source["cells"], cells, self.triplets, s.gamma, source["weight"] > 0, mask)
             cross = actupose.cross_domain_loss(source["features"], teacher_features, similar)
         loss = actupose.total_loss(udape, evalpose, cross, (s.w_udape, s.w_evalpose, s.w_cross))       # Eq. 8
-        terms = dict(mse=pixels * source["loss"], consistency=pixels * consistency, kept=mask.float().mean(),
+        terms = dict(mse=self.summed * source["loss"], consistency=self.summed * consistency, kept=mask.float().mean(),
                      teacher_confidence=confidence.mean())
         if s.w_evalpose:
             terms["evalpose"] = evalpose
@@ -449,16 +451,18 @@ class Progress:
     """One line that says how far the work is and how long it will take; quiet when not a terminal."""
 
     def __init__(self, title):
-        self.title, self.start, self.shown = title, time.time(), 0.0
+        self.title, self.start, self.first, self.shown = title, None, 0, 0.0
         self.live = sys.stderr.isatty()
 
     def __call__(self, done, total, note=""):
-        """Show that `done` of `total` is finished."""
+        """Show that `done` of `total` is finished. The time left is reckoned from the first call on."""
         now = time.time()
+        if self.start is None:
+            self.start, self.first = now, done
         if not self.live or (done < total and now - self.shown < 0.2):
             return
         self.shown = now
-        left = (now - self.start) / max(done, 1) * (total - done)
+        left = (now - self.start) / max(done - self.first, 1) * (total - done)
         line = f"{self.title} {done}/{total}, {left // 60:.0f}:{left % 60:02.0f} left {note}"
         print("\r" + line.ljust(110)[:110], end="\n" if done >= total else "", file=sys.stderr, flush=True)
 
@@ -609,19 +613,20 @@ def train_epoch(run, epoch, progress):
         trainer.teacher = actupose.make_teacher(trainer.student)
     labelled = run.domains.target if s.supervise == "target" else run.domains.source
     needs_target = trainer.style_transfer is not None or trainer.teacher is not None
-    curriculum.rerank()
-    pool = {"active": lambda: curriculum.sample(epoch), "hardest": lambda: curriculum.hardest(s.hard_bins),
-            "off": lambda: np.arange(len(labelled))}[s.curriculum]()
-    if s.curriculum == "active":
+    active = s.curriculum == "active"
+    if active:
+        curriculum.rerank()                                              # Eq. 4
+        pool = curriculum.sample(epoch)                                  # Eq. 3
         run.drawn.append(curriculum.drawn_per_bin.tolist())
+    else:
+        pool = curriculum.hardest(s.hard_bins) if s.curriculum == "hardest" else np.arange(len(labelled))
     source_order, target_order = Shuffler(s.seed, len(pool)), Shuffler(s.seed + 1, len(run.domains.target))
     lr = trainer.learning_rate(epoch)
     sums, seen = {}, []
     for i in range(s.iters_per_epoch):
         step = epoch * s.iters_per_epoch + i
         # An active pool is new each epoch and already in random order; a fixed one is passed over epoch after epoch.
-        at = (np.arange(s.batch_size) + i * s.batch_size) % len(pool) if s.curriculum == "active" else \
-            source_order.batch(s.batch_size, step)
+        at = (np.arange(s.batch_size) + i * s.batch_size) % len(pool) if active else source_order.batch(s.batch_size, step)
         indices = torch.from_numpy(pool[at])
         target_indices = torch.from_numpy(target_order.batch(s.batch_size, step)) if needs_target else None
         terms, confidence = trainer.step(
@@ -633,9 +638,8 @@ def train_epoch(run, epoch, progress):
         progress(step + 1, s.epochs * s.iters_per_epoch, f"epoch {epoch + 1}/{s.epochs}")
     row = {"epoch": epoch, "lr": lr, "pool": len(pool)}
     row.update((name, value.item() / s.iters_per_epoch) for name, value in sums.items())
-    if s.curriculum == "active":
+    if active:
         row["peak_bin"] = curriculum.peak_bin(epoch)
-    if s.supervise == "source":
         curriculum.observe(torch.cat([i for i, _ in seen]), torch.cat([c for _, c in seen]).cpu())
     return row
 
@@ -676,7 +680,7 @@ def train(settings, out, device="auto", resume=False):
     first, spent = 0, 0.0
     if checkpoint is not None:
         first, spent = run.load(checkpoint, last), checkpoint["seconds"]
-    try:
+    try:                                        # only now: a mistake in the settings leaves no directory behind
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out: {out} cannot be made a directory ({e.strerror})") from None
@@ -690,7 +694,7 @@ def train(settings, out, device="auto", resume=False):
         if bad:
             raise UserError(f"epoch {epoch}: {', '.join(bad)} not finite; lower --lr, or the weights --w-evalpose and "
                             f"--w-cross. The checkpoint of the epoch before is in {last}")
-        if (epoch + 1) % 5 == 0 or epoch + 1 == settings.epochs:
+        if (epoch + 1) % 10 == 0 or epoch + 1 == settings.epochs:
             row.update(validate(run))
         run.log.append(row)
         seconds = spent + time.time() - started
@@ -1184,7 +1188,7 @@ def compare(names, seeds, root, jobs, preset, device, given):
         if (out / "config.json").exists():
             config = json.loads((out / "config.json").read_text())
             for key, value in settings.items():
-                if config.get(key) != value:
+                if config.get(key) != value and key != "cache":
                     raise UserError(f"{out}: was run with --{key.replace('_', '-')} {config.get(key)}, now {value} is asked for; "
                                     f"give another --out")
         if not (out / "result.json").exists():
