@@ -143,7 +143,7 @@ class ActiveCurriculum:
     complexity: (N,) the VAE's scores (Eq. 2). epochs: e runs over 0 ... epochs - 1. num_bins: N_b.
     pace: lambda, how fast the peak moves to the hard bins. spread: sigma of Eq. 3.
     scale: "rank" or "minmax", what s_j of Eq. 3 is. confidence: "relative", "literal" or "off", what Eq. 4
-    does. All state is a handful of arrays of length N: six million samples take about 140 MB.
+    does. All state is four arrays of length N: six million samples take about 100 MB.
 
     An epoch is `rerank()`, then `sample(epoch)`, then training with `observe(indices, confidence)`.
     """
@@ -551,7 +551,10 @@ def rectify(heatmaps, sigma, subcell=False):
 
 
 def confidence_mask(confidence, ratio=0.5):
-    """Keypoints (B, K) whose confidence is above the batch's `ratio` quantile (0.5: the median) -> bool (B, K)."""
+    """The share `ratio` of the batch's keypoints that the teacher is surest of: confidence (B, K) -> bool (B, K).
+
+    Those above a threshold, the (ratio * B * K + 1)-th largest confidence (0.5: the median); ties with it are left out.
+    """
     flat = confidence.flatten()
     threshold = flat.sort(descending=True).values[min(int(ratio * flat.numel()), flat.numel() - 1)]
     return confidence > threshold
@@ -658,7 +661,10 @@ def total_loss(udape, evalpose_term, cross_domain, weights=(1.0, 0.1, 0.01)):
 
 
 def pck_hits(predicted, true, weight, threshold):
-    """Whether each keypoint is within `threshold` of the truth: (N, K, 2), (N, K, 2), (N, K) -> bool (N, K), counted (N, K)."""
+    """Whether each keypoint counts and is within `threshold` (of the keypoints' unit) of the truth.
+
+    predicted, true: (N, K, 2); weight: (N, K). Returns hits (N, K) bool and counted (N, K) bool.
+    """
     distance = (predicted - true).norm(dim=-1)
     counted = weight > 0
     return (distance <= threshold) & counted, counted

@@ -50,15 +50,13 @@ class Skeleton:
 
     names: K keypoint names; limbs: pairs (a, b), the vectors of Eq. 5; triplets: (a, b, c), the angles at
     keypoint b of Eq. 7; groups: the columns of the paper's tables, name -> keypoint indices, "all" last;
-    root: the keypoints whose mean stands in for a missing one in the Pose-VAE; max_rotation: the range of
-    the random rotation in degrees (a hand has no upright).
+    root: the keypoints whose mean stands in for a missing one in the Pose-VAE.
     """
     names: tuple
     limbs: tuple
     triplets: tuple
     groups: dict
     root: tuple
-    max_rotation: float
 
     def __len__(self):
         return len(self.names)
@@ -78,8 +76,7 @@ BODY16 = Skeleton(
               (6, 7, 8)),                                      # spine
     groups={"shoulder": (12, 13), "elbow": (11, 14), "wrist": (10, 15), "hip": (2, 3), "knee": (1, 4),
             "ankle": (0, 5), "all": (0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15)},
-    root=(2, 3),
-    max_rotation=60.0)
+    root=(2, 3))
 
 _FINGERS = tuple(range(1, 21, 4))                              # the MCP of thumb, index, middle, ring, little
 HAND21 = Skeleton(
@@ -90,8 +87,7 @@ HAND21 = Skeleton(
     + tuple((m, 0, m + 4) for m in _FINGERS[:-1]),                                         # the spreads
     groups={"MCP": (1, 5, 9, 13, 17), "PIP": (2, 6, 10, 14, 18), "DIP": (3, 7, 11, 15, 19),
             "fingertip": (4, 8, 12, 16, 20), "all": tuple(range(21))},
-    root=(0, 9),
-    max_rotation=180.0)
+    root=(0, 9))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -147,7 +143,8 @@ def warp(maps, view, stride=1):
     # From output cells to input cells, in grid_sample's units: -1 ... 1 from the centre of cell 0 to the last's.
     x = (a * half_x + b * half_y + x / stride) / half_x - 1
     y = (c * half_x + d * half_y + y / stride) / half_y - 1
-    theta = torch.stack([torch.stack([a, b * (half_y / half_x), x], -1), torch.stack([c * (half_x / half_y), d, y], -1)], -2)
+    rows = (a, b * (half_y / half_x), x), (c * (half_x / half_y), d, y)
+    theta = torch.stack([torch.stack(row, -1) for row in rows], -2)
     grid = F.affine_grid(theta, maps.shape, align_corners=True)
     return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
 
@@ -954,20 +951,9 @@ class Mannequin:
         return images
 
 
-# ---------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # MATLAB files (level 5, what MATLAB writes with -v6 and -v7)
-# ---------------------------------------------------------------------------------------------------
-
-import math
-import os
-import re
-import struct
-import zlib
-from pathlib import Path
-
-import numpy as np
-import torch
-from PIL import Image
+# ----------------------------------------------------------------------------------------------------------
 
 MAX_MAT_BYTES = 1 << 28  # of one variable: seventy times the largest annotation that the loaders read
 _MAT_HEADER_BYTES = 4096  # enough for a variable's flags, dimensions and name
@@ -1142,9 +1128,9 @@ def _mat_array(matrix, at, matrix_class, shape, order):
     return array
 
 
-# ---------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # LSP and LSP Extended
-# ---------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 _LSP_SLOTS = (0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15, 8, 9)  # BODY16 keypoint of each of the 14 joints
 MAX_CROPS_BYTES = 2 << 30  # crops are kept in memory up to this size, beyond it decoded at every use

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -26,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import actupose
@@ -95,26 +93,26 @@ class Settings:
     lr_factor: float = option(0.3, "schedule", "by what factor", 0.1)
     ema: float = option(0.99, "schedule", "decay of the teacher's moving average", 0.999)
 
-    curriculum: str = option("active", "curriculum (§3.1)", "source samples of an epoch: active (Eq. 3-4), all of them, or "
+    curriculum: str = option("active", "curriculum (§3.1)", "source samples of an epoch: active (Eq. 3-4), off (all), or "
                              "the hardest bins", choices=("active", "off", "hardest"))
     bins: int = option(25, "curriculum (§3.1)", "N_b, complexity bins")
     hard_bins: int = option(8, "curriculum (§3.1)", "bins that udape+vae-hm trains on")
-    pace: float = option(2.0, "curriculum (§3.1)", "lambda of Eq. 3: how fast the peak moves to the hard bins")
+    pace: float = option(6.0, "curriculum (§3.1)", "lambda of Eq. 3: how fast the peak moves to the hard bins", 2.0)
     spread: float = option(0.25, "curriculum (§3.1)", "sigma of Eq. 3")
     scale: str = option("rank", "curriculum (§3.1)", "s_j of Eq. 3: a bin's rank, or its min-max scaled mean score",
                         choices=("rank", "minmax"))
-    rescoring: str = option("relative", "curriculum (§3.1)", "Eq. 4: relative to the mean confidence, literal (cumulative), off",
-                            choices=("relative", "literal", "off"))
+    rescoring: str = option("relative", "curriculum (§3.1)", "Eq. 4: relative to the mean confidence, literal "
+                            "(cumulative), off", choices=("relative", "literal", "off"))
     vae_steps: int = option(1500, "curriculum (§3.1)", "training steps of the Pose-VAE", 20000)
 
     supervise: str = option("source", "adaptation (§3.2)", "whose labels are used: target makes the oracle",
                             choices=("source", "target"))
     adapt: bool = option(True, "adaptation (§3.2)", "teacher and consistency after the pretraining epochs")
-    mask_ratio: float = option(0.5, "adaptation (§3.2)", "share of least confident pseudo-labels left out")
-    occlusion: float = option(0.5, "adaptation (§3.2)", "probability of hiding a confident keypoint of the student's view")
+    mask_ratio: float = option(0.5, "adaptation (§3.2)", "share of pseudo-labels, the most confident, that count")
+    occlusion: float = option(0.5, "adaptation (§3.2)", "probability of hiding a confident keypoint from the student")
     style: str = option("small", "adaptation (§3.2)", "style transfer networks; small is trained on the run's own images",
                         "vgg", ("small", "vgg", "off"))
-    style_weights: str = option("", "adaptation (§3.2)", "directory with vgg_normalised.pth and decoder.pth for --style vgg")
+    style_weights: str = option("", "adaptation (§3.2)", "directory of vgg_normalised.pth and decoder.pth")
     style_prob: float = option(0.5, "adaptation (§3.2)", "probability of restyling a batch, each direction")
     style_iters: int = option(300, "adaptation (§3.2)", "iterations that train the style networks", 20000)
 
@@ -150,7 +148,22 @@ class Settings:
             raise UserError(f"--image-size: must be a multiple of 32, got {self.image_size}")
         if self.target == "lsp" and not self.target_root:
             raise UserError("--target lsp: also give --target-root, the directory that holds images/ and joints.mat")
-        self.numbers("lr_drops"), self.numbers("zoom", 2), self.numbers("crop", 2)
+        self.numbers("lr_drops")
+        for name in ("zoom", "crop"):
+            low, high = self.numbers(name, 2)
+            if not 0 < low <= high:
+                raise UserError(f"--{name}: must be low,high with 0 < low <= high, got {getattr(self, name)}")
+        if self.adapt and not 0 <= self.pretrain_epochs < self.epochs:
+            raise UserError(f"--pretrain-epochs: must be from 0 to below --epochs ({self.epochs}), or the teacher never "
+                            f"joins; got {self.pretrain_epochs}")
+        if self.seed < 0:
+            raise UserError(f"--seed: must not be negative, got {self.seed}")
+        if self.supervise == "target" and self.curriculum != "off":
+            raise UserError("--supervise target: the curriculum ranks source samples; also give --curriculum off, or use "
+                            "--method oracle")
+        if self.style == "vgg" and not self.style_weights:
+            raise UserError("--style vgg: also give --style-weights, the directory of vgg_normalised.pth and decoder.pth; "
+                            "or use --style small")
 
     def numbers(self, name, count=None):
         """A setting written as comma-separated numbers, as a list."""
@@ -160,7 +173,7 @@ class Settings:
         except ValueError:
             values = None
         if values is None or (count and len(values) != count):
-            raise UserError(f"--{name.replace('_', '-')}: comma-separated numbers{f' ({count})' if count else ''}, got {text!r}")
+            raise UserError(f"--{name.replace('_', '-')}: must be {count or 'some'} numbers with commas, got {text!r}")
         return values
 
 
@@ -290,26 +303,34 @@ class Trainer:
         return hash_uniform(self.settings.seed, indices, 40, stream=step * STREAMS + stream + 1000)
 
     def labelled_view(self, batch, step):
-        """Augmented source images, heatmaps, weights and keypoints (pixels of the view)."""
+        """Augmented images of a labelled batch and what belongs to them.
+
+        batch: (indices (B,), uint8 images (B, 3, S, S), keypoints (B, K, 2) pixels, visible (B, K)). Returns images
+        (B, 3, S, S), heatmaps (B, K, h, h), weight (B, K), keypoints (B, K, 2) in pixels of the view, the view
+        (B, 2, 3), and the samples' uniform numbers (B, 40).
+        """
         s = self.settings
-        indices, images, keypoints, visible = (t.to(self.device, non_blocking=True) for t in batch)
+        indices, images, keypoints, visible = (t.to(self.device) for t in batch)
         u = self.random(indices, SOURCE_STREAM, step)
         view = compose_views(self.affine(u[:, 3:8]), random_crop_view(u[:, :3], s.image_size, self.crop))
         images = colour_jitter(warp(normalise(images), view), u[:, 8:11], s.jitter)
         keypoints = map_keypoints(keypoints, view)
         heatmaps, weight = render_heatmaps(keypoints, visible, self.cells, self.stride, s.sigma, s.subcell)
-        return images, heatmaps, weight, keypoints, u
+        return images, heatmaps, weight, keypoints, view, u
 
     def supervised(self, batch, step, target_images=None):
         """L_mse on labelled images, and what the other losses need. target_images: whose style may be taken on."""
-        images, heatmaps, weight, keypoints, u = self.labelled_view(batch, step)
+        s = self.settings
+        images, heatmaps, weight, keypoints, view, u = self.labelled_view(batch, step)
         student_images = images if target_images is None else self.restyle(images, target_images, u[:, 11])
         predicted, features = self.student(student_images)
         loss = actupose.heatmap_mse(predicted, heatmaps, weight)
-        cells, confidence = kernels.heatmap_argmax(predicted.detach())
+        cells, confidence = actupose.decode_keypoints(predicted.detach(), s.subcell)
         # Eq. 4 wants the mean confidence of a sample; keypoints that the view cut off do not count.
         mean_confidence = (confidence * weight).sum(1) / weight.sum(1).clamp(min=1)
-        return dict(images=images, predicted=predicted, features=features, loss=loss, weight=weight, cells=cells,
+        # Poses are compared (Eq. 7) as they stand in the image: a sheared view has other angles.
+        pose = map_keypoints(cells * self.stride, invert_view(view))
+        return dict(images=images, predicted=predicted, features=features, loss=loss, weight=weight, pose=pose,
                     keypoints=keypoints, confidence=mean_confidence)
 
     def step(self, step, source_batch, target_batch):
@@ -322,7 +343,7 @@ class Trainer:
         self.student.train()
         indices = target_images = base = None
         if target_batch is not None:
-            indices, target_images = (t.to(self.device, non_blocking=True) for t in target_batch[:2])
+            indices, target_images = (t.to(self.device) for t in target_batch[:2])
             target_images = normalise(target_images)
             u = self.random(indices, TARGET_STREAM, step)
             base = random_crop_view(u[:, :3], s.image_size, self.crop)   # the common frame of both views
@@ -352,10 +373,10 @@ class Trainer:
             maps, teacher_features = self.teacher(images)
             maps = warp(maps, invert_view(teacher_view), self.stride)     # into the common frame
             pseudo, cells, confidence = actupose.rectify(maps, s.sigma, s.subcell)
-            mask = actupose.confidence_mask(confidence, s.mask_ratio)
+            sure = actupose.confidence_mask(confidence, s.mask_ratio)
             # Decision: what the student's view does not show, it is not asked to predict.
             in_view = map_keypoints(cells * self.stride, student_view)
-            mask = mask & ((in_view >= 0) & (in_view <= s.image_size - 1)).all(-1)
+            mask = sure & ((in_view >= 0) & (in_view <= s.image_size - 1)).all(-1)
             images = colour_jitter(warp(target_images, compose_views(student_view, base)), u[:, 8:11], s.jitter)
             images, _ = actupose.occlude_keypoints(images, in_view, confidence, u[:, 12:15 + len(self.skeleton)],
                                                    half=s.image_size * 10 / 256, probability=s.occlusion)
@@ -372,7 +393,7 @@ class Trainer:
             evalpose = (actupose.evalpose(on_source, source["keypoints"] / self.stride, self.limbs, source["weight"])
                         + actupose.evalpose(on_target, cells, self.limbs, mask))
         if s.w_cross:
-            similar = actupose.mine_pairs(source["cells"], cells, self.triplets, s.gamma, source["weight"] > 0, mask)
+            similar = actupose.mine_pairs(source["pose"], cells, self.triplets, s.gamma, source["weight"] > 0, sure)
             cross = actupose.cross_domain_loss(source["features"], teacher_features, similar)
         loss = actupose.total_loss(udape, evalpose, cross, (s.w_udape, s.w_evalpose, s.w_cross))       # Eq. 8
         terms = dict(mse=self.summed * source["loss"], consistency=self.summed * consistency, kept=mask.float().mean(),
@@ -431,14 +452,19 @@ def scoring_frame(dataset, stride, subcell):
 def score(predicted, dataset, stride, subcell, bins=None, num_bins=25):
     """PCK by group, EvalPose score, and PCK by complexity bin (bins: (N,), the bin of each pose)."""
     true, weight, size = scoring_frame(dataset, stride, subcell)
-    result = {"pck": actupose.pck(predicted, true, weight, size, dataset.skeleton.groups),
+    def number(value):
+        return None if math.isnan(value) else value                     # nothing labelled; JSON has no NaN
+
+    scores = actupose.pck(predicted, true, weight, size, dataset.skeleton.groups)
+    result = {"pck": {name: number(value) for name, value in scores.items()},
               "evalpose": actupose.evalpose_score(predicted, true, torch.tensor(dataset.skeleton.limbs), weight)}
     if bins is not None:
         scored = list(dataset.skeleton.groups["all"])
         hits, counted = actupose.pck_hits(predicted[:, scored], true[:, scored], weight[:, scored], 0.05 * size)
         per_pose = 100 * hits.sum(1) / counted.sum(1).clamp(min=1)
         usable = counted.any(1).numpy()
-        result["bins"] = [per_pose[torch.from_numpy((bins == j) & usable)].mean().item() for j in range(num_bins)]
+        result["bins"] = [number(per_pose[torch.from_numpy((bins == j) & usable)].mean().item())
+                          for j in range(num_bins)]
     return result
 
 
@@ -449,6 +475,8 @@ def score(predicted, dataset, stride, subcell, bins=None, num_bins=25):
 
 class Progress:
     """One line that says how far the work is and how long it will take; quiet when not a terminal."""
+
+    unfinished = False                                       # a line without its end stands on the terminal
 
     def __init__(self, title):
         self.title, self.start, self.first, self.shown = title, None, 0, 0.0
@@ -464,14 +492,45 @@ class Progress:
         self.shown = now
         left = (now - self.start) / max(done - self.first, 1) * (total - done)
         line = f"{self.title} {done}/{total}, {left // 60:.0f}:{left % 60:02.0f} left {note}"
-        print("\r" + line.ljust(110)[:110], end="\n" if done >= total else "", file=sys.stderr, flush=True)
+        Progress.unfinished = done < total
+        print("\r" + line.ljust(110)[:110], end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+
+def write_text(path, text):
+    """Write a file so that a crash leaves either the old one or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def write_json(path, value):
-    """Write JSON so that a crash leaves either the old file or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    """`write_text` of JSON; ValueError for NaN, which JSON does not have."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_log(path, log):
+    """log.jsonl: one line an epoch."""
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in log))
+
+
+def read_json(path):
+    """A run's JSON file. UserError when it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; is {path.parent} the directory of a run?") from None
+    except ValueError as e:
+        raise UserError(f"{path}: damaged ({e}); remove {path.parent} and run again") from None
+
+
+def peak_memory_gb():
+    """The most memory that this process has held, in GB; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:                                      # not on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
 
 def save_checkpoint(path, state):
@@ -484,14 +543,20 @@ def save_checkpoint(path, state):
     os.replace(temporary, path)
 
 
-def load_checkpoint(path):
-    """A run's last.pt as a dictionary of tensors and plain values. UserError when it cannot be read."""
+def load_checkpoint(path, *keys):
+    """A torch file as a dictionary of tensors and plain values, nothing in it is executed.
+
+    keys: what it must hold. UserError when it is missing, unreadable or holds something else.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; start the run anew without --resume") from None
+        raise UserError(f"{path}: no such file") from None
     except Exception as e:
-        raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}); remove it and start anew") from None
+        raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}); replace it, or start anew") from None
+    if not isinstance(state, dict) or any(key not in state for key in keys):
+        raise UserError(f"{path}: not what was expected, a dictionary with {', '.join(keys) or 'tensors'}")
+    return state
 
 
 def load_weights(module, state, path):
@@ -529,9 +594,6 @@ def prepare_style(settings, domains, device):
         for part, file in (("encoder", "vgg_normalised.pth"), ("decoder", "decoder.pth")):
             load_style_weights(getattr(transfer, part), Path(settings.style_weights) / file)
         return transfer.requires_grad_(False).eval()
-    if settings.style == "vgg":
-        raise UserError("--style vgg: also give --style-weights, the directory of vgg_normalised.pth and decoder.pth; "
-                        "or use --style small")
     size = min(16, settings.batch_size)
     shuffled = [(dataset, Shuffler(settings.seed, len(dataset))) for dataset in (domains.source, domains.target)]
 
@@ -547,6 +609,9 @@ def load_style_weights(network, path):
     state = load_checkpoint(path)
     own = network.state_dict()
     load_weights(network, {name: value for name, value in state.items() if name in own}, path)
+
+
+CHECKPOINT = ("epoch", "student", "teacher", "style", "optimiser", "vae", "curriculum", "log", "drawn", "seconds")
 
 
 @dataclass
@@ -601,8 +666,13 @@ def set_up(settings, device, checkpoint=None, path=None):
             style_transfer = actupose.StyleTransfer(settings.style).to(device).requires_grad_(False).eval()
             load_weights(style_transfer, checkpoint["style"], path)
     complexity = actupose.pose_complexity(vae, source.keypoints, source.visible, root).numpy()
-    curriculum = actupose.ActiveCurriculum(complexity, settings.epochs, settings.bins, settings.pace, settings.spread,
-                                           settings.scale, settings.rescoring, settings.seed)
+    try:
+        curriculum = actupose.ActiveCurriculum(complexity, settings.epochs, settings.bins, settings.pace, settings.spread,
+                                               settings.scale, settings.rescoring, settings.seed)
+    except ValueError as e:
+        raise UserError(f"--bins: {e}") from None
+    if settings.curriculum == "hardest" and len(curriculum.hardest(settings.hard_bins)) < settings.batch_size:
+        raise UserError(f"--hard-bins: {settings.hard_bins} bins hold fewer samples than a batch ({settings.batch_size})")
     return Run(settings, domains, vae, curriculum, Trainer(settings, source.skeleton, style_transfer, device), [], [])
 
 
@@ -669,10 +739,13 @@ def train(settings, out, device="auto", resume=False):
     """One run, from data to result.json and figures/ in the directory `out`. Returns the result."""
     out, device = Path(out), choose_device(device)
     last, checkpoint = out / "last.pt", None
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--out: {out} cannot be made, {parent} is not a writable directory; give another")
     if (out / "result.json").exists():
         raise UserError(f"{out}: holds a finished run; give another --out, or `evaluate {out}`")
     if resume:
-        checkpoint = load_checkpoint(last)
+        checkpoint = load_checkpoint(last, *CHECKPOINT)
     elif last.exists():
         raise UserError(f"{out}: holds an unfinished run; add --resume to go on with it, or give another --out")
     started = time.time()
@@ -680,10 +753,7 @@ def train(settings, out, device="auto", resume=False):
     first, spent = 0, 0.0
     if checkpoint is not None:
         first, spent = run.load(checkpoint, last), checkpoint["seconds"]
-    try:                                        # only now: a mistake in the settings leaves no directory behind
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out: {out} cannot be made a directory ({e.strerror})") from None
+    out.mkdir(parents=True, exist_ok=True)      # only now: a mistake in the settings leaves no directory behind
     write_json(out / "config.json", {**dataclasses.asdict(settings), "torch": torch.__version__,
                                      "python": platform.python_version(), "device": str(device),
                                      "threads": torch.get_num_threads()})
@@ -692,35 +762,41 @@ def train(settings, out, device="auto", resume=False):
         row = train_epoch(run, epoch, progress)
         bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad:
+            kept = f"the epoch before is kept in {last}" if last.exists() else "nothing was saved yet"
             raise UserError(f"epoch {epoch}: {', '.join(bad)} not finite; lower --lr, or the weights --w-evalpose and "
-                            f"--w-cross. The checkpoint of the epoch before is in {last}")
+                            f"--w-cross; {kept}")
         if (epoch + 1) % 10 == 0 or epoch + 1 == settings.epochs:
             row.update(validate(run))
         run.log.append(row)
         seconds = spent + time.time() - started
         save_checkpoint(last, {**run.state(epoch), "seconds": seconds})
-        (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in run.log))
+        write_log(out / "log.jsonl", run.log)
+    write_log(out / "log.jsonl", run.log)       # again: a run stopped between the two files above resumes here
     scores, predictions = evaluate(run)
-    best = max((row for row in run.log if "val_student" in row), key=lambda row: row["val_student"])
+    best = max((row for row in run.log if "val_student" in row), key=lambda row: row["val_student"] or 0.0)
     result = {"method": settings.method, "source": settings.source, "target": settings.target, "seed": settings.seed,
               **scores["student"], "teacher": scores.get("teacher"), "val": run.log[-1]["val_student"],
               "best_val": best["val_student"], "best_val_epoch": best["epoch"], "epochs": settings.epochs,
-              "seconds": round(spent + time.time() - started, 1),
-              "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)}
-    draw_figures(run, predictions, out / "figures")
-    write_json(out / "result.json", result)
+              "seconds": round(spent + time.time() - started, 1), "peak_memory_gb": peak_memory_gb()}
+    write_json(out / "result.json", result)     # before the pictures: a failing picture must not lose the figures
+    draw_figures(run, scores, predictions, out / "figures")
     return result
 
 
-def print_result(result, skeleton):
+def shown(value, digits=1):
+    """A score as text, a dash where nothing is labelled."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def print_result(result):
     """The tables of one result: PCK by group for student and teacher, EvalPose, and PCK by complexity bin."""
-    groups = list(skeleton.groups)
+    groups = list(result["pck"])
     print("PCK@0.05  " + "".join(f"{name:>11}" for name in groups) + "   EvalPose")
     for name, scores in (("student", result), ("teacher", result["teacher"])):
         if scores:
-            print(f"{name:10}" + "".join(f"{scores['pck'][g]:11.1f}" for g in groups) + f"{scores['evalpose']:11.1f}")
+            print(f"{name:10}" + "".join(f"{shown(scores['pck'][g]):>11}" for g in groups) + f"{scores['evalpose']:11.1f}")
     print("student by complexity bin of the pose, simple to complex: "
-          + " ".join("-" if math.isnan(v) else f"{v:.0f}" for v in result["bins"]))
+          + " ".join(shown(value, 0) for value in result["bins"]))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1109,36 +1185,49 @@ def draw_complexity(path, keypoints_per_bin, spread, skeleton):
     canvas.save(path)
 
 
-def bin_spread(keypoints, skeleton, bins, num_bins, per_bin=100):
+def bin_spread(keypoints, visible, skeleton, bins, num_bins, per_bin=100):
     """Fig. 3: how much the poses of each bin differ, by Eq. 7: {"mean", "low", "high"}, (N_b,) degrees a triplet.
 
-    The distance of Eq. 7 divides the norm by K; times K / sqrt(A) it is the root mean square over the A triplets.
+    keypoints: (N, K, 2), any unit; visible: (N, K); bins: (N,). low and high are the quartiles over pairs of poses,
+    NaN in a bin without a pair. The distance of Eq. 7 divides the norm by K; times K / sqrt(A) it is the root mean
+    square over the A triplets.
     """
     triplets = torch.tensor(skeleton.triplets)
     columns = []
     for j in range(num_bins):
-        poses = keypoints[torch.from_numpy(np.flatnonzero(bins == j)[:per_bin])]
-        distance = kernels.triplet_angle_distance(poses, poses, triplets)
+        of_bin = torch.from_numpy(np.flatnonzero(bins == j)[:per_bin])
+        poses, valid = keypoints[of_bin], visible[of_bin] > 0
+        distance = kernels.triplet_angle_distance(poses, poses, triplets, valid, valid)
         pairs = distance[torch.triu(torch.ones_like(distance), 1) > 0] * len(skeleton) / math.sqrt(len(triplets))
         pairs = torch.rad2deg(pairs[torch.isfinite(pairs)])
-        columns.append([pairs.mean().item(), pairs.quantile(0.25).item(), pairs.quantile(0.75).item()])
+        columns.append([pairs.mean().item(), pairs.quantile(0.25).item(), pairs.quantile(0.75).item()] if len(pairs)
+                       else [math.nan] * 3)
     return dict(zip(("mean", "low", "high"), np.array(columns).T))
 
 
-def draw_figures(run, predictions, folder):
-    """All pictures of a finished run. predictions: the student's keypoints and confidences on the test split."""
+def draw_figures(run, scores, predictions, folder):
+    """All pictures of a finished run, into `folder`.
+
+    scores: of student and teacher, as `evaluate` gives them; predictions: the student's keypoints (N, K, 2) in pixels
+    and confidences (N, K) on the test split. The samples shown are the first of each split.
+    """
     trainer, domains, s = run.trainer, run.domains, run.settings
-    skeleton, shown = domains.source.skeleton, torch.arange(12)
-    first = domains.test[shown]
-    scores = [actupose.evalpose_score(predictions[0][i:i + 1], first[1][i:i + 1], torch.tensor(skeleton.limbs),
-                                      first[2][i:i + 1]) for i in range(len(shown))]
-    draw_predictions(folder / "predictions.png", *first, predictions[0][shown], predictions[1][shown], skeleton,
-                     [f"EvalPose {value:.0f}" for value in scores])
-    draw_samples(folder / "domains.png", [(f"{name}: {dataset}", *split[shown[:8]]) for name, dataset, split in
-                                          (("source", s.source, domains.source), ("target", s.target, domains.val))], skeleton)
+    skeleton = domains.source.skeleton
+
+    def first(dataset, count):
+        return dataset[torch.arange(min(count, len(dataset)))]
+
+    images, true, visible = first(domains.test, 12)
+    keypoints, confidence = (values[:len(images)] for values in predictions)
+    limbs = torch.tensor(skeleton.limbs)
+    titles = [f"EvalPose {actupose.evalpose_score(keypoints[i:i + 1], true[i:i + 1], limbs, visible[i:i + 1]):.0f}"
+              for i in range(len(images))]
+    draw_predictions(folder / "predictions.png", images, true, visible, keypoints, confidence, skeleton, titles)
+    draw_samples(folder / "domains.png", [(f"source: {s.source}", *first(domains.source, 8)),
+                                          (f"target: {s.target}", *first(domains.val, 8))], skeleton)
     if trainer.style_transfer is not None:
-        source, target = (normalise(d[shown[:8]][0].to(trainer.device)) for d in (domains.source, domains.target))
-        full = torch.ones(8, device=trainer.device)
+        source, target = (normalise(first(d, 8)[0].to(trainer.device)) for d in (domains.source, domains.target))
+        full = torch.ones(len(source), device=trainer.device)
         columns = (("source", source), ("source -> target", trainer.style_transfer(source, target, full)),
                    ("target", target), ("target -> source", trainer.style_transfer(target, source, full)))
         draw_style(folder / "style.png", [(title, denormalise(images).cpu()) for title, images in columns])
@@ -1149,18 +1238,14 @@ def draw_figures(run, predictions, folder):
         draw_curriculum(folder / "curriculum.png", [(f"this run: s_j by {s.scale}", np.array(run.drawn)),
                                                     (f"for comparison: s_j by {other.scale}", np.array(expected))])
     draw_curves(folder / "curves.png", run.log, s.pretrain_epochs if s.adapt else None)
-    models = {"student": trainer.student, "teacher": trainer.scored_teacher()}
-    bins = actupose.assign_bins(actupose.pose_complexity(run.vae, domains.test.keypoints, domains.test.visible,
-                                                         skeleton.root), s.bins)
-    draw_bins(folder / "bins.png", {name: score(trainer.predict(model, domains.test)[0], domains.test, trainer.stride,
-                                                s.subcell, bins, s.bins)["bins"]
-                                    for name, model in models.items() if model is not None}, "PCK@0.05")
-    source_bins = actupose.assign_bins(run.curriculum.complexity, s.bins)
+    draw_bins(folder / "bins.png", {name: values["bins"] for name, values in scores.items()}, "PCK@0.05")
+    bins = actupose.assign_bins(run.curriculum.complexity, s.bins)
     rows = []
     for j in np.unique(np.linspace(0, s.bins - 1, 5).astype(int)):
-        of_bin = torch.from_numpy(np.flatnonzero(source_bins == j)[:8])
+        of_bin = torch.from_numpy(np.flatnonzero(bins == j)[:8])
         rows.append((int(j), domains.source.keypoints[of_bin], domains.source.visible[of_bin]))
-    draw_complexity(folder / "complexity.png", rows, bin_spread(domains.source.keypoints, skeleton, source_bins, s.bins), skeleton)
+    spread = bin_spread(domains.source.keypoints, domains.source.visible, skeleton, bins, s.bins)
+    draw_complexity(folder / "complexity.png", rows, spread, skeleton)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1168,7 +1253,7 @@ def draw_figures(run, predictions, folder):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def variant_settings(name, preset, given):
+def variant_settings(name, given):
     """Settings of a row of the comparison: a method, or "no-curriculum" and the like, ACTUPose with one change."""
     if name in METHODS:
         return {**given, "method": name}
@@ -1179,18 +1264,18 @@ def variant_settings(name, preset, given):
 
 def compare(names, seeds, root, jobs, preset, device, given):
     """Run what is missing of names x seeds under `root`, in `jobs` processes, and print the table in Markdown."""
-    root = Path(root)
+    root, names, seeds = Path(root), list(dict.fromkeys(names)), list(dict.fromkeys(seeds))
     wanted = [(name, seed, root / f"{name}-s{seed}") for name in names for seed in seeds]
     todo = []
     for name, seed, out in wanted:
-        values = variant_settings(name, preset, {**given, "seed": seed})
+        values = variant_settings(name, {**given, "seed": seed})
         settings = dataclasses.asdict(make_settings(preset, **values))
         if (out / "config.json").exists():
-            config = json.loads((out / "config.json").read_text())
+            config = read_json(out / "config.json")
             for key, value in settings.items():
-                if config.get(key) != value and key != "cache":
-                    raise UserError(f"{out}: was run with --{key.replace('_', '-')} {config.get(key)}, now {value} is asked for; "
-                                    f"give another --out")
+                if config.get(key) != value and key not in WITHOUT_EFFECT:
+                    raise UserError(f"{out}: was run with --{key.replace('_', '-')} {config.get(key)}, now {value} is "
+                                    f"asked for; give another --out")
         if not (out / "result.json").exists():
             command = [sys.executable, __file__, "--preset", preset, "--device", device, "--out", str(out)]
             for key, value in values.items():
@@ -1198,12 +1283,12 @@ def compare(names, seeds, root, jobs, preset, device, given):
             todo.append((out, command + (["--resume"] if (out / "last.pt").exists() else [])))
     progress, running, failed = Progress("runs"), [], []
     total = len(todo)
-    environment = dict(os.environ, OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // jobs)))
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
     while todo or running:
         while todo and len(running) < jobs:
             out, command = todo.pop(0)
             out.mkdir(parents=True, exist_ok=True)
-            with open(out / "output.txt", "w") as f:
+            with open(out / "output.txt", "a") as f:
                 running.append((out, subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=environment)))
         time.sleep(0.5)
         for out, process in [r for r in running if r[1].poll() is not None]:
@@ -1214,32 +1299,35 @@ def compare(names, seeds, root, jobs, preset, device, given):
     results = {}
     for name, seed, out in wanted:
         if (out / "result.json").exists():
-            results.setdefault(name, []).append(json.loads((out / "result.json").read_text()))
+            results.setdefault(name, []).append(read_json(out / "result.json"))
     print(comparison_table(results))
     if results:
-        draw_bins(root / "bins.png", {name: np.mean([r["bins"] for r in rows], 0).tolist() for name, rows in results.items()},
-                  "PCK@0.05")
+        draw_bins(root / "bins.png", {name: np.mean(np.array([r["bins"] for r in rows], dtype=float), 0).tolist()
+                                       for name, rows in results.items()}, "PCK@0.05")
     if failed:
         raise UserError("; ".join(failed))
 
 
 def comparison_table(results):
     """Markdown table of {name: [result, ...]}: mean over seeds, spread (sample deviation), share of the gap closed."""
-    mean = {name: np.mean([r["pck"]["all"] for r in rows]) for name, rows in results.items()}
+    def mean(values):
+        values = [value for value in values if value is not None]
+        return sum(values) / len(values) if values else None
+
+    overall = {name: mean(r["pck"]["all"] for r in rows) for name, rows in results.items()}
     groups = [g for g in next(iter(results.values()))[0]["pck"] if g != "all"] if results else []
     lines = ["| method | seeds | " + " | ".join(groups) + " | all | teacher | EvalPose | gap closed |",
              "|---|---|" + "---|" * (len(groups) + 4)]
     for name, rows in results.items():
-        all_scores = [r["pck"]["all"] for r in rows]
-        spread = f" ± {np.std(all_scores, ddof=1):.1f}" if len(rows) > 1 else ""
-        teacher = [r["teacher"]["pck"]["all"] for r in rows if r["teacher"]]
-        gap = "–"
-        if "source-only" in mean and "oracle" in mean:
-            gap = f"{100 * (mean[name] - mean['source-only']) / (mean['oracle'] - mean['source-only']):.0f} %"
-        cells = [f"{np.mean([r['pck'][g] for r in rows]):.1f}" for g in groups]
-        lines.append(f"| {name} | {len(rows)} | " + " | ".join(cells) + f" | **{mean[name]:.1f}**{spread} | "
-                     + (f"{np.mean(teacher):.1f}" if teacher else "–")
-                     + f" | {np.mean([r['evalpose'] for r in rows]):.1f} | {gap} |")
+        spread = f" ± {np.std([r['pck']['all'] for r in rows], ddof=1):.1f}" if len(rows) > 1 else ""
+        gap = None
+        if "source-only" in overall and "oracle" in overall:
+            floor, ceiling = overall["source-only"], overall["oracle"]
+            gap = f"{100 * (overall[name] - floor) / (ceiling - floor):.0f} %" if ceiling != floor else None
+        cells = [name, str(len(rows)), *(shown(mean(r["pck"][g] for r in rows)) for g in groups),
+                 f"**{shown(overall[name])}**{spread}", shown(mean(r["teacher"]["pck"]["all"] for r in rows if r["teacher"])),
+                 shown(mean(r["evalpose"] for r in rows)), gap or "-"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -1255,6 +1343,9 @@ def boolean(text):
     if text.lower() in ("off", "false", "no", "0"):
         return False
     raise argparse.ArgumentTypeError(f"must be on or off, got {text!r}")
+
+
+WITHOUT_EFFECT = ("cache",)                    # settings that may differ between two runs of one result
 
 
 def add_settings(parser, skip=()):
@@ -1274,6 +1365,16 @@ def add_settings(parser, skip=()):
                            metavar=None if f.metadata["choices"] else kind.__name__.upper())
 
 
+def add_run_options(parser, out):
+    """The options that do not change a result. out: what --out does if it is not given."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--preset", choices=("demo", "paper"), default="demo",
+                       help="which values the options below have if they are not given [default demo]")
+    group.add_argument("--out", default="", help=f"directory of the results [default {out}]")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... [default: a GPU if there is one]")
+    return group
+
+
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, with the nearest option for a typo."""
 
@@ -1283,27 +1384,24 @@ class Parser(argparse.ArgumentParser):
         return super().parse_args(arguments)
 
     def error(self, message):
-        """One line on stderr, exit status 2."""
-        known = [option for action in self._actions for option in action.option_strings]
+        """UserError, so that a mistake ends in one line and exit status 2."""
+        known = [name for action in self._actions for name in action.option_strings]
         for word in (w.split("=")[0] for w in self.words if w.startswith("--")):
             near = difflib.get_close_matches(word, known, 1)
             if near and word not in known:
                 message += f"; did you mean {near[0]}?"
-        print(f"train.py: {message} (--help lists the options)", file=sys.stderr)
-        raise SystemExit(2)
+        raise UserError(f"{message} (--help lists the options)")
 
 
-def main(arguments):
+def command(arguments):
     """The command line: train (with no word), evaluate RUN, compare."""
     verb = arguments[0] if arguments and not arguments[0].startswith("-") else "train"
-    rest = arguments[1:] if verb != "train" or (arguments and arguments[0] == "train") else arguments
+    rest = arguments[1:] if arguments[:1] == [verb] else arguments
     describe = argparse.RawDescriptionHelpFormatter
     if verb == "train":
         parser = Parser(prog="train.py", formatter_class=describe, allow_abbrev=False, description=TRAIN_HELP)
-        parser.add_argument("--preset", choices=("demo", "paper"), default="demo", help="which defaults the options below have")
-        parser.add_argument("--out", default="", help="directory of the run [default runs/METHOD-TARGET-sSEED]")
-        parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... [default: a GPU if there is one]")
-        parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
+        group = add_run_options(parser, "runs/METHOD-TARGET-sSEED")
+        group.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
         add_settings(parser)
         given = vars(parser.parse_args(rest))
         preset, out, device, resume = (given.pop(name) for name in ("preset", "out", "device", "resume"))
@@ -1312,42 +1410,55 @@ def main(arguments):
         if resume:
             settings = resumed_settings(out, given)
         result = train(settings, out, device, resume)
-        print_result(result, data.BODY16)
-        print(f"{result['seconds']:.0f} s, {result['peak_memory_gb']} GB; pictures in {out / 'figures'}")
+        print_result(result)
+        print(f"{result['seconds']:.0f} s, {shown(result['peak_memory_gb'], 2)} GB; pictures in {out / 'figures'}")
     elif verb == "evaluate":
-        parser = Parser(prog="train.py evaluate", description="Repeat the evaluation of a finished run.")
+        parser = Parser(prog="train.py evaluate", description="Repeat the evaluation of a run's last checkpoint.")
         parser.add_argument("run", help="directory of the run")
         parser.add_argument("--device", default="auto", help="cpu, cuda, ... [default: a GPU if there is one]")
         options = parser.parse_args(rest)
         evaluate_run(Path(options.run), choose_device(options.device))
     elif verb == "compare":
         parser = Parser(prog="train.py compare", formatter_class=describe, allow_abbrev=False, description=COMPARE_HELP)
-        parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated rows [default: the five methods]")
-        parser.add_argument("--seeds", default="0,1,2", help="comma-separated seeds [default 0,1,2]")
-        parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores [default 1]")
-        parser.add_argument("--preset", choices=("demo", "paper"), default="demo", help="which defaults the options below have")
-        parser.add_argument("--out", default="runs/compare", help="directory of the runs [default runs/compare]")
-        parser.add_argument("--device", default="auto", help="cpu, cuda, ... [default: a GPU if there is one]")
+        group = add_run_options(parser, "runs/compare")
+        group.add_argument("--methods", default=",".join(METHODS), help="rows of the table [default: the five methods]")
+        group.add_argument("--seeds", default="0,1,2", help="seeds of each row [default 0,1,2]")
+        group.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores [default 1]")
         add_settings(parser, skip=("method", "seed"))
         given = vars(parser.parse_args(rest))
-        names, seeds, jobs, preset, out, device = (given.pop(n) for n in ("methods", "seeds", "jobs", "preset", "out", "device"))
+        names, seeds, jobs, preset, out, device = (given.pop(name) for name in ("methods", "seeds", "jobs", "preset", "out",
+                                                                                "device"))
         try:
             seeds = [int(seed) for seed in seeds.split(",")]
         except ValueError:
             raise UserError(f"--seeds: comma-separated whole numbers, got {seeds!r}") from None
         if jobs < 1:
             raise UserError(f"--jobs: must be at least 1, got {jobs}")
-        compare(names.split(","), seeds, out, jobs, preset, device, given)
+        compare(names.split(","), seeds, out or "runs/compare", jobs, preset, device, given)
     else:
         raise UserError(f"unknown command {verb!r}; use train (the default), evaluate RUN or compare")
 
 
-def saved_settings(out):
-    """Settings from a run's config.json. UserError when there is none."""
+def main(arguments):
+    """`command`, with an error in one line: exit status 0, 2 for a mistake that the user can mend, 130 for Ctrl-C."""
+    status, message = 0, None
     try:
-        config = json.loads((out / "config.json").read_text())
-    except (OSError, ValueError) as e:
-        raise UserError(f"{out}: no run here ({type(e).__name__} on config.json)") from None
+        command(arguments)
+    except (UserError, data.DataError) as e:
+        status, message = 2, f"train.py: {e}"
+    except OSError as e:
+        status, message = 2, f"train.py: {e.filename or 'system'}: {e.strerror or e}"
+    except KeyboardInterrupt:
+        status, message = 130, "train.py: interrupted; --resume goes on from the last epoch that was finished"
+    if message:
+        print(("\n" if Progress.unfinished else "") + message, file=sys.stderr)
+        Progress.unfinished = False
+    return status
+
+
+def saved_settings(out):
+    """Settings from a run's config.json."""
+    config = read_json(out / "config.json")
     names = {f.name for f in dataclasses.fields(Settings)}
     return Settings(**{name: value for name, value in config.items() if name in names})
 
@@ -1356,7 +1467,7 @@ def resumed_settings(out, given):
     """The settings that a run was started with; UserError where the command line asks for others."""
     settings = saved_settings(out)
     for name, value in given.items():
-        if getattr(settings, name) != value:
+        if getattr(settings, name) != value and name not in WITHOUT_EFFECT:
             raise UserError(f"--{name.replace('_', '-')}: the run in {out} was started with {getattr(settings, name)}; "
                             f"leave the option away with --resume, or start a new run")
     return settings
@@ -1365,20 +1476,21 @@ def resumed_settings(out, given):
 def evaluate_run(out, device):
     """Score a run's last checkpoint again and say whether the figures are those of result.json."""
     settings = saved_settings(out)
-    checkpoint = load_checkpoint(out / "last.pt")
+    checkpoint = load_checkpoint(out / "last.pt", *CHECKPOINT)
     run = set_up(settings, device, checkpoint, out / "last.pt")
     run.load(checkpoint, out / "last.pt")
     scores, _ = evaluate(run)
     result = {**scores["student"], "teacher": scores.get("teacher")}
-    print_result(result, run.domains.test.skeleton)
-    try:
-        stored = json.loads((out / "result.json").read_text())
-    except FileNotFoundError:
-        print(f"after epoch {checkpoint['epoch'] + 1} of {settings.epochs}; the run is not finished, --resume goes on with it")
+    print_result(result)
+    if not (out / "result.json").exists():
+        print(f"after epoch {checkpoint['epoch'] + 1} of {settings.epochs}; the run is not finished, --resume goes on")
         return
-    same = all(abs(stored["pck"][g] - result["pck"][g]) < 1e-9 for g in result["pck"]) and \
-        abs(stored["evalpose"] - result["evalpose"]) < 1e-4
-    print(f"{'the same as' if same else 'DIFFERS from'} {out / 'result.json'}")
+    stored = read_json(out / "result.json")
+    if any(stored[key] != result[key] for key in result):
+        raise UserError(f"{out / 'result.json'}: other figures (all {shown(stored['pck']['all'], 3)}, now "
+                        f"{shown(result['pck']['all'], 3)}); the last digits depend on the machine, the device and the "
+                        f"number of threads, anything more means that the run's files do not belong together")
+    print(f"the same as {out / 'result.json'}")
 
 
 TRAIN_HELP = """Train ACTUPose or a baseline. With no option: ACTUPose on the built-in benchmark, in minutes on a CPU.
@@ -1387,7 +1499,9 @@ TRAIN_HELP = """Train ACTUPose or a baseline. With no option: ACTUPose on the bu
   python train.py --method udape --seed 1                  a baseline, another seed
   python train.py --target lsp --target-root DIR           adapt to real photographs
   python train.py evaluate RUN                             score a finished run again
-  python train.py compare --methods udape,actupose         several runs, one table"""
+  python train.py compare --methods udape,actupose         several runs, one table
+
+Each option shows its default and, where it differs, the paper's value, which --preset paper takes."""
 
 COMPARE_HELP = f"""Run what is missing of methods x seeds, skip what is finished, print the table in Markdown.
 
@@ -1396,11 +1510,4 @@ ablations: {', '.join(ABLATIONS)} (ACTUPose with one thing changed)"""
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, data.DataError) as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last epoch", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(main(sys.argv[1:]))
