@@ -113,6 +113,7 @@ def launch(heatmaps):
 
 @torch.library.custom_op("actupose::heatmap_argmax", mutates_args=())
 def heatmap_argmax(heatmaps: Tensor) -> tuple[Tensor, Tensor]:
+    """The operator behind `kernels.heatmap_argmax`, which says what it takes and returns."""
     return launch(heatmaps) if runs_triton(heatmaps) else reference.heatmap_argmax(heatmaps)
 
 

@@ -126,6 +126,7 @@ def launch_backward(grad_coords, heatmaps, beta):
 
 @torch.library.custom_op("actupose::soft_argmax", mutates_args=())
 def soft_argmax(heatmaps: Tensor, beta: float) -> Tensor:
+    """The operator behind `kernels.soft_argmax`, which says what it takes and returns."""
     return launch(heatmaps, beta) if runs_triton(heatmaps) else reference.soft_argmax(heatmaps, beta)
 
 
@@ -139,6 +140,7 @@ def _(heatmaps, beta):
 
 @torch.library.custom_op("actupose::soft_argmax_backward", mutates_args=())
 def soft_argmax_backward(grad_coords: Tensor, heatmaps: Tensor, beta: float) -> Tensor:
+    """Gradient of `soft_argmax`: grad_coords (B, K, 2), heatmaps (B, K, H, W) -> (B, K, H, W)."""
     if runs_triton(heatmaps):
         return launch_backward(grad_coords, heatmaps, beta)
     return reference.soft_argmax_backward(grad_coords, heatmaps, beta)
@@ -150,11 +152,13 @@ def _(grad_coords, heatmaps, beta):
 
 
 def save_for_backward(ctx, inputs, output):
+    """What the backward pass needs: the heatmaps, whose probabilities it forms again, and beta."""
     heatmaps, ctx.beta = inputs
     ctx.save_for_backward(heatmaps)
 
 
 def backward(ctx, grad_coords):
+    """Autograd's rule: (B, K, 2) -> gradients of heatmaps and, none, of beta."""
     return soft_argmax_backward(grad_coords, *ctx.saved_tensors, ctx.beta), None
 
 

@@ -130,6 +130,7 @@ def launch(source, target, triplets, source_valid=None, target_valid=None, min_t
 def triplet_angle_distance(source: Tensor, target: Tensor, triplets: Tensor,
                            source_valid: Optional[Tensor] = None, target_valid: Optional[Tensor] = None,
                            min_triplets: int = 1) -> Tensor:
+    """The operator behind `kernels.triplet_angle_distance`, which says what it takes and returns."""
     decide = launch if runs_triton(source, target) else reference.triplet_angle_distance
     return decide(source, target, triplets, source_valid, target_valid, min_triplets)
 

@@ -13,19 +13,6 @@ import actupose
 import data
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-needs_golden = pytest.mark.skipif(not (SHARED / "golden" / "udape.npz").exists(),
-                                  reason="golden values of the base method (shared/golden) are not here")
-
-
-@pytest.fixture(scope="module")
-def golden():
-    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in
-            np.load(SHARED / "golden" / "udape.npz", allow_pickle=False).items() if value.shape}
-
-
-@pytest.fixture(scope="module")
-def golden_scalars():
-    return {name: value.item() for name, value in np.load(SHARED / "golden" / "udape.npz").items() if not value.shape}
 
 
 # --- §3.1.1 -----------------------------------------------------------------------------------------------
@@ -283,7 +270,6 @@ def test_network_shapes(name, size, cells):
     assert size // net.stride == cells
 
 
-@needs_golden
 def test_adain_agrees_with_published(golden):
     assert torch.allclose(actupose.adain(golden["adain_content"], golden["adain_style"]), golden["adain_out"], atol=1e-5)
 
@@ -332,21 +318,19 @@ def test_teacher_is_a_moving_average_of_parameters():
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
-@needs_golden
 def test_rectified_maps_agree_with_published(golden):
     out, cells, confidence = actupose.rectify(golden["rectify_in"].float(), sigma=2.0)
     assert torch.allclose(out, golden["rectify_out"], atol=1e-6)
     assert torch.equal(confidence, golden["rectify_in"].float().amax((2, 3)))
 
 
-@needs_golden
-def test_losses_agree_with_published(golden, golden_scalars):
+def test_losses_agree_with_published(golden):
     student, teacher = golden["loss_student"].float(), golden["loss_teacher"].float()
     mse = actupose.heatmap_mse(student, teacher, golden["loss_weight"])
-    assert mse.item() == pytest.approx(golden_scalars["loss_joints_mse"], rel=1e-5)
-    mask = actupose.confidence_mask(teacher.amax((2, 3)), golden_scalars["loss_mask_ratio"])
+    assert mse.item() == pytest.approx(golden["loss_joints_mse"].item(), rel=1e-5)
+    mask = actupose.confidence_mask(teacher.amax((2, 3)), golden["loss_mask_ratio"].item())
     assert torch.equal(mask, golden["loss_mask"])
-    assert actupose.consistency_loss(student, teacher, mask).item() == pytest.approx(golden_scalars["loss_consistency"], rel=1e-5)
+    assert actupose.consistency_loss(student, teacher, mask).item() == pytest.approx(golden["loss_consistency"].item(), rel=1e-5)
 
 
 def test_consistency_by_hand():
@@ -475,8 +459,7 @@ def test_eq8_by_hand():
 # --- §4 ---------------------------------------------------------------------------------------------------
 
 
-@needs_golden
-def test_pck_agrees_with_published(golden, golden_scalars):
+def test_pck_agrees_with_published(golden):
     """The published PCK decodes both sides on the heatmap grid and counts cells with x > 1 and y > 1 only."""
     # As published: keypoints -> heatmaps (64 cells, sigma 2) -> argmax. A keypoint outside leaves an empty map, cell (0, 0).
     (predicted, _), (true, counted) = (data.render_heatmaps(golden[f"pck_{name}_keypoints"], visible, 64, 4, 2.0) for name, visible in
@@ -487,7 +470,7 @@ def test_pck_agrees_with_published(golden, golden_scalars):
     per_joint = hits.sum(0).double() / counted.sum(0)
     assert torch.allclose(per_joint, golden["pck_per_joint"], atol=1e-6)
     overall = actupose.pck(predicted, true, counted, 64)
-    assert overall["all"] == pytest.approx(100 * golden_scalars["pck_mean"], abs=1e-4)
+    assert overall["all"] == pytest.approx(100 * golden["pck_mean"].item(), abs=1e-4)
 
 
 def test_pck_by_hand():
