@@ -645,8 +645,9 @@ def cross_domain_loss(source_features, target_features, similar):
     source_features: (S, C) of the student; target_features: (T, C) of the teacher, no gradient; similar:
     (S, T) bool from `mine_pairs`.
     """
-    f_s = F.normalize(source_features.float(), dim=-1)
-    f_t = F.normalize(target_features.detach().float(), dim=-1)
+    dtype = torch.promote_types(source_features.dtype, torch.float32)             # not in half precision
+    f_s = F.normalize(source_features.to(dtype), dim=-1)
+    f_t = F.normalize(target_features.detach().to(dtype), dim=-1)
     return -((f_s @ f_t.T) * similar).sum()                                                          # Eq. 6
 
 
