@@ -1309,24 +1309,34 @@ def compare(names, seeds, root, jobs, preset, device, given):
 
 
 def comparison_table(results):
-    """Markdown table of {name: [result, ...]}: mean over seeds, spread (sample deviation), share of the gap closed."""
+    """Markdown table of {name: [result, ...]}: means over seeds, and the sample deviation of the overall PCK.
+
+    With source-only and oracle there: the share of the gap between them that is closed. With actupose there: the
+    difference to it, seed by seed (every seed has its own data), and that difference's deviation.
+    """
     def mean(values):
         values = [value for value in values if value is not None]
         return sum(values) / len(values) if values else None
 
+    def spread(values):
+        return f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+
     overall = {name: mean(r["pck"]["all"] for r in rows) for name, rows in results.items()}
+    gap = overall.get("oracle", 0.0) - overall.get("source-only", 0.0) if {"oracle", "source-only"} <= set(overall) else 0.0
+    ours = {r["seed"]: r["pck"]["all"] for r in results.get("actupose", ())}
     groups = [g for g in next(iter(results.values()))[0]["pck"] if g != "all"] if results else []
-    lines = ["| method | seeds | " + " | ".join(groups) + " | all | teacher | EvalPose | gap closed |",
-             "|---|---|" + "---|" * (len(groups) + 4)]
+    header = ["method", "seeds", *groups, "all", "teacher", "EvalPose"]
+    header += ["gap closed"] * bool(gap) + ["to actupose"] * bool(ours)
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for name, rows in results.items():
-        spread = f" ± {np.std([r['pck']['all'] for r in rows], ddof=1):.1f}" if len(rows) > 1 else ""
-        gap = None
-        if "source-only" in overall and "oracle" in overall:
-            floor, ceiling = overall["source-only"], overall["oracle"]
-            gap = f"{100 * (overall[name] - floor) / (ceiling - floor):.0f} %" if ceiling != floor else None
         cells = [name, str(len(rows)), *(shown(mean(r["pck"][g] for r in rows)) for g in groups),
-                 f"**{shown(overall[name])}**{spread}", shown(mean(r["teacher"]["pck"]["all"] for r in rows if r["teacher"])),
-                 shown(mean(r["evalpose"] for r in rows)), gap or "-"]
+                 f"**{shown(overall[name])}**{spread([r['pck']['all'] for r in rows])}",
+                 shown(mean(r["teacher"]["pck"]["all"] for r in rows if r["teacher"])), shown(mean(r["evalpose"] for r in rows))]
+        if gap:
+            cells.append(f"{100 * (overall[name] - overall['source-only']) / gap:.0f} %")
+        if ours:
+            pairs = [r["pck"]["all"] - ours[r["seed"]] for r in rows if r["seed"] in ours]
+            cells.append(f"{mean(pairs):+.1f}{spread(pairs)}" if pairs and name != "actupose" else "-")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

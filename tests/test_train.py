@@ -131,12 +131,16 @@ def test_compare_runs_what_is_missing_and_prints_a_table(tmp_path, capsys):
 
 
 def test_comparison_table_by_hand():
-    def result(value, teacher=None):
-        pck = {"elbow": value - 1, "all": value}
-        return {"pck": pck, "evalpose": 50.0, "teacher": {"pck": {"all": teacher}} if teacher else None}
-    table = train.comparison_table({"source-only": [result(30.0), result(32.0)], "udape": [result(42.0, 43.0), result(44.0, 45.0)],
-                                    "oracle": [result(61.0), result(61.0)]})
-    assert "| udape | 2 | 42.0 | **43.0** ± 1.4 | 44.0 | 50.0 | 40 % |" in table        # (43 - 31) / (61 - 31)
+    def result(value, seed, teacher=None):
+        return {"pck": {"elbow": value - 1, "all": value}, "evalpose": 50.0, "seed": seed,
+                "teacher": {"pck": {"all": teacher}} if teacher else None}
+    rows = {"source-only": [result(30.0, 0), result(32.0, 1)], "udape": [result(42.0, 0, 43.0), result(44.0, 1, 45.0)],
+            "oracle": [result(61.0, 0), result(61.0, 1)]}
+    assert "| udape | 2 | 42.0 | **43.0** ± 1.4 | 44.0 | 50.0 | 40 % |" in train.comparison_table(rows)   # (43-31) / (61-31)
+    rows["actupose"] = [result(47.0, 1), result(41.0, 0), result(90.0, 2)]        # to udape, by seed: 42 - 41, 44 - 47
+    table = train.comparison_table(rows)
+    assert "| 40 % | -1.0 ± 2.8 |" in table and table.splitlines()[0].endswith("| gap closed | to actupose |")
+    assert train.comparison_table({"udape": rows["udape"]}).splitlines()[0].endswith("| EvalPose |")
 
 
 @pytest.mark.parametrize("arguments, text", [
