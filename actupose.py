@@ -520,12 +520,17 @@ def heatmap_mse(predicted, target, weight):
 def decode_keypoints(heatmaps, subcell=False):
     """Heatmaps (B, K, H, W) -> cells (B, K, 2) as (x, y), confidence (B, K).
 
-    subcell: add the vertex of the parabola through the maximum and its two neighbours, on each axis, at
-    most half a cell.
+    subcell: finer than a cell, see `subcell_offset`.
     """
     cells, confidence = kernels.heatmap_argmax(heatmaps)
-    if not subcell:
-        return cells, confidence
+    return (cells + subcell_offset(heatmaps, cells, confidence) if subcell else cells), confidence
+
+
+def subcell_offset(heatmaps, cells, confidence):
+    """From the cell of the maximum to the vertex of the parabola through it and its two neighbours, on each axis.
+
+    heatmaps: (B, K, H, W); cells (B, K, 2), confidence (B, K): their maxima. Returns (B, K, 2), at most half a cell.
+    """
     height, width = heatmaps.shape[-2:]
     flat, index = heatmaps.flatten(2), cells.long()
     offset = []
@@ -537,7 +542,7 @@ def decode_keypoints(heatmaps, subcell=False):
         curvature = 2 * confidence - before - after
         vertex = 0.5 * (after - before) / torch.where(curvature > 0, curvature, 1.0)
         offset.append(torch.where(edge | (curvature <= 0), 0.0, vertex.clamp(-0.5, 0.5)))
-    return cells + torch.stack(offset, -1), confidence
+    return torch.stack(offset, -1)
 
 
 def rectify(heatmaps, sigma, subcell=False):
@@ -627,27 +632,31 @@ def evalpose(predicted, labelled, limbs, weight):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def mine_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=4):
-    """The set Z of similar poses across the batches, as a boolean matrix (S, T); `Z.nonzero()` lists the pairs.
+def mine_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=4, capacity=None):
+    """The set Z of similar poses across the batches, or across two banks of poses: (P, 2) long, rows (m, n).
 
     source: (S, K, 2), target: (T, K, 2) predicted keypoints, any unit; triplets: (A, 3); gamma: the
     threshold on Eq. 7 in radians; *_valid: (S, K), (T, K) bool, False for keypoints of low confidence,
-    whose triplets are pruned.
+    whose triplets are pruned. capacity: return that many rows, those beyond P filled with -1; a GPU is then
+    not waited for.
     """
-    distance = kernels.triplet_angle_distance(source, target, triplets, source_valid, target_valid,
-                                              min_triplets)                                          # Eq. 7
-    return distance < gamma
+    return kernels.similar_pairs(source, target, triplets, gamma, source_valid, target_valid, min_triplets,
+                                 capacity)                                                           # Eq. 7
 
 
-def cross_domain_loss(source_features, target_features, similar):
+def cross_domain_loss(source_features, target_features, pairs):
     """Eq. 6: minus the sum over similar pairs of the cosine of their features.
 
-    source_features: (S, C) of the student; target_features: (T, C) of the teacher, no gradient; similar:
-    (S, T) bool from `mine_pairs`.
+    source_features: (S, C) of the student; target_features: (T, C) of the teacher, no gradient; pairs:
+    (P, 2) from `mine_pairs`; rows of -1 do not count.
     """
     dtype = torch.promote_types(source_features.dtype, torch.float32)             # not in half precision
     f_s = F.normalize(source_features.to(dtype), dim=-1)
     f_t = F.normalize(target_features.detach().to(dtype), dim=-1)
+    # In a batch all cosines are one product, of which the pairs are entries; -1 goes to an entry beyond it.
+    S, T = len(f_s), len(f_t)
+    entry = torch.where(pairs[:, 0] < 0, S * T, pairs[:, 0] * T + pairs[:, 1])
+    similar = f_s.new_zeros(S * T + 1).index_fill(0, entry, 1.0)[:-1].view(S, T)
     return -((f_s @ f_t.T) * similar).sum()                                                          # Eq. 6
 
 

@@ -325,9 +325,10 @@ class Trainer:
         student_images = images if target_images is None else self.restyle(images, target_images, u[:, 11])
         predicted, features = self.student(student_images)
         loss = actupose.heatmap_mse(predicted, heatmaps, weight)
-        cells, confidence = actupose.decode_keypoints(predicted.detach(), s.subcell)
         # Eq. 4 wants the mean confidence of a sample; keypoints that the view cut off do not count.
-        mean_confidence = (confidence * weight).sum(1) / weight.sum(1).clamp(min=1)
+        cells, confidence, mean_confidence = kernels.heatmap_argmax_mean(predicted, weight)
+        if s.subcell:
+            cells = cells + actupose.subcell_offset(predicted.detach(), cells, confidence)
         # Poses are compared (Eq. 7) as they stand in the image: a sheared view has other angles.
         pose = map_keypoints(cells * self.stride, invert_view(view))
         return dict(images=images, predicted=predicted, features=features, loss=loss, weight=weight, pose=pose,
@@ -393,15 +394,16 @@ class Trainer:
             evalpose = (actupose.evalpose(on_source, source["keypoints"] / self.stride, self.limbs, source["weight"])
                         + actupose.evalpose(on_target, cells, self.limbs, mask))
         if s.w_cross:
-            similar = actupose.mine_pairs(source["pose"], cells, self.triplets, s.gamma, source["weight"] > 0, sure)
-            cross = actupose.cross_domain_loss(source["features"], teacher_features, similar)
+            pairs = actupose.mine_pairs(source["pose"], cells, self.triplets, s.gamma, source["weight"] > 0, sure,
+                                        capacity=len(cells) * len(source["pose"]))
+            cross = actupose.cross_domain_loss(source["features"], teacher_features, pairs)
         loss = actupose.total_loss(udape, evalpose, cross, (s.w_udape, s.w_evalpose, s.w_cross))       # Eq. 8
         terms = dict(mse=self.summed * source["loss"], consistency=self.summed * consistency, kept=mask.float().mean(),
                      teacher_confidence=confidence.mean())
         if s.w_evalpose:
             terms["evalpose"] = evalpose
         if s.w_cross:
-            terms.update(cross_domain=cross, pairs=similar.float().sum())
+            terms.update(cross_domain=cross, pairs=(pairs[:, 0] >= 0).float().sum())
         return loss, terms
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
-"""What the operators share: where they run, and how a program walks over heatmaps of any strides."""
+"""What the operators share: where they run, how they are registered, and how programs divide heatmaps."""
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
@@ -22,7 +23,10 @@ INTERPRET = HAVE_TRITON and triton.knobs.runtime.interpret
 # keeps Triton 3.9 from warning that its default will change.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
-TILE = 4096  # cells a program reads at a time: the whole of a 64x64 map
+TILE = 4096         # cells that a program holds at a time: the whole of a 64x64 map
+SMALL_TILE = 1024   # cells that small maps are gathered to
+PROGRAMS = 512      # a few for each multiprocessor of a large GPU
+SHARE = 16384       # cells; below about this a map is read before the launch that joins its shares has begun
 
 
 def runs_triton(*tensors):
@@ -36,6 +40,43 @@ def runs_triton(*tensors):
     return tensors[0].is_cuda or (INTERPRET and tensors[0].device.type == "cpu")
 
 
+LIBRARY = torch.library.Library("actupose", "DEF")
+
+
+def join_batches(operator):
+    """vmap of an operator whose tensors all start with the batch B: the mapped dimension is joined to it."""
+    def rule(info, in_dims, *arguments):
+        joined = []
+        for argument, dim in zip(arguments, in_dims):
+            if isinstance(argument, torch.Tensor):
+                argument = argument.expand(info.batch_size, *argument.shape) if dim is None \
+                    else argument.movedim(dim, 0)
+                argument = argument.flatten(0, 1)
+            joined.append(argument)
+        results = operator(*joined)
+        if isinstance(results, torch.Tensor):
+            return results.unflatten(0, (info.batch_size, -1)), 0
+        return tuple(result.unflatten(0, (info.batch_size, -1)) for result in results), (0,) * len(results)
+    return rule
+
+
+def register(schema, function, fake, vmap=join_batches):
+    """Make `function` the operator torch.ops.actupose.<name> with this schema, and return that.
+
+    fake: the same for tensors without data, for torch.compile; vmap: makes the operator's rule for
+    torch.func.vmap, if it has one. The parts of `torch.library` are used one by one because `torch.library.custom_op`, which
+    wraps them all, adds about 5 microseconds to every call.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    operator = getattr(torch.ops.actupose, name).default
+    torch.library.register_fake(f"actupose::{name}", fake, lib=LIBRARY)
+    if vmap is not None:
+        torch.library.register_vmap(f"actupose::{name}", vmap(operator), lib=LIBRARY)
+    return operator
+
+
 def device_of(tensor):
     """Context in which Triton launches on the tensor's GPU, whichever is the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
@@ -46,37 +87,62 @@ def power_of_two(n):
     return 1 << (n - 1).bit_length()
 
 
-def map_layout(heatmaps):
-    """Strides and tile of a kernel that reads `heatmaps` (B, K, H, W) where they lie, without a copy.
+class Layout(NamedTuple):
+    """How programs divide heatmaps that they read where they lie, without a copy."""
+    keypoints: int     # maps at `strides[1]` from each other; then the next batch, at strides[0]
+    strides: tuple     # of batch, keypoint, row, column
+    flat: bool         # rows follow each other at the columns' stride: cell n lies at n * strides[3]
+    block_k: int       # maps of a program
+    block_n: int       # cells that it holds at a time
+    programs: int      # over the maps
+    shares: int        # programs over the cells of a map
+    share: int         # cells of a share
 
-    Returns the strides (batch, keypoint, row, column), whether rows follow each other at the columns' stride
-    (`flat`: a cell's offset is then its index times one stride), and the tile (keypoints, cells). A map whose
-    cells are neighbours in memory is read by itself. In channels-last heatmaps the neighbours are keypoints:
-    a program takes as many of them as fill a 32-byte sector, the least that a GPU's memory delivers.
+
+def one_stride(heatmaps):
+    """Whether all maps of all samples lie at one stride, so that B samples of K are as one of B K."""
+    return heatmaps.shape[0] == 1 or heatmaps.stride(0) == heatmaps.shape[1] * heatmaps.stride(1)
+
+
+def divide(heatmaps, join=True):
+    """Layout of `heatmaps` (B, K, H, W), B and K at least 1. join: take maps at one stride as one sample's.
+
+    A map whose cells are neighbours in memory is read along them; small ones share a program. In
+    channels-last heatmaps the neighbours are keypoints: a program takes as many of them as fill a 32-byte
+    sector, the least that a GPU's memory delivers. When there are fewer maps than a GPU has room for and they
+    are large, each is divided among several programs.
     """
-    keypoints, height, width = heatmaps.shape[1:]
+    batch, keypoints, height, width = heatmaps.shape
     stride_b, stride_k, stride_h, stride_w = heatmaps.stride()
+    cells = height * width
     flat = height == 1 or width == 1 or stride_h == width * stride_w
     if width == 1:
         stride_w = stride_h
-    block_k = 1
+    if join and one_stride(heatmaps):
+        batch, keypoints = 1, batch * keypoints
     if stride_k == 1 and stride_w != 1:
         block_k = min(power_of_two(keypoints), 32 // heatmaps.element_size())
-    block_n = min(power_of_two(height * width), TILE // block_k)
-    return (stride_b, stride_k, stride_h, stride_w), flat, (block_k, block_n)
+    else:
+        block_k = min(power_of_two(keypoints), max(1, SMALL_TILE // power_of_two(cells)))
+    block_n = min(power_of_two(cells), TILE // block_k)
+    programs = batch * -(-keypoints // block_k)
+    shares = max(1, min(cells // SHARE, PROGRAMS // programs))
+    share = -(-cells // (shares * block_n)) * block_n
+    return Layout(keypoints, (stride_b, stride_k, stride_h, stride_w), flat, block_k, block_n, programs,
+                  -(-cells // share), share)
 
 
 def warps_for(tile):
-    """Warps for a tile (keypoints, cells): at most 16 elements a thread, so that nothing spills."""
-    return max(1, min(8, tile[0] * tile[1] // 512))
+    """Warps for a tile of so many cells: at most 16 cells a thread, so that nothing spills."""
+    return max(1, min(8, tile // 512))
 
 
 @triton.jit
-def tile_of_program(heatmaps, keypoints, stride_b, stride_k, BLOCK_K: tl.constexpr):
+def maps_of_program(heatmaps, keypoints, stride_b, stride_k, BLOCK_K: tl.constexpr):
     """Pointers to the maps of this program (BLOCK_K,), their index b * K + k, and which of them exist."""
-    tiles = tl.cdiv(keypoints, BLOCK_K)
-    b = (tl.program_id(0) // tiles).to(tl.int64)
-    k = tl.program_id(0) % tiles * BLOCK_K + tl.arange(0, BLOCK_K)
+    blocks = tl.cdiv(keypoints, BLOCK_K)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    k = tl.program_id(0) % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
     # int64: a batch of large maps has more than 2^31 cells.
     return heatmaps + b * stride_b + k.to(tl.int64) * stride_k, b * keypoints + k, k < keypoints
 

@@ -1,22 +1,30 @@
 """Heatmap argmax: the cell of each map's maximum and the value there, read from the map once.
 
-    (x, y) = argmax h[y, x],        confidence = h[y, x]
+    (x, y) = argmax h[y, x],    confidence = h[y, x],    mean = sum_k w_k confidence_k / sum_k w_k  (Eq. 4)
+
+What it must move: every cell once, B K H W times 2 or 4 bytes, and 12 bytes a map of results. What it must
+do: a comparison or two for each cell, far less than a GPU can do in the time that the bytes take. So the time
+to reach is that of reading the maps; 32 x 16 x 64 x 64 floats are 8.4 MB, 2 microseconds from H200's memory.
 
 In PyTorch this is a flattening (a copy, unless the map lies contiguous), a maximum that writes int64 indices,
-a remainder, a division, a stack and two conversions: many launches around a reduction that has nothing to do
-but read the map. Here one program reads a map, in whatever layout, and writes three floats: the traffic is
-the maps themselves. Only when there are fewer maps than a GPU has room for, and they are large, is a map
-shared among programs and a second launch picks among their candidates.
+a remainder, a division, a stack and conversions: eight launches, each longer than the reading. Here a program
+reads a map, or several small ones, in whatever layout, and writes three floats for each. Only when there are
+fewer maps than a GPU has room for, and they are large, is a map shared among programs; a second launch then
+picks among their candidates. The mean confidence of a sample, which Eq. 4 re-ranks by, is over maps of
+several programs: it too waits for the second launch, which reads K floats, rather than for atomic counters.
+
+A comparison of floats knows neither ties nor NaN as torch.max does: first cell wins, and the first NaN wins
+over everything. Each lane therefore keeps the best of its cells with their index, in rising order, and the
+lanes are reduced to the smallest index among the NaN, or else among the equals of the maximum.
 """
+from typing import Optional
+
 import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.common import (COMPILE_OPTIONS, cell_offset, device_of, map_layout, power_of_two, runs_triton,
-                            tile_of_program, tl, triton, warps_for)
-
-ENOUGH_PROGRAMS = 512  # a few for each multiprocessor of a large GPU
-CELLS_A_SHARE = 16384  # below about this a map is read before a second launch has begun
+from kernels.common import (COMPILE_OPTIONS, cell_offset, device_of, divide, maps_of_program,
+                            power_of_two, register, runs_triton, tl, triton, warps_for)
 
 
 @triton.jit
@@ -33,19 +41,20 @@ def first_maximum(value, index, none):
 @triton.jit
 def store_cell(coords, confidence, maps, map_index, exists, n, width, stride_h, stride_w, FLAT: tl.constexpr):
     """Write the cell n of each map as (x, y), and the map's value there, read again so that it is the same
-    bits."""
+    bits. Returns the value."""
     value = tl.load(maps + cell_offset(n, width, stride_h, stride_w, FLAT), mask=exists, other=0.0)
     tl.store(coords + 2 * map_index, (n % width).to(tl.float32), mask=exists)
     tl.store(coords + 2 * map_index + 1, (n // width).to(tl.float32), mask=exists)
     tl.store(confidence + map_index, value.to(tl.float32), mask=exists)
+    return value.to(tl.float32)
 
 
 @triton.jit
 def argmax_kernel(heatmaps, coords, confidence, candidates, keypoints, cells, width, share,
                   stride_b, stride_k, stride_h, stride_w,
                   FLAT: tl.constexpr, SHARED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Program (tile of maps, share): the maximum over the share's cells, the result if there is one share."""
-    maps, map_index, exists = tile_of_program(heatmaps, keypoints, stride_b, stride_k, BLOCK_K)
+    """Program (block of maps, share of their cells): the maximum over the share, the result if it is all."""
+    maps, map_index, exists = maps_of_program(heatmaps, keypoints, stride_b, stride_k, BLOCK_K)
     lane = tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * share
     # Every lane keeps the best of the cells it saw, in rising order, so that > alone keeps the first of
@@ -68,58 +77,100 @@ def argmax_kernel(heatmaps, coords, confidence, candidates, keypoints, cells, wi
 
 
 @triton.jit
-def choose_kernel(heatmaps, coords, confidence, candidates, keypoints, cells, width, shares,
-                  stride_b, stride_k, stride_h, stride_w, FLAT: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Program (map): the maximum among the candidates of its shares."""
-    maps, map_index, exists = tile_of_program(heatmaps, keypoints, stride_b, stride_k, 1)
+def finish_kernel(heatmaps, coords, confidence, candidates, weight, mean, keypoints, cells, width, shares,
+                  stride_b, stride_k, stride_h, stride_w, weight_b, weight_k,
+                  FLAT: tl.constexpr, SHARED: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr,
+                  BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Program (sample): the maximum among the candidates of each map's shares; the mean confidence."""
+    b = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK_S)
-    inside = exists[:, None] & (s < shares)[None, :]
-    n = tl.load(candidates + map_index[:, None] * shares + s[None, :], mask=inside, other=0)
-    offset = cell_offset(n, width, stride_h, stride_w, FLAT)
-    value = tl.load(maps[:, None] + offset, mask=inside, other=float("-inf")).to(tl.float32)
-    # Lanes beyond the shares stand for -inf at cell 0, which is the result for a map of -inf all the same.
-    first = first_maximum(value, n, cells)
-    store_cell(coords, confidence, maps, map_index, exists, first, width, stride_h, stride_w, FLAT)
+    weighted = tl.zeros((BLOCK_K,), tl.float32)
+    total = tl.zeros((BLOCK_K,), tl.float32)
+    for start in range(0, keypoints, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        exists = k < keypoints
+        map_index = b * keypoints + k
+        maps = heatmaps + b * stride_b + k.to(tl.int64) * stride_k
+        if SHARED:
+            inside = exists[:, None] & (s < shares)[None, :]
+            n = tl.load(candidates + map_index[:, None] * shares + s[None, :], mask=inside, other=0)
+            offset = cell_offset(n, width, stride_h, stride_w, FLAT)
+            value = tl.load(maps[:, None] + offset, mask=inside, other=float("-inf")).to(tl.float32)
+            # Lanes beyond the shares stand for -inf at cell 0, which is the result for a map of -inf all the
+            # same.
+            n = first_maximum(value, n, cells)
+            value = store_cell(coords, confidence, maps, map_index, exists, n, width, stride_h, stride_w, FLAT)
+        else:
+            value = tl.load(confidence + map_index, mask=exists, other=0.0)
+        if MEAN:
+            w = exists.to(tl.float32)
+            if WEIGHTED:
+                w = tl.load(weight + b * weight_b + k * weight_k, mask=exists, other=0.0).to(tl.float32)
+            # A keypoint without weight does not count, whatever its map holds: NaN times 0 would.
+            weighted += tl.where(w == 0.0, 0.0, w * value)
+            total += w
+    if MEAN:
+        total_weight = tl.sum(total, axis=0)
+        tl.store(mean + b, tl.sum(weighted, axis=0) / tl.where(total_weight == 0.0, 1.0, total_weight))
 
 
-def launch(heatmaps):
-    """Decode `heatmaps` (B, K, H, W), any strides, not float64, with the Triton kernel."""
-    reference.check_heatmaps(heatmaps)
+def decode(heatmaps, with_mean, weight=None):
+    """Coordinates, confidence and, if asked for, mean confidence of `heatmaps`, not float64, with Triton."""
     batch, keypoints, height, width = heatmaps.shape
     cells = height * width
     coords = heatmaps.new_empty((batch, keypoints, 2), dtype=torch.float32)
     confidence = heatmaps.new_empty((batch, keypoints), dtype=torch.float32)
+    mean = heatmaps.new_empty(batch if with_mean else 0, dtype=torch.float32)
     if batch * keypoints == 0:
-        return coords, confidence
-    strides, flat, tile = map_layout(heatmaps)
-    programs = batch * triton.cdiv(keypoints, tile[0])
-    shares = max(1, min(cells // CELLS_A_SHARE, ENOUGH_PROGRAMS // programs))
-    share = triton.cdiv(triton.cdiv(cells, shares), tile[1]) * tile[1]
-    shares = triton.cdiv(cells, share)
-    candidates = coords
-    if shares > 1:
-        candidates = heatmaps.new_empty((batch, keypoints, shares), dtype=torch.int32)
+        return coords, confidence, mean.zero_()
+    layout = divide(heatmaps)
+    shared = layout.shares > 1
+    # Tensors that a launch does not touch stand in for those that it has no use for.
+    candidates = heatmaps.new_empty((batch * keypoints, layout.shares), dtype=torch.int32) if shared else coords
     with device_of(heatmaps):
-        argmax_kernel[(programs, shares)](
-            heatmaps, coords, confidence, candidates, keypoints, cells, width, share, *strides,
-            FLAT=flat, SHARED=shares > 1, BLOCK_K=tile[0], BLOCK_N=tile[1], num_warps=warps_for(tile),
-            **COMPILE_OPTIONS)
-        if shares > 1:
-            choose_kernel[(batch * keypoints,)](
-                heatmaps, coords, confidence, candidates, keypoints, cells, width, shares, *strides,
-                FLAT=flat, BLOCK_S=power_of_two(shares), num_warps=1, **COMPILE_OPTIONS)
-    return coords, confidence
+        argmax_kernel[(layout.programs, layout.shares)](
+            heatmaps, coords, confidence, candidates, layout.keypoints, cells, width, layout.share,
+            *layout.strides, FLAT=layout.flat, SHARED=shared, BLOCK_K=layout.block_k, BLOCK_N=layout.block_n,
+            num_warps=warps_for(layout.block_k * layout.block_n), **COMPILE_OPTIONS)
+        if shared or with_mean:
+            block_s = power_of_two(layout.shares)
+            finish_kernel[(batch,)](
+                heatmaps, coords, confidence, candidates, coords if weight is None else weight, mean,
+                keypoints, cells, width, layout.shares, *heatmaps.stride(),
+                *((0, 0) if weight is None else weight.stride()),
+                FLAT=layout.flat and width > 1, SHARED=shared, MEAN=with_mean, WEIGHTED=weight is not None,
+                BLOCK_K=min(power_of_two(keypoints), max(1, 2048 // block_s)), BLOCK_S=block_s, num_warps=4,
+                **COMPILE_OPTIONS)
+    return coords, confidence, mean
 
 
-@torch.library.custom_op("actupose::heatmap_argmax", mutates_args=())
-def heatmap_argmax(heatmaps: Tensor) -> tuple[Tensor, Tensor]:
-    """The operator behind `kernels.heatmap_argmax`, which says what it takes and returns."""
-    return launch(heatmaps) if runs_triton(heatmaps) else reference.heatmap_argmax(heatmaps)
+def heatmap_argmax(heatmaps: Tensor):
+    reference.check_heatmaps(heatmaps)
+    if runs_triton(heatmaps):
+        return decode(heatmaps, with_mean=False)[:2]
+    return reference.heatmap_argmax(heatmaps)
 
 
-@heatmap_argmax.register_fake
-def _(heatmaps):
+def heatmap_argmax_mean(heatmaps: Tensor, weight: Optional[Tensor] = None):
+    reference.check_heatmaps(heatmaps)
+    reference.check_weight(weight, heatmaps)
+    if runs_triton(heatmaps):
+        return decode(heatmaps, True, weight)
+    return reference.heatmap_argmax_mean(heatmaps, weight)
+
+
+def fake_argmax(heatmaps):
     reference.check_heatmaps(heatmaps)
     batch, keypoints = heatmaps.shape[:2]
     return (heatmaps.new_empty((batch, keypoints, 2), dtype=torch.float32),
             heatmaps.new_empty((batch, keypoints), dtype=torch.float32))
+
+
+def fake_argmax_mean(heatmaps, weight=None):
+    reference.check_weight(weight, heatmaps)
+    return (*fake_argmax(heatmaps), heatmaps.new_empty(heatmaps.shape[:1], dtype=torch.float32))
+
+
+register("heatmap_argmax(Tensor heatmaps) -> (Tensor coords, Tensor confidence)", heatmap_argmax, fake_argmax)
+register("heatmap_argmax_mean(Tensor heatmaps, Tensor? weight=None) -> "
+         "(Tensor coords, Tensor confidence, Tensor mean)", heatmap_argmax_mean, fake_argmax_mean)

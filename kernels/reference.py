@@ -22,26 +22,41 @@ def check_beta(beta):
         raise ValueError(f"beta must be positive and finite, got {beta}")
 
 
+def check_weight(weight, heatmaps):
+    """Raise TypeError / ValueError unless `weight` is None or a floating (B, K) on the device of `heatmaps`."""
+    if weight is None:
+        return
+    if not weight.is_floating_point():
+        raise TypeError(f"weight must be floating point, got {weight.dtype}: convert it with .float()")
+    if weight.shape != heatmaps.shape[:2]:
+        raise ValueError(f"weight must have shape {tuple(heatmaps.shape[:2])}, got {tuple(weight.shape)}")
+    if weight.device != heatmaps.device:
+        raise ValueError(f"weight is on {weight.device} but heatmaps on {heatmaps.device}: move one of them")
+
+
 def check_poses(source, target, triplets, source_valid, target_valid, min_triplets):
     """Raise TypeError / ValueError unless shapes, dtypes and devices fit `triplet_angle_distance`."""
     for name, poses in (("source", source), ("target", target)):
-        if poses.dim() != 3 or poses.shape[2] != 2:
-            raise ValueError(f"{name} must have shape (poses, K, 2), got {tuple(poses.shape)}")
+        if poses.dim() < 3 or poses.shape[-1] != 2:
+            raise ValueError(f"{name} must have shape (..., poses, K, 2), got {tuple(poses.shape)}")
         if not poses.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {poses.dtype}: convert it with .float()")
-    if source.shape[1] != target.shape[1]:
-        raise ValueError(f"source and target must have the same keypoints K, got {source.shape[1]} and "
-                         f"{target.shape[1]}")
+    if source.shape[-2] != target.shape[-2]:
+        raise ValueError(f"source and target must have the same keypoints K, got {source.shape[-2]} and "
+                         f"{target.shape[-2]}")
+    for ours, theirs in zip(reversed(source.shape[:-3]), reversed(target.shape[:-3])):
+        if ours != theirs and 1 not in (ours, theirs):
+            raise ValueError("the leading dimensions of source and target must be equal or 1, got "
+                             f"{tuple(source.shape[:-3])} and {tuple(target.shape[:-3])}")
     if target.device != source.device:
         raise ValueError(f"target is on {target.device} but source on {source.device}: move one of them")
-    masks = ("source_valid", source_valid, source), ("target_valid", target_valid, target)
-    for name, valid, poses in masks:
+    for name, valid, poses in (("source_valid", source_valid, source), ("target_valid", target_valid, target)):
         if valid is None:
             continue
         if valid.dtype != torch.bool:
             raise TypeError(f"{name} must be bool, got {valid.dtype}: compare it with a threshold first")
-        if valid.shape != poses.shape[:2]:
-            raise ValueError(f"{name} must have shape {tuple(poses.shape[:2])}, got {tuple(valid.shape)}")
+        if valid.shape != poses.shape[:-1]:
+            raise ValueError(f"{name} must have shape {tuple(poses.shape[:-1])}, got {tuple(valid.shape)}")
         if valid.device != source.device:
             raise ValueError(f"{name} is on {valid.device} but source on {source.device}: move one of them")
     if triplets.dim() != 2 or triplets.shape[1] != 3:
@@ -52,6 +67,17 @@ def check_poses(source, target, triplets, source_valid, target_valid, min_triple
         raise ValueError(f"triplets are on {triplets.device} but source on {source.device}: move them")
     if min_triplets < 0:
         raise ValueError(f"min_triplets must not be negative, got {min_triplets}")
+
+
+def check_pairs(source, target, gamma, capacity):
+    """Raise ValueError unless there are two banks of poses, a threshold and a capacity."""
+    for name, poses in (("source", source), ("target", target)):
+        if poses.dim() != 3:
+            raise ValueError(f"{name} must have shape (poses, K, 2), got {tuple(poses.shape)}")
+    if not gamma >= 0:
+        raise ValueError(f"gamma must not be negative, got {gamma}")
+    if capacity is not None and capacity < 0:
+        raise ValueError(f"capacity must not be negative, got {capacity}")
 
 
 def check_indices(triplets, keypoints):
@@ -81,26 +107,50 @@ def heatmap_argmax(heatmaps):
     return coords.float(), confidence.float().contiguous()
 
 
+def heatmap_argmax_mean(heatmaps, weight=None):
+    """`heatmap_argmax`, and the mean confidence of each sample over its keypoints, which Eq. 4 re-ranks by.
+
+    weight: (B, K) floating point, or None for equal weights. Returns coords (B, K, 2), confidence (B, K) and
+    mean (B,), float32: sum(weight * confidence) / sum(weight) over the keypoints whose weight is not 0, and 0
+    where none is. Raises as `heatmap_argmax`, and for a weight of another shape, dtype or device.
+    """
+    check_heatmaps(heatmaps)
+    check_weight(weight, heatmaps)
+    coords, confidence = heatmap_argmax(heatmaps)
+    weight = torch.ones_like(confidence) if weight is None else weight.detach().float()
+    total = weight.sum(dim=1)
+    weighted = torch.where(weight == 0, 0.0, weight * confidence).sum(dim=1)
+    return coords, confidence, weighted / torch.where(total == 0, 1.0, total)
+
+
 def soft_argmax(heatmaps, beta):
     """Expected cell under softmax(beta * heatmap): an argmax that has a gradient.
 
     heatmaps: (B, K, H, W) floating point; beta > 0, the inverse temperature. Returns coords (B, K, 2), cells
-    (x, y): float64 for float64 heatmaps, otherwise computed and returned in float32. Raises ValueError for a
-    wrong shape or beta <= 0, TypeError for a dtype that is not floating point.
+    (x, y): float64 for float64 heatmaps, otherwise computed and returned in float32, within 1e-5 cells of
+    float64 for sides up to 64, and in proportion beyond. Raises ValueError for a wrong shape or beta <= 0,
+    TypeError for a dtype that is not floating point.
     """
     check_heatmaps(heatmaps)
     check_beta(beta)
-    return expected_cell(cell_probabilities(heatmaps, beta))
+    probability = cell_probabilities(heatmaps, beta)
+    # Marginals and sums in place of a matrix product, which TF32 settings would make less exact.
+    columns, rows = probability.sum(dim=2), probability.sum(dim=3)
+    # Measured from the centre, and divided by the sum of what the softmax rounded to one: the result would
+    # else carry a rounding error of the whole side.
+    x, y = (torch.arange(n, dtype=columns.dtype, device=columns.device) - 0.5 * (n - 1)
+            for n in (heatmaps.shape[3], heatmaps.shape[2]))
+    total = columns.sum(dim=2)
+    return torch.stack(((columns * x).sum(dim=2) / total + 0.5 * (heatmaps.shape[3] - 1),
+                        (rows * y).sum(dim=2) / total + 0.5 * (heatmaps.shape[2] - 1)), dim=2)
 
 
-def soft_argmax_backward(grad_coords, heatmaps, beta):
-    """Gradient of `soft_argmax`: d/dh_n = beta p_n ((x_n - X) g_x + (y_n - Y) g_y), with (X, Y) its result.
+def soft_argmax_backward(grad_coords, heatmaps, coords, beta):
+    """Gradient of `soft_argmax`: d/dh_n = beta p_n ((x_n - X) g_x + (y_n - Y) g_y), with (X, Y) = coords.
 
     grad_coords: (B, K, 2), the gradient g of the loss with respect to the coordinates. Returns (B, K, H, W)
     in the dtype and memory layout of the heatmaps.
     """
-    probability = cell_probabilities(heatmaps, beta)
-    coords = expected_cell(probability)
     height, width = heatmaps.shape[2:]
     xs = torch.arange(width, dtype=coords.dtype, device=coords.device)
     ys = torch.arange(height, dtype=coords.dtype, device=coords.device)
@@ -108,44 +158,36 @@ def soft_argmax_backward(grad_coords, heatmaps, beta):
     along_x = (xs - coords[..., 0, None]) * slope[..., 0, None]
     along_y = (ys - coords[..., 1, None]) * slope[..., 1, None]
     along = along_y[..., :, None] + along_x[..., None, :]
-    return torch.mul(probability, along, out=torch.empty_like(heatmaps))
+    return torch.mul(cell_probabilities(heatmaps, beta), along, out=torch.empty_like(heatmaps))
 
 
 def cell_probabilities(heatmaps, beta):
     """softmax(beta * heatmap) over a map's cells: (B, K, H, W), float64 for float64 heatmaps, else
     float32."""
-    if heatmaps.dtype != torch.float64:
-        heatmaps = heatmaps.float()
-    return torch.softmax(beta * heatmaps.flatten(2), dim=2).unflatten(2, heatmaps.shape[2:])
-
-
-def expected_cell(probability):
-    """Mean cell (x, y) under `probability` (B, K, H, W): (B, K, 2)."""
-    xs = torch.arange(probability.shape[3], dtype=probability.dtype, device=probability.device)
-    ys = torch.arange(probability.shape[2], dtype=probability.dtype, device=probability.device)
-    # Marginals and sums in place of a matrix product, which TF32 settings would make less exact.
-    x = (probability.sum(dim=2) * xs).sum(dim=2)
-    y = (probability.sum(dim=3) * ys).sum(dim=2)
-    return torch.stack((x, y), dim=2)
+    cells = (heatmaps if heatmaps.dtype == torch.float64 else heatmaps.float()).flatten(2)
+    # Differences from the maximum are exact near it; beta times the heatmap itself would be rounded first.
+    # Adding a constant does not change a softmax, so the maximum needs no gradient.
+    return torch.softmax(beta * (cells - cells.detach().amax(dim=2, keepdim=True)), dim=2).unflatten(
+        2, heatmaps.shape[2:])
 
 
 def triplet_angles(keypoints, triplets, valid=None):
     """Angle at the middle keypoint of each triplet, the vector theta of Eq. 7.
 
-    keypoints: (N, K, 2) floating point, (x, y); triplets: (A, 3) long, each (end, middle, end); valid: (N, K)
-    bool, or None when all are. Returns angles (N, A) in [0, pi], float64 for float64 keypoints and else
-    float32, and usable (N, A) bool: the three keypoints are valid and neither limb has length zero. The angle
-    is atan2(|a x b|, a . b), accurate at 0 and pi where arccos is not; it is 0 where not usable.
+    keypoints: (..., K, 2) floating point, (x, y); triplets: (A, 3) long, each (end, middle, end); valid:
+    (..., K) bool, or None when all are. Returns angles (..., A) in [0, pi], float64 for float64 keypoints and
+    else float32, and usable (..., A) bool: the three keypoints are valid and neither limb has length zero.
+    The angle is atan2(|a x b|, a . b), accurate at 0 and pi where arccos is not; it is 0 where not usable.
     """
     if keypoints.dtype != torch.float64:
         keypoints = keypoints.float()
-    first, middle, last = keypoints[:, triplets].unbind(dim=2)
+    first, middle, last = keypoints[..., triplets, :].unbind(dim=-2)
     a, b = first - middle, last - middle
     cross = a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
     dot = a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1]
-    usable = (a != 0).any(dim=2) & (b != 0).any(dim=2)
+    usable = (a != 0).any(dim=-1) & (b != 0).any(dim=-1)
     if valid is not None:
-        usable = usable & valid[:, triplets].all(dim=2)
+        usable = usable & valid[..., triplets].all(dim=-1)
     angles = torch.atan2(cross.abs(), dot)
     return torch.where(usable, angles, torch.zeros_like(angles)), usable
 
@@ -159,19 +201,45 @@ def triplet_angle_distance(source, target, triplets, source_valid=None, target_v
     n_valid) keeps pruning from making poses look alike; a pair with no usable triplet, or with fewer than
     `min_triplets`, has distance inf.
 
-    source: (S, K, 2), target: (T, K, 2) floating point, (x, y) in any one unit; triplets: (A, 3) long,
-    keypoint indices with the middle keypoint in the middle; source_valid (S, K), target_valid (T, K): bool,
-    or None when all are valid. All on one device. Returns (S, T) float32, radians. Not differentiable as an
-    operator: it is used to choose pairs. Raises ValueError / TypeError naming the argument for wrong shapes,
-    dtypes or devices, and for triplets out of range (those on a GPU are not looked at).
+    source: (..., S, K, 2), target: (..., T, K, 2) floating point, (x, y) in any one unit, leading dimensions
+    equal or 1; triplets: (A, 3) long, keypoint indices with the middle keypoint in the middle; source_valid
+    (..., S, K), target_valid (..., T, K): bool, or None when all are valid. All on one device. Returns (...,
+    S, T) float32, radians. Not differentiable as an operator: it is used to choose pairs. Raises ValueError /
+    TypeError naming the argument for wrong shapes, dtypes or devices, and for triplets out of range (those on
+    a GPU are not looked at: they count as not usable).
     """
     check_poses(source, target, triplets, source_valid, target_valid, min_triplets)
-    check_indices(triplets, source.shape[1])
+    check_indices(triplets, source.shape[-2])
     source_angles, source_usable = triplet_angles(source, triplets, source_valid)
     target_angles, target_usable = triplet_angles(target, triplets, target_valid)
-    both = source_usable[:, None] & target_usable[None]
-    difference = torch.where(both, source_angles[:, None] - target_angles[None], 0.0)
-    count = both.sum(dim=2)
-    scale = torch.sqrt(triplets.shape[0] / count.clamp(min=1)) / source.shape[1]
-    distance = torch.linalg.vector_norm(difference, dim=2) * scale
+    both = source_usable[..., :, None, :] & target_usable[..., None, :, :]
+    difference = torch.where(both, source_angles[..., :, None, :] - target_angles[..., None, :, :], 0.0)
+    count = both.sum(dim=-1)
+    scale = torch.sqrt(triplets.shape[0] / count.clamp(min=1)) / source.shape[-2]
+    distance = torch.linalg.vector_norm(difference, dim=-1) * scale
     return torch.where(count >= max(min_triplets, 1), distance, float("inf")).float()
+
+
+def similar_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=1,
+                  capacity=None):
+    """The pairs whose distance (Eq. 7) is below gamma, without the S x T matrix in memory.
+
+    source: (S, K, 2), target: (T, K, 2); gamma >= 0, radians; the rest as in `triplet_angle_distance`.
+    Returns (P, 2) int64, rows (index of source, index of target) in rising order, as
+    `(distance < gamma).nonzero()` would list them. capacity: return that many rows instead, the first ones,
+    those beyond P filled with -1, so that nothing has to wait for P.
+    """
+    check_poses(source, target, triplets, source_valid, target_valid, min_triplets)
+    check_pairs(source, target, gamma, capacity)
+    found = [triplets.new_empty((0, 2))]
+    rows = max(1, 2 ** 22 // max(1, target.shape[0] * triplets.shape[0]))   # some tens of MB at a time
+    for start in range(0, source.shape[0], rows):
+        block = slice(start, start + rows)
+        distance = triplet_angle_distance(source[block], target, triplets,
+                                          None if source_valid is None else source_valid[block],
+                                          target_valid, min_triplets)
+        found.append((distance < gamma).nonzero() + triplets.new_tensor([start, 0]))
+    pairs = torch.cat(found)
+    if capacity is None:
+        return pairs
+    return torch.nn.functional.pad(pairs[:capacity], (0, 0, 0, max(0, capacity - len(pairs))), value=-1)

@@ -3,24 +3,30 @@
     p_n = exp(beta h_n) / sum_m exp(beta h_m),    X = sum_n p_n x_n,    Y = sum_n p_n y_n
     dL/dh_n = beta p_n ((x_n - X) dL/dX + (y_n - Y) dL/dY)
 
+What they must move: the forward pass reads every cell once, the backward pass reads it once and writes its
+gradient. What they must do: an exponential and about ten additions and products for each cell and pass.
+
 In PyTorch the probabilities are a tensor as large as the maps: written, read for each marginal, kept for the
-backward pass and read there again. Here a program holds the running maximum and the three sums (of exp, x exp
-and y exp) while it reads a map once, rescaling them when the maximum grows, so the forward pass reads the
-maps and writes two floats for each. The backward pass keeps nothing but the maps: it forms the sums again,
-then writes the gradient; the second read of a map finds it in the cache.
+backward pass, read there again beside two more of its size. Here a program of the forward pass holds the
+running maximum and three sums, of the weights exp(beta (h - maximum)) and of those times x and y, while it
+reads a map once; when the maximum grows, the sums so far are scaled down. It writes X, Y and, for the
+backward pass, the maximum and the sum of the weights: from these a program of the backward pass forms the
+probability of any cell again, without a look at the others.
+
+Coordinates are summed from the map's centre: the terms then cancel instead of adding up to the side's length
+times a rounding error, which keeps the result within 1e-5 cells of float64 at 64 cells a side.
 """
 import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.common import (COMPILE_OPTIONS, cell_offset, device_of, map_layout, runs_triton, tile_of_program,
-                            tl, triton, warps_for)
-
+from kernels.common import (COMPILE_OPTIONS, LIBRARY, cell_offset, device_of, divide, maps_of_program, one_stride,
+                            register, runs_triton, tl, triton, warps_for)
 
 @triton.jit
-def load_cells(maps, exists, n, cells, width, stride_h, stride_w, FLAT: tl.constexpr):
-    """Cells n (BLOCK_N,) of each map as float32 (BLOCK_K, BLOCK_N), -inf outside: a probability of zero."""
-    inside = exists[:, None] & (n < cells)[None, :]
+def load_cells(maps, exists, n, end, width, stride_h, stride_w, FLAT: tl.constexpr):
+    """Cells n (BLOCK_N,) of each map as float32 (BLOCK_K, BLOCK_N), -inf from `end` on: probability zero."""
+    inside = exists[:, None] & (n < end)[None, :]
     offset = cell_offset(n, width, stride_h, stride_w, FLAT)
     return tl.load(maps[:, None] + offset[None, :], mask=inside, other=float("-inf")).to(tl.float32)
 
@@ -32,134 +38,194 @@ def finite_or_zero(top):
 
 
 @triton.jit
-def expectation(maps, exists, cells, beta, stride_h, stride_w, WIDTH: tl.constexpr, FLAT: tl.constexpr,
-                BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Shift and sum of exp(beta (h - shift)) of each map, and its expected cell: four (BLOCK_K,) float32."""
+def exponential(beta, difference):
+    """exp(beta * difference) by the GPU's own instruction, a power of two.
+
+    Taking the difference from the maximum before it is multiplied is exact near the maximum, where the
+    probability is.
+    """
+    return tl.exp2(difference * (beta * 1.4426950408889634))
+
+
+@triton.jit
+def store_result(coords, stats, map_index, exists, top, total, x, y, width, height):
+    """Write the expected cell, given sums from the map's centre, and what the backward pass needs."""
+    total = tl.where(exists, total, 1.0)
+    tl.store(coords + 2 * map_index, x / total + 0.5 * (width - 1), mask=exists)
+    tl.store(coords + 2 * map_index + 1, y / total + 0.5 * (height - 1), mask=exists)
+    tl.store(stats + 2 * map_index, top, mask=exists)
+    tl.store(stats + 2 * map_index + 1, total, mask=exists)
+
+
+@triton.jit
+def forward_kernel(heatmaps, coords, stats, partial, beta, keypoints, cells, share,
+                   stride_b, stride_k, stride_h, stride_w, WIDTH: tl.constexpr, FLAT: tl.constexpr,
+                   SHARED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Program (block of maps, share of their cells): the sums over the share, the result if it is all."""
+    maps, map_index, exists = maps_of_program(heatmaps, keypoints, stride_b, stride_k, BLOCK_K)
+    height = cells // WIDTH
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, cells)
     top = tl.full((BLOCK_K,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
-    total_x = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
-    total_y = tl.zeros((BLOCK_K, BLOCK_N), tl.float32)
-    for start in range(0, cells, BLOCK_N):
+    total = tl.zeros((BLOCK_K,), tl.float32)
+    total_x = tl.zeros((BLOCK_K,), tl.float32)
+    total_y = tl.zeros((BLOCK_K,), tl.float32)
+    for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        value = load_cells(maps, exists, n, cells, WIDTH, stride_h, stride_w, FLAT)
+        value = load_cells(maps, exists, n, end, WIDTH, stride_h, stride_w, FLAT)
         new_top = tl.maximum(top, tl.max(value, axis=1))
         shift = finite_or_zero(new_top)
-        # Subtracting before multiplying by beta is exact near the maximum, where the probability is.
-        weight = tl.exp(beta * (value - shift[:, None]))
-        kept = tl.exp(beta * (top - shift))[:, None]
-        total = total * kept + weight
-        total_x = total_x * kept + weight * (n % WIDTH).to(tl.float32)[None, :]
-        total_y = total_y * kept + weight * (n // WIDTH).to(tl.float32)[None, :]
+        weight = exponential(beta, value - shift[:, None])
+        x = (n % WIDTH).to(tl.float32) - 0.5 * (WIDTH - 1)
+        y = (n // WIDTH).to(tl.float32) - 0.5 * (height - 1)
+        kept = exponential(beta, top - shift)
+        total = total * kept + tl.sum(weight, axis=1)
+        total_x = total_x * kept + tl.sum(weight * x[None, :], axis=1)
+        total_y = total_y * kept + tl.sum(weight * y[None, :], axis=1)
         top = new_top
-    total = tl.where(exists, tl.sum(total, axis=1), 1.0)
-    return finite_or_zero(top), total, tl.sum(total_x, axis=1) / total, tl.sum(total_y, axis=1) / total
+    if SHARED:
+        entry = partial + 4 * (map_index * tl.num_programs(1) + tl.program_id(1))
+        tl.store(entry, top, mask=exists)
+        tl.store(entry + 1, total, mask=exists)
+        tl.store(entry + 2, total_x, mask=exists)
+        tl.store(entry + 3, total_y, mask=exists)
+    else:
+        store_result(coords, stats, map_index, exists, finite_or_zero(top), total, total_x, total_y, WIDTH, height)
 
 
 @triton.jit
-def forward_kernel(heatmaps, coords, beta, keypoints, cells, stride_b, stride_k, stride_h, stride_w,
-                   WIDTH: tl.constexpr, FLAT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Program (tile of maps): their expected cells."""
-    maps, map_index, exists = tile_of_program(heatmaps, keypoints, stride_b, stride_k, BLOCK_K)
-    _, _, x, y = expectation(maps, exists, cells, beta, stride_h, stride_w, WIDTH, FLAT, BLOCK_K, BLOCK_N)
-    tl.store(coords + 2 * map_index, x, mask=exists)
-    tl.store(coords + 2 * map_index + 1, y, mask=exists)
+def join_kernel(coords, stats, partial, beta, maps, shares, width, height,
+                BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Program (block of maps): the sums of their shares, scaled to one maximum and added."""
+    map_index = (tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    s = tl.arange(0, BLOCK_S)
+    inside = (map_index < maps)[:, None] & (s < shares)[None, :]
+    entry = partial + 4 * (map_index[:, None] * shares + s[None, :])
+    tops = tl.load(entry, mask=inside, other=float("-inf"))
+    shift = finite_or_zero(tl.max(tops, axis=1))
+    kept = exponential(beta, tops - shift[:, None])
+    total = tl.sum(kept * tl.load(entry + 1, mask=inside, other=0.0), axis=1)
+    x = tl.sum(kept * tl.load(entry + 2, mask=inside, other=0.0), axis=1)
+    y = tl.sum(kept * tl.load(entry + 3, mask=inside, other=0.0), axis=1)
+    store_result(coords, stats, map_index, map_index < maps, shift, total, x, y, width, height)
 
 
 @triton.jit
-def backward_kernel(heatmaps, grad_coords, grad_heatmaps, beta, keypoints, cells,
-                    stride_b, stride_k, stride_h, stride_w,
-                    grad_stride_b, grad_stride_k, grad_stride_h, grad_stride_w,
+def backward_kernel(heatmaps, grad_coords, coords, stats, grad_heatmaps, beta, keypoints, cells, share,
+                    stride_b, stride_k, stride_h, stride_w, grad_b, grad_k, grad_h, grad_w,
                     WIDTH: tl.constexpr, FLAT: tl.constexpr, GRAD_FLAT: tl.constexpr,
                     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Program (tile of maps): the sums again, then the gradient of every cell."""
-    maps, map_index, exists = tile_of_program(heatmaps, keypoints, stride_b, stride_k, BLOCK_K)
-    grads, _, _ = tile_of_program(grad_heatmaps, keypoints, grad_stride_b, grad_stride_k, BLOCK_K)
-    shift, total, x, y = expectation(
-        maps, exists, cells, beta, stride_h, stride_w, WIDTH, FLAT, BLOCK_K, BLOCK_N)
-    slope = beta / total
+    """Program (block of maps, share of their cells): each cell is read, and its gradient written."""
+    maps, map_index, exists = maps_of_program(heatmaps, keypoints, stride_b, stride_k, BLOCK_K)
+    grads, _, _ = maps_of_program(grad_heatmaps, keypoints, grad_b, grad_k, BLOCK_K)
+    shift = tl.load(stats + 2 * map_index, mask=exists, other=0.0)
+    slope = beta / tl.load(stats + 2 * map_index + 1, mask=exists, other=1.0)
+    x = tl.load(coords + 2 * map_index, mask=exists, other=0.0)
+    y = tl.load(coords + 2 * map_index + 1, mask=exists, other=0.0)
     slope_x = slope * tl.load(grad_coords + 2 * map_index, mask=exists, other=0.0)
     slope_y = slope * tl.load(grad_coords + 2 * map_index + 1, mask=exists, other=0.0)
-    for start in range(0, cells, BLOCK_N):
+    begin = tl.program_id(1) * share
+    end = tl.minimum(begin + share, cells)
+    for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        value = load_cells(maps, exists, n, cells, WIDTH, stride_h, stride_w, FLAT)
-        weight = tl.exp(beta * (value - shift[:, None]))
+        value = load_cells(maps, exists, n, end, WIDTH, stride_h, stride_w, FLAT)
+        weight = exponential(beta, value - shift[:, None])
         along_x = ((n % WIDTH).to(tl.float32)[None, :] - x[:, None]) * slope_x[:, None]
         along_y = ((n // WIDTH).to(tl.float32)[None, :] - y[:, None]) * slope_y[:, None]
-        offset = cell_offset(n, WIDTH, grad_stride_h, grad_stride_w, GRAD_FLAT)
+        offset = cell_offset(n, WIDTH, grad_h, grad_w, GRAD_FLAT)
         grad = (weight * (along_x + along_y)).to(grad_heatmaps.dtype.element_ty)
-        tl.store(grads[:, None] + offset[None, :], grad, mask=exists[:, None] & (n < cells)[None, :])
+        tl.store(grads[:, None] + offset[None, :], grad, mask=exists[:, None] & (n < end)[None, :])
 
 
 def launch(heatmaps, beta):
-    """Expected cells (B, K, 2) float32 of `heatmaps` (B, K, H, W), any strides, not float64, with Triton."""
-    reference.check_heatmaps(heatmaps)
-    reference.check_beta(beta)
+    """Coordinates (B, K, 2) and statistics (B, K, 2) of `heatmaps`, any strides, not float64, with Triton."""
     batch, keypoints, height, width = heatmaps.shape
+    maps = batch * keypoints
     coords = heatmaps.new_empty((batch, keypoints, 2), dtype=torch.float32)
-    if batch * keypoints == 0:
-        return coords
-    strides, flat, tile = map_layout(heatmaps)
+    stats = torch.empty_like(coords)
+    if maps == 0:
+        return coords, stats
+    layout = divide(heatmaps)
+    shared = layout.shares > 1
+    # A tensor that the launch does not touch stands in for the one that it has no use for.
+    partial = coords.new_empty((maps, layout.shares, 4)) if shared else stats
     with device_of(heatmaps):
-        forward_kernel[(batch * triton.cdiv(keypoints, tile[0]),)](
-            heatmaps, coords, beta, keypoints, height * width, *strides,
-            WIDTH=width, FLAT=flat, BLOCK_K=tile[0], BLOCK_N=tile[1], num_warps=warps_for(tile),
-            **COMPILE_OPTIONS)
-    return coords
+        forward_kernel[(layout.programs, layout.shares)](
+            heatmaps, coords, stats, partial, beta, layout.keypoints, height * width, layout.share,
+            *layout.strides, WIDTH=width, FLAT=layout.flat, SHARED=shared, BLOCK_K=layout.block_k,
+            BLOCK_N=layout.block_n, num_warps=warps_for(layout.block_k * layout.block_n), **COMPILE_OPTIONS)
+        if shared:
+            block_s = triton.next_power_of_2(layout.shares)
+            block_k = max(1, 1024 // block_s)
+            join_kernel[(triton.cdiv(maps, block_k),)](
+                coords, stats, partial, beta, maps, layout.shares, width, height, BLOCK_K=block_k,
+                BLOCK_S=block_s, num_warps=4, **COMPILE_OPTIONS)
+    return coords, stats
 
 
-def launch_backward(grad_coords, heatmaps, beta):
-    """Gradient (B, K, H, W) in the dtype and layout of `heatmaps`, given `grad_coords` (B, K, 2), with
-    Triton."""
+def launch_backward(grad_coords, heatmaps, coords, stats, beta):
+    """Gradient (B, K, H, W) in the dtype and layout of `heatmaps`, with Triton."""
     batch, keypoints, height, width = heatmaps.shape
     grad_heatmaps = torch.empty_like(heatmaps)
     if batch * keypoints == 0:
         return grad_heatmaps
-    strides, flat, tile = map_layout(heatmaps)
-    grad_strides, grad_flat, _ = map_layout(grad_heatmaps)
+    join = one_stride(heatmaps) and one_stride(grad_heatmaps)
+    read, written = divide(heatmaps, join), divide(grad_heatmaps, join)
     with device_of(heatmaps):
-        backward_kernel[(batch * triton.cdiv(keypoints, tile[0]),)](
-            heatmaps, grad_coords.contiguous(), grad_heatmaps, beta, keypoints, height * width,
-            *strides, *grad_strides, WIDTH=width, FLAT=flat, GRAD_FLAT=grad_flat,
-            BLOCK_K=tile[0], BLOCK_N=tile[1], num_warps=warps_for(tile), **COMPILE_OPTIONS)
+        backward_kernel[(written.programs, written.shares)](
+            heatmaps, grad_coords.contiguous(), coords, stats, grad_heatmaps, beta, written.keypoints,
+            height * width, written.share, *read.strides, *written.strides, WIDTH=width, FLAT=read.flat,
+            GRAD_FLAT=written.flat, BLOCK_K=written.block_k, BLOCK_N=written.block_n,
+            num_warps=warps_for(written.block_k * written.block_n), **COMPILE_OPTIONS)
     return grad_heatmaps
 
 
-@torch.library.custom_op("actupose::soft_argmax", mutates_args=())
-def soft_argmax(heatmaps: Tensor, beta: float) -> Tensor:
-    """The operator behind `kernels.soft_argmax`, which says what it takes and returns."""
-    return launch(heatmaps, beta) if runs_triton(heatmaps) else reference.soft_argmax(heatmaps, beta)
+def soft_argmax_forward(heatmaps: Tensor, beta: float):
+    reference.check_heatmaps(heatmaps)
+    reference.check_beta(beta)
+    if runs_triton(heatmaps):
+        return launch(heatmaps, beta)
+    coords = reference.soft_argmax(heatmaps, beta)
+    return coords, torch.zeros_like(coords)   # the reference's backward pass forms the softmax anew
 
 
-@soft_argmax.register_fake
-def _(heatmaps, beta):
+def soft_argmax_backward(grad_coords, heatmaps, coords, stats, beta):
+    if runs_triton(heatmaps):
+        return launch_backward(grad_coords, heatmaps, coords, stats, beta)
+    return reference.soft_argmax_backward(grad_coords, heatmaps, coords, beta)
+
+
+def fake_forward(heatmaps, beta):
     reference.check_heatmaps(heatmaps)
     reference.check_beta(beta)
     dtype = torch.float64 if heatmaps.dtype == torch.float64 else torch.float32
-    return heatmaps.new_empty((heatmaps.shape[0], heatmaps.shape[1], 2), dtype=dtype)
-
-
-@torch.library.custom_op("actupose::soft_argmax_backward", mutates_args=())
-def soft_argmax_backward(grad_coords: Tensor, heatmaps: Tensor, beta: float) -> Tensor:
-    """Gradient of `soft_argmax`: grad_coords (B, K, 2), heatmaps (B, K, H, W) -> (B, K, H, W)."""
-    if runs_triton(heatmaps):
-        return launch_backward(grad_coords, heatmaps, beta)
-    return reference.soft_argmax_backward(grad_coords, heatmaps, beta)
-
-
-@soft_argmax_backward.register_fake
-def _(grad_coords, heatmaps, beta):
-    return torch.empty_like(heatmaps)
+    coords = heatmaps.new_empty((heatmaps.shape[0], heatmaps.shape[1], 2), dtype=dtype)
+    return coords, torch.empty_like(coords)
 
 
 def save_for_backward(ctx, inputs, output):
-    """What the backward pass needs: the heatmaps, whose probabilities it forms again, and beta."""
-    heatmaps, ctx.beta = inputs
-    ctx.save_for_backward(heatmaps)
+    """What the backward pass needs: the heatmaps, and two numbers of each beside the result."""
+    ctx.beta = inputs[1]
+    ctx.save_for_backward(inputs[0], *output)
 
 
-def backward(ctx, grad_coords):
+def backward(ctx, grad_coords, grad_stats):
     """Autograd's rule: (B, K, 2) -> gradients of heatmaps and, none, of beta."""
-    return soft_argmax_backward(grad_coords, *ctx.saved_tensors, ctx.beta), None
+    return backward_op(grad_coords, *ctx.saved_tensors, ctx.beta), None
 
 
-soft_argmax.register_autograd(backward, setup_context=save_for_backward)
+def no_second_backward(ctx, grad):
+    raise RuntimeError("soft_argmax is differentiable once: its gradient has none of its own. Use "
+                       "kernels.reference.soft_argmax for second derivatives")
+
+
+backward_op = register(
+    "soft_argmax_backward(Tensor grad_coords, Tensor heatmaps, Tensor coords, Tensor stats, float beta) -> Tensor",
+    soft_argmax_backward, lambda grad_coords, heatmaps, coords, stats, beta: torch.empty_like(heatmaps))
+torch.library.register_autograd("actupose::soft_argmax_backward", no_second_backward, lib=LIBRARY)
+forward_op = register("soft_argmax_forward(Tensor heatmaps, float beta) -> (Tensor coords, Tensor stats)",
+                      soft_argmax_forward, fake_forward)
+torch.library.register_autograd("actupose::soft_argmax_forward", backward, setup_context=save_for_backward,
+                                lib=LIBRARY)
+LIBRARY.define("soft_argmax(Tensor heatmaps, float beta) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+LIBRARY.impl("soft_argmax", lambda heatmaps, beta: forward_op(heatmaps, beta)[0], "CompositeImplicitAutograd")

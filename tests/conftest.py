@@ -6,6 +6,8 @@ as they do for users, except in the tests of the kernels, which set `kernels.com
 With TRITON_INTERPRET=1 in the environment the whole suite goes through the kernels, slowly.
 """
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,3 +28,31 @@ def golden():
     if not path.exists():
         pytest.skip("golden values of the base method (shared/golden/udape.npz) are not here")
     return {name: torch.from_numpy(np.array(value)) for name, value in np.load(path, allow_pickle=False).items()}
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request, monkeypatch):
+    """Device on which the operators run their reference, or their Triton kernels."""
+    from kernels import common
+    if request.param == "reference":
+        monkeypatch.setattr(common, "INTERPRET", False)
+        return "cpu"
+    if not common.HAVE_TRITON:
+        pytest.skip("Triton is not installed")
+    if torch.cuda.is_available():
+        return "cuda"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(common, "INTERPRET", True)
+    return "cpu"
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """Runs code in a fresh interpreter at the project's root, without TRITON_INTERPRET unless it is given."""
+    def run(code, *arguments, **environment):
+        clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=Path(__file__).resolve().parents[1],
+                                env={**clean, **environment}, text=True, capture_output=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+    return run

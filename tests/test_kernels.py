@@ -4,8 +4,6 @@ Every test with the `backend` fixture runs twice: on the PyTorch reference, and 
 GPU if there is one and else in Triton's interpreter. Expected values are worked out here with numpy, in
 float64.
 """
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,23 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 CUDA = torch.cuda.is_available()
 INF, NAN = float("inf"), float("nan")
-SHAPES = [(1, 1, 1, 1), (2, 3, 7, 5), (1, 21, 64, 48), (2, 16, 33, 1)]
+SHAPES = [(1, 1, 1, 1), (2, 3, 7, 5), (1, 21, 64, 48), (3, 16, 96, 72), (2, 16, 33, 1), (9, 5, 3, 4)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(params=["reference", "triton"])
-def backend(request, monkeypatch):
-    """Device on which the operators run their reference, or their Triton kernels."""
-    if request.param == "reference":
-        monkeypatch.setattr(common, "INTERPRET", False)
-        return "cpu"
-    if not common.HAVE_TRITON:
-        pytest.skip("Triton is not installed")
-    if CUDA:
-        return "cuda"
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(common, "INTERPRET", True)
-    return "cpu"
 
 
 def random_maps(shape, seed=0):
@@ -160,10 +143,41 @@ def test_argmax_of_expanded_maps(backend):
     assert coords.tolist() == [[[0.0, 1.0]] * 2] * 2 and confidence.tolist() == [[3.0] * 2] * 2
 
 
+def test_mean_confidence_by_hand(backend):
+    """Eq. 4: (0.5 * 1 + 0.25 * 3) / 4; a keypoint without weight does not count, nor does its NaN."""
+    maps = torch.zeros(3, 3, 2, 2)
+    maps[0, 0, 1, 1], maps[0, 1, 0, 1], maps[0, 2] = 0.5, 0.25, NAN
+    maps[1, :, 0, 0] = torch.tensor([1.0, 2.0, 6.0])
+    maps[2] = NAN
+    weight = torch.tensor([[1.0, 3.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    coords, confidence, mean = kernels.heatmap_argmax_mean(maps.to(backend), weight.to(backend))
+    assert mean.tolist() == [0.3125, 3.0, 0.0] and mean.dtype == torch.float32
+    assert coords[0, 0].tolist() == [1.0, 1.0] and confidence[1].tolist() == [1.0, 2.0, 6.0]
+    _, _, mean = kernels.heatmap_argmax_mean(maps.to(backend))
+    assert mean[1].item() == 3.0 and mean[[0, 2]].isnan().all()
+    _, _, transposed = kernels.heatmap_argmax_mean(maps.to(backend), weight.to(backend).T.contiguous().T)
+    assert transposed.tolist() == [0.3125, 3.0, 0.0]
+
+
+def test_mean_confidence_of_many_and_of_large_maps(backend):
+    for shape in ((3, 70, 4, 4), (2, 3, 200, 301)):
+        maps = random_maps(shape)
+        weight = torch.rand(shape[:2], generator=torch.Generator().manual_seed(5))
+        for name, layout in layouts(maps):
+            coords, confidence, mean = kernels.heatmap_argmax_mean(layout.to(backend), weight.to(backend))
+            expected, value = numpy_argmax(maps)
+            assert np.array_equal(coords.cpu().numpy(), expected), name
+            assert np.array_equal(confidence.cpu().numpy(), value), name
+            by_hand = (weight.double().numpy() * value).sum(1) / weight.double().numpy().sum(1)
+            np.testing.assert_allclose(mean.cpu().numpy(), by_hand, rtol=1e-6, err_msg=name)
+
+
 def test_argmax_of_nothing(backend):
     for batch, keypoints in ((0, 3), (2, 0), (0, 0)):
         coords, confidence = kernels.heatmap_argmax(torch.zeros(batch, keypoints, 4, 4, device=backend))
         assert coords.shape == (batch, keypoints, 2) and confidence.shape == (batch, keypoints)
+        *_, mean = kernels.heatmap_argmax_mean(torch.zeros(batch, keypoints, 4, 4, device=backend))
+        assert mean.tolist() == [0.0] * batch
 
 
 def test_argmax_of_float64_and_without_gradient(backend):
@@ -206,8 +220,8 @@ def test_soft_argmax_hand_values(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_soft_argmax_and_its_gradient_against_float64(backend, shape, dtype):
-    """Within 1e-4 cells, and the gradient within 1e-5 of its largest value (for halves: their own
-    rounding)."""
+    """Within 1e-5 cells at sides up to 64 and in proportion beyond; the gradient within 1e-5 of its largest
+    value (for halves: their own rounding)."""
     beta = 20.0
     direction = random_maps((*shape[:2], 2), seed=1)
     for name, maps in layouts(random_maps(shape).to(dtype)):
@@ -217,7 +231,8 @@ def test_soft_argmax_and_its_gradient_against_float64(backend, shape, dtype):
         coords = kernels.soft_argmax(ours, beta)
         found, = torch.autograd.grad((coords * direction.to(backend)).sum(), ours)
         assert coords.dtype == torch.float32 and found.dtype == dtype
-        assert np.abs(coords.detach().cpu().numpy() - numpy_soft_argmax(maps, beta)).max() < 1e-4, name
+        error = np.abs(coords.detach().cpu().numpy() - numpy_soft_argmax(maps, beta)).max()
+        assert error < 1e-5 * max(1, max(shape[2:]) / 64), name
         allowed = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
         error = (found.cpu().double() - gradient).abs().max().item()
         assert error <= allowed * gradient.abs().max().item() + 1e-6, name
@@ -228,7 +243,24 @@ def test_soft_argmax_over_many_tiles(backend):
     maps = torch.linspace(-3, 3, 100 * 90).view(1, 1, 100, 90).repeat(1, 2, 1, 1)
     maps[0, 0, :60] = -INF
     coords = kernels.soft_argmax(maps.to(backend), 5.0)
-    assert np.abs(coords.cpu().numpy() - numpy_soft_argmax(maps, 5.0)).max() < 1e-4
+    assert np.abs(coords.cpu().numpy() - numpy_soft_argmax(maps, 5.0)).max() < 1e-5 * 100 / 64
+
+
+def test_soft_argmax_of_large_maps(backend):
+    """Few large maps are shared among programs, whose sums are joined; one share holds nothing but -inf."""
+    maps = random_maps((2, 2, 300, 257)) * 0.1
+    maps[0, 0, :100] = -INF
+    maps[0, 1, 250, 3], maps[0, 1, 10, 200] = 0.9, 0.88
+    direction = random_maps((2, 2, 2), seed=1)
+    for name, layout in layouts(maps):
+        exact = maps.double().requires_grad_()
+        gradient, = torch.autograd.grad((reference.soft_argmax(exact, 20.0) * direction).sum(), exact)
+        ours = layout.detach().to(backend).requires_grad_()
+        coords = kernels.soft_argmax(ours, 20.0)
+        found, = torch.autograd.grad((coords * direction.to(backend)).sum(), ours)
+        error = np.abs(coords.detach().cpu().numpy() - numpy_soft_argmax(maps, 20.0)).max()
+        assert error < 1e-5 * 300 / 64, name
+        assert (found.cpu().double() - gradient).abs().max() < 1e-5 * gradient.abs().max(), name
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
@@ -277,8 +309,15 @@ def test_distance_hand_values(backend):
     assert distance.dtype == torch.float32
 
 
+@pytest.fixture(params=["small tiles", "large tiles"])
+def tiles(request, monkeypatch):
+    """The tile of the distance kernel, which otherwise follows from the size."""
+    monkeypatch.setattr(sys.modules["kernels.triplet_angle"], "FEW_TILES",
+                        0 if request.param == "large tiles" else 10 ** 9)
+
+
 @pytest.mark.parametrize("S,T", [(1, 1), (1, 33), (33, 1), (33, 257), (0, 5), (5, 0)])
-def test_distance_against_float64(backend, S, T):
+def test_distance_against_float64(backend, tiles, S, T):
     source, target = random_poses(S), random_poses(T, seed=1)
     source_valid = torch.rand(S, 8, generator=torch.Generator().manual_seed(2)) > 0.2
     target_valid = torch.rand(T, 8, generator=torch.Generator().manual_seed(3)) > 0.1
@@ -296,7 +335,7 @@ def test_distance_against_float64(backend, S, T):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_distance_is_symmetric_and_zero_on_itself(backend):
+def test_distance_is_symmetric_and_zero_on_itself(backend, tiles):
     """Poses beyond one tile; turning, moving and scaling a pose changes none of its angles."""
     source, target = random_poses(70).to(backend), random_poses(40, seed=1).to(backend)
     triplets = TRIPLETS.to(backend)
@@ -311,7 +350,7 @@ def test_distance_is_symmetric_and_zero_on_itself(backend):
     torch.testing.assert_close(there.cpu(), plain, rtol=0, atol=1e-6)
 
 
-def test_angle_is_accurate_over_its_range(backend):
+def test_angle_is_accurate_over_its_range(backend, tiles):
     """One triplet against a folded one of angle 0: K times the distance is the angle, within 1e-6 of
     float64."""
     theta = torch.linspace(0, float(np.pi), 2001, dtype=torch.float64)
@@ -339,7 +378,7 @@ def test_collinear_triplets_have_angle_zero_or_pi(backend):
     assert (3 * kernels.triplet_angle_distance(same, folded, triplet)).max() < 1e-6
 
 
-def test_coincident_keypoints_and_pruning(backend):
+def test_coincident_keypoints_and_pruning(backend, tiles):
     """DESIGN §4: a degenerate limb or a pruned keypoint takes its triplets out; the norm is rescaled."""
     pose = random_poses(1)
     other = random_poses(1, seed=1)
@@ -386,6 +425,99 @@ def test_distance_of_other_strides_and_dtypes(backend):
     torch.testing.assert_close(double, expected, rtol=0, atol=1e-6)
 
 
+def test_distance_of_many_triplets(backend, tiles):
+    """A = 40, more than any tile takes at a time; a few triplets are missing here and there."""
+    triplets = torch.randint(0, 8, (40, 3), generator=torch.Generator().manual_seed(4))
+    triplets = triplets[(triplets[:, 0] != triplets[:, 1]) & (triplets[:, 2] != triplets[:, 1])]
+    source, target = random_poses(5), random_poses(7, seed=1)
+    source[2, 3], target[1, 4] = source[2, 5], target[1, 0]
+    valid = torch.rand(7, 8, generator=torch.Generator().manual_seed(3)) > 0.2
+    found = kernels.triplet_angle_distance(source.to(backend), target.to(backend), triplets.to(backend), None,
+                                           valid.to(backend))
+    expected = numpy_distance(source.double().numpy(), target.double().numpy(), triplets.tolist(),
+                              np.ones((5, 8)), valid.numpy())
+    np.testing.assert_allclose(found.cpu().numpy(), expected, rtol=0, atol=1e-5)
+
+
+def test_distance_of_batches(backend, tiles):
+    """Leading dimensions, equal or 1, are matrices of their own."""
+    source = random_poses(2 * 3 * 4).view(2, 3, 4, 8, 2)
+    target = random_poses(3 * 5, seed=1).view(1, 3, 5, 8, 2)
+    source_valid = torch.rand(2, 3, 4, 8, generator=torch.Generator().manual_seed(2)) > 0.2
+    target_valid = torch.rand(1, 3, 5, 8, generator=torch.Generator().manual_seed(3)) > 0.2
+    arguments = [tensor.to(backend) for tensor in (source, target, TRIPLETS, source_valid, target_valid)]
+    found = kernels.triplet_angle_distance(*arguments, min_triplets=2).cpu()
+    assert found.shape == (2, 3, 4, 5)
+    for i in range(2):
+        for j in range(3):
+            expected = numpy_distance(source[i, j].double().numpy(), target[0, j].double().numpy(), TRIPLETS.tolist(),
+                                      source_valid[i, j].numpy(), target_valid[0, j].numpy(), 2)
+            np.testing.assert_allclose(found[i, j].numpy(), expected, rtol=0, atol=1e-5)
+    assert kernels.triplet_angle_distance(*(arguments[0][:, :0], arguments[1][:, :0]), arguments[2]).shape == (2, 0, 4, 5)
+    with pytest.raises(ValueError, match="leading dimensions of source and target"):
+        kernels.triplet_angle_distance(arguments[0], arguments[0][:, :2], arguments[2])
+
+
+def test_index_that_names_no_keypoint_is_not_usable(monkeypatch):
+    """On a GPU nobody checks the triplets before the launch; one out of range must not read beyond the poses."""
+    if not common.HAVE_TRITON:
+        pytest.skip("Triton is not installed")
+    from kernels.triplet_angle import launch
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    wrong = torch.cat((TRIPLETS, torch.tensor([[0, 8, 1], [-1, 2, 3], [2 ** 40, 1, 2]])))
+    device = "cuda" if CUDA else "cpu"
+    source, target, right, wrong = (tensor.to(device) for tensor in
+                                    (random_poses(3), random_poses(4, seed=1), TRIPLETS, wrong))
+    expected = launch(source, target, right) * (8 / 5) ** 0.5         # five of the eight are left
+    torch.testing.assert_close(launch(source, target, wrong), expected, rtol=0, atol=1e-6)
+
+
+# --- similar_pairs ------------------------------------------------------------------------------------------
+
+def test_pairs_by_hand(backend):
+    right = [[0.0, 1.0], [0.0, 0.0], [1.0, 0.0]]
+    straight = [[-1.0, 0.0], [0.0, 0.0], [2.0, 0.0]]
+    folded = [[3.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
+    poses, triplet = torch.tensor([right, straight, folded], device=backend), torch.tensor([[0, 1, 2]], device=backend)
+    # Distances are multiples of pi / 6: right is 1 from both others, which are 2 from each other.
+    assert kernels.similar_pairs(poses, poses, triplet, 0.1).tolist() == [[0, 0], [1, 1], [2, 2]]
+    near = [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [2, 0], [2, 2]]
+    found = kernels.similar_pairs(poses, poses, triplet, 0.6)
+    assert found.tolist() == near and found.dtype == torch.int64
+    assert kernels.similar_pairs(poses, poses, triplet, 0.6, capacity=3).tolist() == near[:3]
+    assert kernels.similar_pairs(poses, poses, triplet, 0.6, capacity=7).tolist() == near
+    assert kernels.similar_pairs(poses, poses, triplet, 0.6, capacity=9).tolist() == near + [[-1, -1]] * 2
+    assert kernels.similar_pairs(poses, poses, triplet, 0.6, capacity=0).shape == (0, 2)
+    assert kernels.similar_pairs(poses, poses, triplet, 0.0).shape == (0, 2)    # below, not at, gamma
+
+
+@pytest.mark.parametrize("S,T", [(1, 1), (33, 257), (70, 40), (0, 5), (5, 0), (3, 1100)])
+def test_pairs_are_the_entries_below_gamma(backend, S, T):
+    source, target = random_poses(S), random_poses(T, seed=1)
+    valid = torch.rand(T, 8, generator=torch.Generator().manual_seed(3)) > 0.1
+    target[:T // 4] = source[torch.arange(T // 4) % max(S, 1)] if S else target[:T // 4]     # some are the same pose
+    distance = reference.triplet_angle_distance(source.double(), target.double(), TRIPLETS, None, valid, 3)
+    for gamma in (0.02, 0.1, 9.0):
+        if (distance - gamma).abs().lt(1e-5).any():
+            gamma += 1e-4
+        found = kernels.similar_pairs(source.to(backend), target.to(backend), TRIPLETS.to(backend), gamma, None,
+                                      valid.to(backend), 3)
+        assert found.tolist() == (distance < gamma).nonzero().tolist()
+
+
+def test_mining_does_not_hold_the_matrix(run_python):
+    """8,000 x 8,000 poses on the CPU: the matrix and its mask would be 320 MB, the reference takes blocks."""
+    code = ("import resource, torch, kernels; g = torch.Generator().manual_seed(0)\n"
+            "poses = torch.randn(2, 8000, 3, 2, generator=g); triplet = torch.tensor([[0, 1, 2]])\n"
+            "kernels.similar_pairs(poses[0, :9], poses[1, :9], triplet, 1e-6)\n"
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "pairs = kernels.similar_pairs(*poses, triplet, 1e-6)\n"
+            "print(len(pairs), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)")
+    pairs, megabytes = map(int, run_python(code).split())
+    # One triplet of three keypoints: pairs whose angles are within 3e-6. Were angles uniform, 122 of 6.4e7.
+    assert 60 < pairs < 300 and megabytes < 200
+
+
 def test_triplet_angles_helper():
     pose = torch.tensor([[[0.0, 2.0], [0.0, 0.0], [5.0, 5.0], [5.0, 5.0]]])
     triplets = torch.tensor([[0, 1, 2], [1, 2, 3], [0, 1, 3]])
@@ -423,6 +555,14 @@ def test_errors_name_the_argument(backend):
         (ValueError, "target_valid", lambda: distance(poses, poses, triplets, None, valid[:1])),
         (ValueError, "source_valid", lambda: distance(poses, poses, triplets, valid.to("meta"))),
         (ValueError, "min_triplets", lambda: distance(poses, poses, triplets, min_triplets=-1)),
+        (ValueError, "weight", lambda: kernels.heatmap_argmax_mean(maps, torch.ones(1, 3, device=backend))),
+        (TypeError, "weight", lambda: kernels.heatmap_argmax_mean(maps, torch.ones(1, 2, device=backend).bool())),
+        (TypeError, "weight", lambda: kernels.heatmap_argmax_mean(maps, [1.0, 1.0])),
+        (ValueError, "weight", lambda: kernels.heatmap_argmax_mean(maps, torch.ones(1, 2, device="meta"))),
+        (ValueError, "gamma", lambda: kernels.similar_pairs(poses, poses, triplets, -0.1)),
+        (ValueError, "gamma", lambda: kernels.similar_pairs(poses, poses, triplets, NAN)),
+        (ValueError, "capacity", lambda: kernels.similar_pairs(poses, poses, triplets, 0.1, capacity=-1)),
+        (ValueError, "source", lambda: kernels.similar_pairs(poses[None], poses[None], triplets, 0.1)),
     ]
     if backend == "cpu":
         cases += [(ValueError, "triplets", lambda: distance(poses, poses, triplets + 1)),
@@ -430,164 +570,3 @@ def test_errors_name_the_argument(backend):
     for error, name, call in cases:
         with pytest.raises(error, match=name):
             call()
-
-
-# --- as operators of torch ----------------------------------------------------------------------------------
-
-def operator_calls(device):
-    maps = random_maps((2, 3, 7, 5)).to(device)
-    source, target = random_poses(4).to(device), random_poses(3, seed=1).to(device)
-    valid = torch.rand(4, 8).to(device) > 0.2
-    operators = torch.ops.actupose
-    channels_last = maps.contiguous(memory_format=torch.channels_last)
-    for layout in (maps, channels_last, maps.half(), maps[:, :1].expand(2, 3, 7, 5)):
-        yield operators.heatmap_argmax.default, (layout,)
-        yield operators.soft_argmax.default, (layout.detach().requires_grad_(), 4.0)
-        yield operators.soft_argmax_backward.default, (maps[:, :, 0, :2].contiguous(), layout, 4.0)
-    yield operators.triplet_angle_distance.default, (source, target, TRIPLETS.to(device))
-    yield operators.triplet_angle_distance.default, (source, target, TRIPLETS.to(device), valid, None, 2)
-
-
-def test_opcheck(backend):
-    for operator, arguments in operator_calls(backend):
-        torch.library.opcheck(operator, arguments)
-
-
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_compiles_into_one_graph(backend, compiler):
-    def decode(maps, source, target, triplets, valid):
-        coords, confidence = kernels.heatmap_argmax(maps)
-        return (coords, confidence, kernels.soft_argmax(maps, 4.0),
-                kernels.triplet_angle_distance(source, target, triplets, valid, min_triplets=2))
-
-    torch._dynamo.reset()
-    compiled = torch.compile(decode, fullgraph=True, backend=compiler)
-    for batch in (2, 3):
-        maps = random_maps((batch, 3, 7, 5)).to(backend).requires_grad_()
-        arguments = (maps, random_poses(batch).to(backend), random_poses(3, seed=1).to(backend),
-                     TRIPLETS.to(backend), torch.ones(batch, 8, dtype=torch.bool, device=backend))
-        expected, found = decode(*arguments), compiled(*arguments)
-        for ours, eager in zip(found, expected):
-            assert torch.equal(ours, eager)
-        gradients = [torch.autograd.grad(result[2].square().sum(), maps)[0] for result in (expected, found)]
-        assert torch.equal(*gradients)
-
-
-def run_python(code, *arguments, **environment):
-    """Run `code` in a fresh interpreter without TRITON_INTERPRET, unless it is given."""
-    clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env={**clean, **environment},
-                            text=True, capture_output=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_environment_chooses_the_interpreter():
-    """DESIGN §8: with TRITON_INTERPRET=1 CPU tensors go through the kernels, without it through the
-    reference."""
-    if not common.HAVE_TRITON:
-        pytest.skip("Triton is not installed")
-    code = ("import torch, kernels; from kernels import common, reference; reference.heatmap_argmax = None\n"
-            "try: print(kernels.heatmap_argmax(torch.eye(3).view(1, 1, 3, 3))[1].item())\n"
-            "except TypeError: print('reference')")
-    assert run_python(code, TRITON_INTERPRET="1").strip() == "1.0"
-    assert run_python(code).strip() == "reference"
-
-
-def test_works_without_triton():
-    code = ("import sys; sys.modules['triton'] = None\n"
-            "import torch, kernels; print(kernels.heatmap_argmax(torch.eye(3).view(1, 1, 3, 3))[1].item())")
-    assert run_python(code).strip() == "1.0"
-
-
-COMPILE = """
-import subprocess
-import sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kernels.common import COMPILE_OPTIONS, warps_for
-from kernels.heatmap_argmax import argmax_kernel, choose_kernel
-from kernels.soft_argmax import backward_kernel, forward_kernel
-from kernels.triplet_angle import BLOCK, distance_kernel
-
-def report(kernel, pointers, constants, warps):
-    types = {name: pointers.get(name, "i32") for name in kernel.arg_names}
-    types.update({name: "constexpr" for name in constants})
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
-               if types[name][0] == "*" or types[name] == "i32" and name in ("cells", "width", "share")}
-    source = ASTSource(kernel, types, constexprs=constants, attrs=aligned)
-    target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": warps, **COMPILE_OPTIONS})
-    with open(sys.argv[2], "wb") as file:
-        file.write(compiled.asm["cubin"])
-    usage = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", sys.argv[2]],
-                           check=True, capture_output=True, text=True).stdout
-    print(kernel.__name__, *[word for word in usage.split() if word.startswith(("REG:", "STACK:", "LOCAL:"))])
-
-for element, tile, unit in (("fp32", (1, 4096), "stride_w"), ("fp32", (8, 512), "stride_k"),
-                            ("bf16", (1, 4096), "stride_w"), ("bf16", (16, 256), "stride_k")):
-    maps = {"heatmaps": "*" + element, "grad_heatmaps": "*" + element, "coords": "*fp32",
-            "grad_coords": "*fp32", "confidence": "*fp32", "candidates": "*i32", "beta": "fp32"}
-    layout = {"FLAT": True, "BLOCK_K": tile[0], "BLOCK_N": tile[1], unit: 1}
-    warps = warps_for(tile)
-    report(argmax_kernel, maps, {"SHARED": tile[0] == 1, **layout}, warps)
-    report(forward_kernel, maps, {"WIDTH": 64, **layout}, warps)
-    report(backward_kernel, maps, {"WIDTH": 64, "GRAD_FLAT": True, "grad_" + unit: 1, **layout}, warps)
-report(choose_kernel, maps, {"FLAT": False, "BLOCK_S": 64}, 1)
-poses = {"source": "*fp32", "target": "*fp32", "source_valid": "*u8", "target_valid": "*u8",
-         "triplets": "*i64", "distance": "*fp32"}
-for masked in (False, True):
-    flags = {"HAS_SOURCE_VALID": masked, "HAS_TARGET_VALID": masked}
-    report(distance_kernel, poses, {"BLOCK": BLOCK, "source_c": 1, "target_c": 1, **flags}, 1)
-"""
-
-
-@pytest.mark.parametrize("capability", ["80", "90", "100"])
-def test_kernels_compile_without_a_gpu(capability, tmp_path):
-    """DESIGN §8: a cubin for each kernel, and by its own account no stack, that is, no spilled register."""
-    if not common.HAVE_TRITON:
-        pytest.skip("Triton is not installed")
-    assembler = "ptxas_blackwell" if capability == "100" else "ptxas"
-    for tool in (assembler, "cuobjdump"):
-        try:
-            getattr(common.triton.knobs.nvidia, tool).path
-        except (AttributeError, RuntimeError) as error:
-            pytest.skip(f"this Triton has no {tool}: {error}")
-    output = run_python(COMPILE, capability, str(tmp_path / "kernel.cubin"), TRITON_CACHE_DIR=str(tmp_path))
-    lines = output.splitlines()
-    assert len(lines) == 15
-    for line in lines:
-        assert line.split()[2:] == ["STACK:0", "LOCAL:0"], line
-
-
-# --- on a GPU -----------------------------------------------------------------------------------------------
-
-@pytest.mark.skipif(not CUDA, reason="no CUDA device")
-def test_offsets_beyond_2_31_on_gpu():
-    """The last of the maps lies beyond 2^31 elements, and so does the gradient there."""
-    maps = torch.zeros(2**31 // 2**20 + 2, 1, 1024, 1024, dtype=torch.float16, device="cuda")
-    maps[-1, 0, 700, 900] = 1.0
-    coords, confidence = kernels.heatmap_argmax(maps)
-    assert coords[-1, 0].tolist() == [900.0, 700.0] and confidence[-1, 0].item() == 1.0
-    torch.testing.assert_close(kernels.soft_argmax(maps, 1000.0)[-1, 0].cpu(), torch.tensor([900.0, 700.0]))
-
-
-@pytest.mark.skipif(not CUDA, reason="no CUDA device")
-def test_cuda_graph_on_gpu():
-    maps = torch.rand(4, 16, 64, 64, device="cuda")
-    poses, triplets = random_poses(8).cuda(), TRIPLETS.cuda()
-
-    def decode():
-        return (*kernels.heatmap_argmax(maps), kernels.soft_argmax(maps, 5.0),
-                kernels.triplet_angle_distance(poses, poses, triplets))
-
-    decode()   # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = decode()
-    maps.copy_(torch.rand(4, 16, 64, 64))
-    graph.replay()
-    for ours, expected in zip(found, decode()):
-        assert torch.equal(ours, expected)
