@@ -64,8 +64,8 @@ def register(schema, function, fake, vmap=join_batches):
     """Make `function` the operator torch.ops.actupose.<name> with this schema, and return that.
 
     fake: the same for tensors without data, for torch.compile; vmap: makes the operator's rule for
-    torch.func.vmap, if it has one. The parts of `torch.library` are used one by one because `torch.library.custom_op`, which
-    wraps them all, adds about 5 microseconds to every call.
+    torch.func.vmap, if it has one. The parts of `torch.library` are used one by one because
+    `torch.library.custom_op`, which wraps them all, adds about 5 microseconds to every call.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)

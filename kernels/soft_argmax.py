@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.common import (COMPILE_OPTIONS, LIBRARY, cell_offset, device_of, divide, maps_of_program, one_stride,
-                            register, runs_triton, tl, triton, warps_for)
+from kernels.common import (COMPILE_OPTIONS, LIBRARY, cell_offset, device_of, divide, maps_of_program,
+                            one_stride, register, runs_triton, tl, triton, warps_for)
 
 @triton.jit
 def load_cells(maps, exists, n, end, width, stride_h, stride_w, FLAT: tl.constexpr):
@@ -90,7 +90,8 @@ def forward_kernel(heatmaps, coords, stats, partial, beta, keypoints, cells, sha
         tl.store(entry + 2, total_x, mask=exists)
         tl.store(entry + 3, total_y, mask=exists)
     else:
-        store_result(coords, stats, map_index, exists, finite_or_zero(top), total, total_x, total_y, WIDTH, height)
+        top = finite_or_zero(top)
+        store_result(coords, stats, map_index, exists, top, total, total_x, total_y, WIDTH, height)
 
 
 @triton.jit
@@ -220,7 +221,8 @@ def no_second_backward(ctx, grad):
 
 
 backward_op = register(
-    "soft_argmax_backward(Tensor grad_coords, Tensor heatmaps, Tensor coords, Tensor stats, float beta) -> Tensor",
+    "soft_argmax_backward(Tensor grad_coords, Tensor heatmaps, Tensor coords, Tensor stats, float beta) -> "
+    "Tensor",
     soft_argmax_backward, lambda grad_coords, heatmaps, coords, stats, beta: torch.empty_like(heatmaps))
 torch.library.register_autograd("actupose::soft_argmax_backward", no_second_backward, lib=LIBRARY)
 forward_op = register("soft_argmax_forward(Tensor heatmaps, float beta) -> (Tensor coords, Tensor stats)",

@@ -284,11 +284,12 @@ def launch_pairs(source, target, triplets, gamma, source_valid=None, target_vali
 def triplet_angle_distance(source: Tensor, target: Tensor, triplets: Tensor,
                            source_valid: Optional[Tensor] = None, target_valid: Optional[Tensor] = None,
                            min_triplets: int = 1):
+    arguments = source, target, triplets, source_valid, target_valid, min_triplets
     if not runs_triton(source, target):
-        return reference.triplet_angle_distance(source, target, triplets, source_valid, target_valid, min_triplets)
-    reference.check_poses(source, target, triplets, source_valid, target_valid, min_triplets)
+        return reference.triplet_angle_distance(*arguments)
+    reference.check_poses(*arguments)
     reference.check_indices(triplets, source.shape[-2])
-    return launch(source, target, triplets, source_valid, target_valid, min_triplets)
+    return launch(*arguments)
 
 
 def similar_pairs(source: Tensor, target: Tensor, triplets: Tensor, gamma: float,
