@@ -116,8 +116,8 @@ def random_maps(shape, dtype, layout, generator):
 
 def random_poses(S, T, A, K, generator, masked=True):
     """Arguments of the pose operators but gamma: source (S, K, 2), target (T, K, 2), triplets (A, 3),
-    source_valid (S, K), target_valid (T, K), min_triplets. masked: a tenth of the keypoints is not valid; else
-    there are no masks."""
+    source_valid (S, K), target_valid (T, K), min_triplets. masked: a tenth of the keypoints is not valid;
+    else there are no masks."""
     def rand(*shape):
         return torch.rand(shape, generator=generator, device=generator.device)
     triplets = rand(A, K).argsort(dim=1)[:, :3].contiguous()

@@ -98,14 +98,16 @@ def finish_kernel(heatmaps, coords, confidence, candidates, weight, mean, keypoi
             value = tl.load(maps[:, None] + offset, mask=inside, other=float("-inf")).to(tl.float32)
             # Lanes beyond the shares stand for -inf at cell 0, which is the result for a map of -inf all the
             # same.
-            n = first_maximum(value, n, cells)
-            value = store_cell(coords, confidence, maps, map_index, exists, n, width, stride_h, stride_w, FLAT)
+            first = first_maximum(value, n, cells)
+            value = store_cell(coords, confidence, maps, map_index, exists, first, width, stride_h, stride_w,
+                               FLAT)
         else:
             value = tl.load(confidence + map_index, mask=exists, other=0.0)
         if MEAN:
             w = exists.to(tl.float32)
             if WEIGHTED:
-                w = tl.load(weight + b * weight_b + k * weight_k, mask=exists, other=0.0).to(tl.float32)
+                entry = weight + b * weight_b + k.to(tl.int64) * weight_k
+                w = tl.load(entry, mask=exists, other=0.0).to(tl.float32)
             # A keypoint without weight does not count, whatever its map holds: NaN times 0 would.
             weighted += tl.where(w == 0.0, 0.0, w * value)
             total += w
@@ -126,7 +128,9 @@ def decode(heatmaps, with_mean, weight=None):
     layout = divide(heatmaps)
     shared = layout.shares > 1
     # Tensors that a launch does not touch stand in for those that it has no use for.
-    candidates = heatmaps.new_empty((batch * keypoints, layout.shares), dtype=torch.int32) if shared else coords
+    candidates = coords
+    if shared:
+        candidates = heatmaps.new_empty((batch * keypoints, layout.shares), dtype=torch.int32)
     with device_of(heatmaps):
         argmax_kernel[(layout.programs, layout.shares)](
             heatmaps, coords, confidence, candidates, layout.keypoints, cells, width, layout.share,

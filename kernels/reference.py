@@ -12,8 +12,8 @@ def check_heatmaps(heatmaps):
         raise ValueError(f"heatmaps must have 4 dimensions (B, K, H, W), got shape {tuple(heatmaps.shape)}")
     if not heatmaps.is_floating_point():
         raise TypeError(f"heatmaps must be floating point, got {heatmaps.dtype}: convert them with .float()")
-    if heatmaps.shape[2] == 0 or heatmaps.shape[3] == 0:
-        raise ValueError(f"heatmaps must have at least one cell, got shape {tuple(heatmaps.shape)}")
+    if not 0 < heatmaps.shape[2] * heatmaps.shape[3] < 2 ** 31:
+        raise ValueError(f"heatmaps must have from 1 to 2^31 - 1 cells, got shape {tuple(heatmaps.shape)}")
 
 
 def check_beta(beta):
@@ -23,7 +23,7 @@ def check_beta(beta):
 
 
 def check_weight(weight, heatmaps):
-    """Raise TypeError / ValueError unless `weight` is None or a floating (B, K) on the device of `heatmaps`."""
+    """Raise TypeError / ValueError unless `weight` is None or a floating (B, K) on the heatmaps' device."""
     if weight is None:
         return
     if not weight.is_floating_point():
@@ -50,7 +50,8 @@ def check_poses(source, target, triplets, source_valid, target_valid, min_triple
                              f"{tuple(source.shape[:-3])} and {tuple(target.shape[:-3])}")
     if target.device != source.device:
         raise ValueError(f"target is on {target.device} but source on {source.device}: move one of them")
-    for name, valid, poses in (("source_valid", source_valid, source), ("target_valid", target_valid, target)):
+    masks = ("source_valid", source_valid, source), ("target_valid", target_valid, target)
+    for name, valid, poses in masks:
         if valid is None:
             continue
         if valid.dtype != torch.bool:

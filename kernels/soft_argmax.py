@@ -23,6 +23,7 @@ from kernels import reference
 from kernels.common import (COMPILE_OPTIONS, LIBRARY, cell_offset, device_of, divide, maps_of_program,
                             one_stride, register, runs_triton, tl, triton, warps_for)
 
+
 @triton.jit
 def load_cells(maps, exists, n, end, width, stride_h, stride_w, FLAT: tl.constexpr):
     """Cells n (BLOCK_N,) of each map as float32 (BLOCK_K, BLOCK_N), -inf from `end` on: probability zero."""

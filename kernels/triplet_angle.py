@@ -210,11 +210,6 @@ def pairs_kernel(source, target, source_valid, target_valid, triplets, counts, s
         tl.store(counts + entry, found, mask=s < S)
 
 
-def mask_argument(valid, triplets):
-    """The mask as bytes; any tensor will do for the pointer of one that is not given and never read."""
-    return triplets if valid is None else valid.view(torch.uint8)
-
-
 def launch(source, target, triplets, source_valid=None, target_valid=None, min_triplets=1):
     """`reference.triplet_angle_distance` with the Triton kernel; any strides, not float64."""
     S, T, keypoints = source.shape[-3], target.shape[-3], source.shape[-2]
@@ -227,9 +222,11 @@ def launch(source, target, triplets, source_valid=None, target_valid=None, min_t
         return tensor.expand(*lead, *tensor.shape[-dims:]).reshape(-1, *tensor.shape[-dims:])
 
     source, target = one_batch(source, 3), one_batch(target, 3)
-    flags = [mask_argument(valid, triplets) if valid is None else one_batch(mask_argument(valid, triplets), 2)
-             for valid in (source_valid, target_valid)]
-    flag_strides = [stride for flag in flags for stride in (flag.stride() if flag.dim() == 3 else (0, 0, 0))]
+    # A mask that is not given is never read; any tensor will do for its pointer.
+    flags, flag_strides = [], []
+    for valid in (source_valid, target_valid):
+        flags.append(triplets if valid is None else one_batch(valid.view(torch.uint8), 2))
+        flag_strides += (0, 0, 0) if valid is None else flags[-1].stride()
 
     def tiles(block):
         return source.shape[0] * triton.cdiv(S, block) * triton.cdiv(T, block)
@@ -250,9 +247,10 @@ def launch_pairs(source, target, triplets, gamma, source_valid=None, target_vali
     S, T, keypoints = source.shape[0], target.shape[0], source.shape[1]
     if S * T == 0 or capacity == 0:
         return triplets.new_full((capacity or 0, 2), -1)
-    flags = [mask_argument(valid, triplets) for valid in (source_valid, target_valid)]
-    flag_strides = [stride for flag, valid in zip(flags, (source_valid, target_valid))
-                    for stride in (flag.stride() if valid is not None else (0, 0))]
+    flags, flag_strides = [], []
+    for valid in (source_valid, target_valid):
+        flags.append(triplets if valid is None else valid.view(torch.uint8))
+        flag_strides += (0, 0) if valid is None else flags[-1].stride()
     block = MINING["BLOCK"]
     # Few rows: their columns are divided too, so that there are programs enough.
     rows = triton.cdiv(S, block)
@@ -341,6 +339,7 @@ def map_distance(operator):
 register("triplet_angle_distance(Tensor source, Tensor target, Tensor triplets, Tensor? source_valid=None, "
          "Tensor? target_valid=None, int min_triplets=1) -> Tensor",
          triplet_angle_distance, fake_distance, map_distance)
-register("similar_pairs(Tensor source, Tensor target, Tensor triplets, float gamma, Tensor? source_valid=None, "
-         "Tensor? target_valid=None, int min_triplets=1, SymInt? capacity=None) -> Tensor",
+register("similar_pairs(Tensor source, Tensor target, Tensor triplets, float gamma, "
+         "Tensor? source_valid=None, Tensor? target_valid=None, int min_triplets=1, SymInt? capacity=None) "
+         "-> Tensor",
          similar_pairs, fake_pairs, None)
