@@ -58,8 +58,9 @@ def heatmap_argmax_mean(heatmaps, weight=None):
 
 
 def soft_argmax(heatmaps, beta):
-    """Expected cell of each heatmap under softmax(beta * heatmap), differentiable in the heatmaps (on CUDA
-    once).
+    """Expected cell of each heatmap under softmax(beta * heatmap), differentiable in the heatmaps.
+
+    On CUDA once, in reverse mode; forward-mode differentiation needs `reference.soft_argmax`.
 
     heatmaps: (B, K, H, W) floating point, any strides; beta > 0. Returns coords (B, K, 2), cells (x, y),
     float32 (float64 for float64 heatmaps). Accuracy and errors as in `reference.soft_argmax`.

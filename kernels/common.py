@@ -46,17 +46,18 @@ LIBRARY = torch.library.Library("actupose", "DEF")
 def join_batches(operator):
     """vmap of an operator whose tensors all start with the batch B: the mapped dimension is joined to it."""
     def rule(info, in_dims, *arguments):
-        joined = []
+        joined, batch = [], 0
         for argument, dim in zip(arguments, in_dims):
             if isinstance(argument, torch.Tensor):
                 argument = argument.expand(info.batch_size, *argument.shape) if dim is None \
                     else argument.movedim(dim, 0)
+                batch = argument.shape[1]
                 argument = argument.flatten(0, 1)
             joined.append(argument)
         results = operator(*joined)
         if isinstance(results, torch.Tensor):
-            return results.unflatten(0, (info.batch_size, -1)), 0
-        return tuple(result.unflatten(0, (info.batch_size, -1)) for result in results), (0,) * len(results)
+            return results.unflatten(0, (info.batch_size, batch)), 0
+        return tuple(result.unflatten(0, (info.batch_size, batch)) for result in results), (0,) * len(results)
     return rule
 
 
@@ -120,11 +121,13 @@ def divide(heatmaps, join=True):
         stride_w = stride_h
     if join and one_stride(heatmaps):
         batch, keypoints = 1, batch * keypoints
+    tile = TILE
     if stride_k == 1 and stride_w != 1:
         block_k = min(power_of_two(keypoints), 32 // heatmaps.element_size())
+        tile = TILE // 2   # a thread has to do with several maps, and needs registers for each
     else:
         block_k = min(power_of_two(keypoints), max(1, SMALL_TILE // power_of_two(cells)))
-    block_n = min(power_of_two(cells), TILE // block_k)
+    block_n = min(power_of_two(cells), tile // block_k)
     programs = batch * -(-keypoints // block_k)
     shares = max(1, min(cells // SHARE, PROGRAMS // programs))
     share = -(-cells // (shares * block_n)) * block_n
@@ -132,9 +135,9 @@ def divide(heatmaps, join=True):
                   -(-cells // share), share)
 
 
-def warps_for(tile):
-    """Warps for a tile of so many cells: at most 16 cells a thread, so that nothing spills."""
-    return max(1, min(8, tile // 512))
+def warps_for(tile, cells=16):
+    """Warps for a tile of so many cells, so many for each thread: more would spill its registers."""
+    return max(1, tile // (32 * cells))
 
 
 @triton.jit

@@ -37,8 +37,8 @@ def check_weight(weight, heatmaps):
 def check_poses(source, target, triplets, source_valid, target_valid, min_triplets):
     """Raise TypeError / ValueError unless shapes, dtypes and devices fit `triplet_angle_distance`."""
     for name, poses in (("source", source), ("target", target)):
-        if poses.dim() < 3 or poses.shape[-1] != 2:
-            raise ValueError(f"{name} must have shape (..., poses, K, 2), got {tuple(poses.shape)}")
+        if poses.dim() < 3 or poses.shape[-1] != 2 or poses.shape[-2] == 0:
+            raise ValueError(f"{name} must have shape (..., poses, K, 2), K >= 1, got {tuple(poses.shape)}")
         if not poses.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {poses.dtype}: convert it with .float()")
     if source.shape[-2] != target.shape[-2]:
@@ -135,15 +135,12 @@ def soft_argmax(heatmaps, beta):
     check_heatmaps(heatmaps)
     check_beta(beta)
     probability = cell_probabilities(heatmaps, beta)
-    # Marginals and sums in place of a matrix product, which TF32 settings would make less exact.
-    columns, rows = probability.sum(dim=2), probability.sum(dim=3)
-    # Measured from the centre, and divided by the sum of what the softmax rounded to one: the result would
-    # else carry a rounding error of the whole side.
-    x, y = (torch.arange(n, dtype=columns.dtype, device=columns.device) - 0.5 * (n - 1)
-            for n in (heatmaps.shape[3], heatmaps.shape[2]))
-    total = columns.sum(dim=2)
-    return torch.stack(((columns * x).sum(dim=2) / total + 0.5 * (heatmaps.shape[3] - 1),
-                        (rows * y).sum(dim=2) / total + 0.5 * (heatmaps.shape[2] - 1)), dim=2)
+    coords = expected_cell(probability, probability.dtype)
+    if probability.dtype == torch.float64 or probability.device.type == "mps":   # which has no float64
+        return coords
+    # The value from sums in float64, its gradient from those in float32, which cost autograd half as much.
+    exact = expected_cell(probability.detach(), torch.float64).to(coords.dtype)
+    return coords + (exact - coords).detach()
 
 
 def soft_argmax_backward(grad_coords, heatmaps, coords, beta):
@@ -170,6 +167,22 @@ def cell_probabilities(heatmaps, beta):
     # Adding a constant does not change a softmax, so the maximum needs no gradient.
     return torch.softmax(beta * (cells - cells.detach().amax(dim=2, keepdim=True)), dim=2).unflatten(
         2, heatmaps.shape[2:])
+
+
+def expected_cell(probability, dtype):
+    """Mean cell (x, y) under `probability` (B, K, H, W), summed in `dtype`: (B, K, 2).
+
+    Marginals and sums in place of a matrix product, which TF32 settings would make less exact. Cells count
+    from the centre, and what the softmax rounded to one is divided by its sum: the result would else carry a
+    rounding error of the whole side.
+    """
+    columns, rows = probability.sum(dim=2, dtype=dtype), probability.sum(dim=3, dtype=dtype)
+    width, height = columns.shape[2], rows.shape[2]
+    x = torch.arange(width, dtype=dtype, device=columns.device) - 0.5 * (width - 1)
+    y = torch.arange(height, dtype=dtype, device=rows.device) - 0.5 * (height - 1)
+    total = columns.sum(dim=2)
+    return torch.stack(((columns * x).sum(dim=2) / total + 0.5 * (width - 1),
+                        (rows * y).sum(dim=2) / total + 0.5 * (height - 1)), dim=2)
 
 
 def triplet_angles(keypoints, triplets, valid=None):
@@ -202,12 +215,13 @@ def triplet_angle_distance(source, target, triplets, source_valid=None, target_v
     n_valid) keeps pruning from making poses look alike; a pair with no usable triplet, or with fewer than
     `min_triplets`, has distance inf.
 
-    source: (..., S, K, 2), target: (..., T, K, 2) floating point, (x, y) in any one unit, leading dimensions
-    equal or 1; triplets: (A, 3) long, keypoint indices with the middle keypoint in the middle; source_valid
-    (..., S, K), target_valid (..., T, K): bool, or None when all are valid. All on one device. Returns (...,
-    S, T) float32, radians. Not differentiable as an operator: it is used to choose pairs. Raises ValueError /
-    TypeError naming the argument for wrong shapes, dtypes or devices, and for triplets out of range (those on
-    a GPU are not looked at: they count as not usable).
+    source: (..., S, K, 2), target: (..., T, K, 2) floating point, (x, y) in any one unit that keeps them
+    below 1e18 (their products must not overflow), leading dimensions equal or 1; triplets: (A, 3) long,
+    keypoint indices with the middle keypoint in the middle; source_valid (..., S, K), target_valid (..., T,
+    K): bool, or None when all are valid. All on one device. Returns (..., S, T) float32, radians. Not
+    differentiable as an operator: it is used to choose pairs. Raises ValueError / TypeError naming the
+    argument for wrong shapes, dtypes or devices, and for triplets out of range (those on a GPU are not looked
+    at).
     """
     check_poses(source, target, triplets, source_valid, target_valid, min_triplets)
     check_indices(triplets, source.shape[-2])
@@ -216,7 +230,7 @@ def triplet_angle_distance(source, target, triplets, source_valid=None, target_v
     both = source_usable[..., :, None, :] & target_usable[..., None, :, :]
     difference = torch.where(both, source_angles[..., :, None, :] - target_angles[..., None, :, :], 0.0)
     count = both.sum(dim=-1)
-    scale = torch.sqrt(triplets.shape[0] / count.clamp(min=1)) / source.shape[-2]
+    scale = torch.sqrt(triplets.shape[0] / count.clamp(min=1).to(difference.dtype)) / source.shape[-2]
     distance = torch.linalg.vector_norm(difference, dim=-1) * scale
     return torch.where(count >= max(min_triplets, 1), distance, float("inf")).float()
 

@@ -13,15 +13,26 @@ reads a map once; when the maximum grows, the sums so far are scaled down. It wr
 backward pass, the maximum and the sum of the weights: from these a program of the backward pass forms the
 probability of any cell again, without a look at the others.
 
-Coordinates are summed from the map's centre: the terms then cancel instead of adding up to the side's length
-times a rounding error, which keeps the result within 1e-5 cells of float64 at 64 cells a side.
+The sums run in float64. A distinct peak far from the centre, plus thousands of small weights, each of which
+rounds the sum so far, would be off by 4e-5 cells in float32; a data-centre GPU has the float64 additions to
+spare while it waits for the maps. The weights themselves are float32, and coordinates are summed from the
+map's centre, which together keeps the result within 1e-5 cells of float64 at 64 cells a side.
 """
 import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.common import (COMPILE_OPTIONS, LIBRARY, cell_offset, device_of, divide, maps_of_program,
-                            one_stride, register, runs_triton, tl, triton, warps_for)
+from kernels.common import (COMPILE_OPTIONS, LIBRARY, cell_offset, device_of, divide, join_batches,
+                            maps_of_program, one_stride, register, runs_triton, tl, triton, warps_for)
+
+
+def forward_options(block_k, block_n):
+    """Compile options of the forward kernel. A thread has 8 cells, and sums of 8 bytes for up to 8 maps.
+
+    Left to itself the assembler spills one or two of these to fit a further program in; hence maxnreg.
+    """
+    return dict(num_warps=warps_for(block_k * block_n, 8), **COMPILE_OPTIONS,
+                **(dict(maxnreg=160) if block_k > 4 else {}))
 
 
 @triton.jit
@@ -52,10 +63,10 @@ def exponential(beta, difference):
 def store_result(coords, stats, map_index, exists, top, total, x, y, width, height):
     """Write the expected cell, given sums from the map's centre, and what the backward pass needs."""
     total = tl.where(exists, total, 1.0)
-    tl.store(coords + 2 * map_index, x / total + 0.5 * (width - 1), mask=exists)
-    tl.store(coords + 2 * map_index + 1, y / total + 0.5 * (height - 1), mask=exists)
-    tl.store(stats + 2 * map_index, top, mask=exists)
-    tl.store(stats + 2 * map_index + 1, total, mask=exists)
+    tl.store(coords + 2 * map_index, (x / total + 0.5 * (width - 1)).to(tl.float32), mask=exists)
+    tl.store(coords + 2 * map_index + 1, (y / total + 0.5 * (height - 1)).to(tl.float32), mask=exists)
+    tl.store(stats + 2 * map_index, top.to(tl.float32), mask=exists)
+    tl.store(stats + 2 * map_index + 1, total.to(tl.float32), mask=exists)
 
 
 @triton.jit
@@ -68,9 +79,9 @@ def forward_kernel(heatmaps, coords, stats, partial, beta, keypoints, cells, sha
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, cells)
     top = tl.full((BLOCK_K,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_K,), tl.float32)
-    total_x = tl.zeros((BLOCK_K,), tl.float32)
-    total_y = tl.zeros((BLOCK_K,), tl.float32)
+    total = tl.zeros((BLOCK_K,), tl.float64)
+    total_x = tl.zeros((BLOCK_K,), tl.float64)
+    total_y = tl.zeros((BLOCK_K,), tl.float64)
     for start in range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         value = load_cells(maps, exists, n, end, WIDTH, stride_h, stride_w, FLAT)
@@ -79,10 +90,10 @@ def forward_kernel(heatmaps, coords, stats, partial, beta, keypoints, cells, sha
         weight = exponential(beta, value - shift[:, None])
         x = (n % WIDTH).to(tl.float32) - 0.5 * (WIDTH - 1)
         y = (n // WIDTH).to(tl.float32) - 0.5 * (height - 1)
-        kept = exponential(beta, top - shift)
-        total = total * kept + tl.sum(weight, axis=1)
-        total_x = total_x * kept + tl.sum(weight * x[None, :], axis=1)
-        total_y = total_y * kept + tl.sum(weight * y[None, :], axis=1)
+        kept = exponential(beta, top - shift).to(tl.float64)
+        total = total * kept + tl.sum(weight.to(tl.float64), axis=1)
+        total_x = total_x * kept + tl.sum((weight * x[None, :]).to(tl.float64), axis=1)
+        total_y = total_y * kept + tl.sum((weight * y[None, :]).to(tl.float64), axis=1)
         top = new_top
     if SHARED:
         entry = partial + 4 * (map_index * tl.num_programs(1) + tl.program_id(1))
@@ -105,7 +116,7 @@ def join_kernel(coords, stats, partial, beta, maps, shares, width, height,
     entry = partial + 4 * (map_index[:, None] * shares + s[None, :])
     tops = tl.load(entry, mask=inside, other=float("-inf"))
     shift = finite_or_zero(tl.max(tops, axis=1))
-    kept = exponential(beta, tops - shift[:, None])
+    kept = exponential(beta, (tops - shift[:, None]).to(tl.float32)).to(tl.float64)
     total = tl.sum(kept * tl.load(entry + 1, mask=inside, other=0.0), axis=1)
     x = tl.sum(kept * tl.load(entry + 2, mask=inside, other=0.0), axis=1)
     y = tl.sum(kept * tl.load(entry + 3, mask=inside, other=0.0), axis=1)
@@ -150,15 +161,15 @@ def launch(heatmaps, beta):
     layout = divide(heatmaps)
     shared = layout.shares > 1
     # A tensor that the launch does not touch stands in for the one that it has no use for.
-    partial = coords.new_empty((maps, layout.shares, 4)) if shared else stats
+    partial = coords.new_empty((maps, layout.shares, 4), dtype=torch.float64) if shared else stats
     with device_of(heatmaps):
         forward_kernel[(layout.programs, layout.shares)](
             heatmaps, coords, stats, partial, beta, layout.keypoints, height * width, layout.share,
             *layout.strides, WIDTH=width, FLAT=layout.flat, SHARED=shared, BLOCK_K=layout.block_k,
-            BLOCK_N=layout.block_n, num_warps=warps_for(layout.block_k * layout.block_n), **COMPILE_OPTIONS)
+            BLOCK_N=layout.block_n, **forward_options(layout.block_k, layout.block_n))
         if shared:
             block_s = triton.next_power_of_2(layout.shares)
-            block_k = max(1, 1024 // block_s)
+            block_k = max(1, 512 // block_s)
             join_kernel[(triton.cdiv(maps, block_k),)](
                 coords, stats, partial, beta, maps, layout.shares, width, height, BLOCK_K=block_k,
                 BLOCK_S=block_s, num_warps=4, **COMPILE_OPTIONS)
@@ -231,4 +242,6 @@ forward_op = register("soft_argmax_forward(Tensor heatmaps, float beta) -> (Tens
 torch.library.register_autograd("actupose::soft_argmax_forward", backward, setup_context=save_for_backward,
                                 lib=LIBRARY)
 LIBRARY.define("soft_argmax(Tensor heatmaps, float beta) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+torch.library.register_vmap("actupose::soft_argmax", join_batches(torch.ops.actupose.soft_argmax.default),
+                            lib=LIBRARY)
 LIBRARY.impl("soft_argmax", lambda heatmaps, beta: forward_op(heatmaps, beta)[0], "CompositeImplicitAutograd")

@@ -100,7 +100,7 @@ def encoded(angle, usable, SIGN: tl.constexpr):
 @triton.jit
 def tile_distance(source, target, source_valid, target_valid, triplets, s, t, keypoints, A, min_triplets,
                   source_n, source_k, source_c, target_n, target_k, target_c,
-                  source_valid_n, source_valid_k, target_valid_n, target_valid_k, triplet_a, triplet_i,
+                  source_valid_n, source_valid_k, target_valid_n, target_valid_k,
                   SOURCE_MASKED: tl.constexpr, TARGET_MASKED: tl.constexpr,
                   BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """Distances (BLOCK, BLOCK) between the source poses s (BLOCK,) and the target poses t (BLOCK,)."""
@@ -109,9 +109,9 @@ def tile_distance(source, target, source_valid, target_valid, triplets, s, t, ke
     all_plain = 1
     for start in range(0, A, COLUMNS):
         a = start + tl.arange(0, COLUMNS)
-        first = tl.load(triplets + a * triplet_a, mask=a < A, other=-1)
-        middle = tl.load(triplets + a * triplet_a + triplet_i, mask=a < A, other=-1)
-        last = tl.load(triplets + a * triplet_a + 2 * triplet_i, mask=a < A, other=-1)
+        first = tl.load(triplets + 3 * a, mask=a < A, other=-1)
+        middle = tl.load(triplets + 3 * a + 1, mask=a < A, other=-1)
+        last = tl.load(triplets + 3 * a + 2, mask=a < A, other=-1)
         # Indices on a GPU were not checked by the host: one out of range must not read beyond the poses.
         low = tl.minimum(tl.minimum(first, middle), last)
         high = tl.maximum(tl.maximum(first, middle), last)
@@ -151,7 +151,7 @@ def distance_kernel(source, target, source_valid, target_valid, triplets, distan
                     S, T, keypoints, A, min_triplets,
                     source_b, source_n, source_k, source_c, target_b, target_n, target_k, target_c,
                     source_valid_b, source_valid_n, source_valid_k,
-                    target_valid_b, target_valid_n, target_valid_k, triplet_a, triplet_i,
+                    target_valid_b, target_valid_n, target_valid_k,
                     SOURCE_MASKED: tl.constexpr, TARGET_MASKED: tl.constexpr,
                     BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """Program (tile of a matrix): its distances."""
@@ -166,7 +166,7 @@ def distance_kernel(source, target, source_valid, target_valid, triplets, distan
         source + b * source_b, target + b * target_b, source_valid + b * source_valid_b,
         target_valid + b * target_valid_b, triplets, tl.minimum(s, S - 1), tl.minimum(t, T - 1), keypoints, A,
         min_triplets, source_n, source_k, source_c, target_n, target_k, target_c,
-        source_valid_n, source_valid_k, target_valid_n, target_valid_k, triplet_a, triplet_i,
+        source_valid_n, source_valid_k, target_valid_n, target_valid_k,
         SOURCE_MASKED, TARGET_MASKED, BLOCK, COLUMNS)
     # int64: the matrix may have more than 2^31 entries.
     entry = (b * S + s)[:, None] * T + t[None, :]
@@ -177,7 +177,7 @@ def distance_kernel(source, target, source_valid, target_valid, triplets, distan
 def pairs_kernel(source, target, source_valid, target_valid, triplets, counts, starts, pairs, limit,
                  gamma, S, T, keypoints, A, min_triplets, chunk,
                  source_n, source_k, source_c, target_n, target_k, target_c,
-                 source_valid_n, source_valid_k, target_valid_n, target_valid_k, triplet_a, triplet_i,
+                 source_valid_n, source_valid_k, target_valid_n, target_valid_k,
                  SOURCE_MASKED: tl.constexpr, TARGET_MASKED: tl.constexpr,
                  BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """Program (rows, chunk of columns): count the pairs of each row if the limit is 0, else write them.
@@ -196,7 +196,7 @@ def pairs_kernel(source, target, source_valid, target_valid, triplets, counts, s
         distance = tile_distance(
             source, target, source_valid, target_valid, triplets, tl.minimum(s, S - 1), tl.minimum(t, T - 1),
             keypoints, A, min_triplets, source_n, source_k, source_c, target_n, target_k, target_c,
-            source_valid_n, source_valid_k, target_valid_n, target_valid_k, triplet_a, triplet_i,
+            source_valid_n, source_valid_k, target_valid_n, target_valid_k,
             SOURCE_MASKED, TARGET_MASKED, BLOCK, COLUMNS)
         hit = ((distance < gamma) & (s < S)[:, None] & (t < end)[None, :]).to(tl.int32)
         row = tl.sum(hit, axis=1)
@@ -234,8 +234,8 @@ def launch(source, target, triplets, source_valid=None, target_valid=None, min_t
     tile = LARGE if tiles(LARGE["BLOCK"]) >= FEW_TILES else SMALL
     with device_of(source):
         distance_kernel[(tiles(tile["BLOCK"]),)](
-            source, target, *flags, triplets, distance, S, T, keypoints, triplets.shape[0],
-            max(1, min_triplets), *source.stride(), *target.stride(), *flag_strides, *triplets.stride(),
+            source, target, *flags, triplets.contiguous(), distance, S, T, keypoints, triplets.shape[0],
+            max(1, min_triplets), *source.stride(), *target.stride(), *flag_strides,
             SOURCE_MASKED=source_valid is not None, TARGET_MASKED=target_valid is not None,
             **tile, **COMPILE_OPTIONS)
     return distance
@@ -261,9 +261,9 @@ def launch_pairs(source, target, triplets, gamma, source_valid=None, target_vali
     def run(counts, starts, pairs, limit):
         with device_of(source):
             pairs_kernel[(rows, chunks)](
-                source, target, *flags, triplets, counts, starts, pairs, limit, gamma, S, T, keypoints,
-                triplets.shape[0], max(1, min_triplets), chunk, *source.stride(), *target.stride(),
-                *flag_strides, *triplets.stride(),
+                source, target, *flags, triplets.contiguous(), counts, starts, pairs, limit, gamma, S, T,
+                keypoints, triplets.shape[0], max(1, min_triplets), chunk, *source.stride(), *target.stride(),
+                *flag_strides,
                 SOURCE_MASKED=source_valid is not None, TARGET_MASKED=target_valid is not None,
                 **MINING, **COMPILE_OPTIONS)
 
