@@ -27,12 +27,14 @@ from kernels.common import (COMPILE_OPTIONS, LIBRARY, cell_offset, device_of, di
 
 
 def forward_options(block_k, block_n):
-    """Compile options of the forward kernel. A thread has 8 cells, and sums of 8 bytes for up to 8 maps.
+    """Compile options of the forward kernel, for blocks of maps and of cells.
 
-    Left to itself the assembler spills one or two of these to fit a further program in; hence maxnreg.
+    Where a thread has several maps, it keeps sums of 8 bytes for each, and takes fewer cells. Left to itself
+    the assembler still spills one or two of these to fit a further program in; hence maxnreg.
     """
-    return dict(num_warps=warps_for(block_k * block_n, 8), **COMPILE_OPTIONS,
-                **(dict(maxnreg=160) if block_k > 4 else {}))
+    if block_k > 4:
+        return dict(num_warps=warps_for(block_k * block_n, 8), maxnreg=160, **COMPILE_OPTIONS)
+    return dict(num_warps=warps_for(block_k * block_n), **COMPILE_OPTIONS)
 
 
 @triton.jit
