@@ -13,6 +13,7 @@ gathers them in one table.
 """
 
 import copy
+import re
 
 import numpy as np
 import torch
@@ -370,6 +371,63 @@ class PoseResNet(nn.Module):
         """
         features = self.backbone(images)
         return self.head(self.upsampling(features)), features.mean((2, 3))
+
+
+# What published checkpoints hold that PoseResNet has no place for: pattern of the name -> what it is.
+UNUSED_WEIGHTS = {
+    r"backbone\.fc\..+": "ImageNet's classifier",
+    r"head_adv\..+": "RegDA's adversarial head",
+    r"head\.\d+\..+": "RegDA's head of several layers",
+}
+
+
+def load_pose_weights(network, state):
+    """Load weights into a PoseResNet in place, by name.
+
+    state: what a checkpoint holds: torchvision's ResNet (names of the backbone alone), a PoseResNet, or one under
+    `student` (UDAPE's and our own; beside a teacher) or `model` (RegDA's); `module.` before the names is dropped.
+    Of backbone, upsampling and head each is taken whole, or left as it is where the state has nothing of it.
+    Returns the names loaded, those ignored as a dictionary name -> why, and those left as they were. ValueError, and
+    an unchanged network, when shapes or names do not fit: half a network would train without anyone noticing.
+    """
+    ignored = {}
+    for key in ("student", "model"):
+        if isinstance(state.get(key), dict):
+            if state.get("teacher") is not None:
+                # UDAPE starts its student and its teacher from the pretrained student; in the file of its
+                # pretraining the teacher has not been trained at all.
+                ignored["teacher"] = "both networks start from the student's weights"
+            state = state[key]
+            break
+    given = {str(name).removeprefix("module."): value for name, value in state.items()}
+    if not any(name.startswith(("backbone.", "upsampling.", "head.")) for name in given):
+        given = {f"backbone.{name}": value for name, value in given.items()}
+    own = network.state_dict()
+    if not any(name.startswith("backbone.") and name in own for name in given):
+        entries = ", ".join(list(map(str, state))[:3])
+        raise ValueError(f"no parameter of this network is in it (it holds {entries or 'nothing'}); give a ResNet's or a "
+                         f"PoseResNet's weights")
+    for name, value in given.items():
+        if not torch.is_tensor(value):
+            raise ValueError(f"{name} is no tensor but of type {type(value).__name__}")
+        if name in own and value.shape != own[name].shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)} in the file and {tuple(own[name].shape)} in this "
+                             f"network, which is of another architecture or has other keypoints")
+    for name in given.keys() - own.keys():
+        reasons = [reason for pattern, reason in UNUSED_WEIGHTS.items() if re.fullmatch(pattern, name)]
+        if not reasons:
+            raise ValueError(f"this network has no {name}, shape {tuple(given[name].shape)}: it is of another architecture")
+        ignored[name] = reasons[0]
+    loaded = [name for name in own if name in given]
+    started = {name.split(".")[0] for name in loaded}
+    left = [name for name in own if name not in given]
+    for name in left:
+        # Files from before 2018 lack the BatchNorm's counters, which nothing here reads.
+        if name.split(".")[0] in started and not name.endswith("num_batches_tracked"):
+            raise ValueError(f"{name}, shape {tuple(own[name].shape)}, is missing in it: this network is of another "
+                             f"architecture")
+    network.load_state_dict({name: given[name] for name in loaded}, strict=False)
+    return loaded, ignored, left
 
 
 # ----------------------------------------------------------------------------------------------------------

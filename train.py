@@ -19,6 +19,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -61,6 +62,12 @@ ABLATIONS = {
 }
 
 
+# torchvision's ResNets trained on ImageNet; the digits are the start of the file's SHA-256.
+IMAGENET_URL = "https://download.pytorch.org/models/"
+IMAGENET_FILES = {"resnet18": "resnet18-f37072fd.pth", "resnet34": "resnet34-b627a593.pth",
+                  "resnet50": "resnet50-0676ba61.pth", "resnet101": "resnet101-63fe2227.pth"}
+
+
 def option(default, group, text, paper=None, choices=None):
     """A field of Settings with what --help says of it. paper: the value of the paper's preset, if another."""
     return field(default=default, metadata=dict(group=group, help=text, paper=paper, choices=choices))
@@ -79,6 +86,8 @@ class Settings:
     cache: str = option("", "task", "directory for rendered images, safe to delete (default: render anew, ~20 s)")
 
     architecture: str = option("narrow", "network", "pose network", "resnet101", tuple(actupose.ARCHITECTURES))
+    weights: str = option("", "network", "what the pose network starts from: imagenet (torchvision's published file, fetched "
+                          "once), a file of torchvision's, RegDA's, UDAPE's or ours, or the directory of a run", "imagenet")
     image_size: int = option(64, "network", "side of the input in pixels", 256)
     sigma: float = option(1.0, "network", "deviation of a target heatmap's Gaussian in cells", 2.0)
     subcell: bool = option(True, "network", "targets and decoding finer than a heatmap cell; off: the published "
@@ -144,6 +153,9 @@ class Settings:
         for name in ("mask_ratio", "occlusion", "style_prob", "ema"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"--{name.replace('_', '-')}: must be from 0 to 1, got {getattr(self, name)}")
+        if self.weights == "imagenet" and self.architecture not in IMAGENET_FILES:
+            raise UserError(f"--weights imagenet: there are none for --architecture {self.architecture}; use one of "
+                            f"{', '.join(IMAGENET_FILES)}")
         if self.image_size % 32:
             raise UserError(f"--image-size: must be a multiple of 32, got {self.image_size}")
         if self.target == "lsp" and not self.target_root:
@@ -555,7 +567,7 @@ def load_checkpoint(path, *keys):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as e:
-        raise UserError(f"{path}: not a readable checkpoint ({type(e).__name__}); replace it, or start anew") from None
+        raise UserError(f"{path}: not a readable file of tensors and plain values ({type(e).__name__}); replace it, or start anew") from None
     if not isinstance(state, dict) or any(key not in state for key in keys):
         raise UserError(f"{path}: not what was expected, a dictionary with {', '.join(keys) or 'tensors'}")
     return state
@@ -613,6 +625,41 @@ def load_style_weights(network, path):
     load_weights(network, {name: value for name, value in state.items() if name in own}, path)
 
 
+def read_weights(settings):
+    """What --weights names -> a dictionary as `actupose.load_pose_weights` takes it, and the file's name or address."""
+    if settings.weights == "imagenet":
+        url = IMAGENET_URL + IMAGENET_FILES[settings.architecture]
+        try:
+            return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True), url
+        except Exception as e:                   # no network, a wrong hash, a damaged file: from many libraries
+            raise UserError(f"--weights imagenet: {url} could not be fetched or read ({e}); fetch it by other means and give "
+                            f"the file, or remove a damaged one from {torch.hub.get_dir()}/checkpoints") from None
+    path = Path(settings.weights)
+    if path.is_dir():
+        path = path / "last.pt"
+    # UDAPE's and RegDA's files hold the options they were written with, an argparse.Namespace: plain values.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return load_checkpoint(path), path
+
+
+def load_initial_weights(network, weights, path):
+    """Weights from `read_weights` into the pose network; prints what was loaded, what was not and why."""
+    try:
+        loaded, ignored, left = actupose.load_pose_weights(network, weights)
+    except ValueError as e:
+        raise UserError(f"--weights: {path}: {e}; give the --architecture that it belongs to, or other weights") from None
+
+    def parts(names):
+        counts = Counter(name.split(".")[0] for name in names)
+        return ", ".join(f"{part} ({count})" for part, count in counts.items())
+
+    print(f"weights from {path}:\n  loaded: {parts(loaded)}")
+    for reason in dict.fromkeys(ignored.values()):
+        print(f"  ignored, {reason}: {', '.join(name for name in ignored if ignored[name] == reason)}")
+    if left:
+        print(f"  not in it, left at the initialisation: {parts(left)}")
+
+
 CHECKPOINT = ("epoch", "student", "teacher", "style", "optimiser", "vae", "curriculum", "log", "drawn", "seconds")
 
 
@@ -654,19 +701,18 @@ class Run:
 
 def set_up(settings, device, checkpoint=None, path=None):
     """Data, Pose-VAE, curriculum, style transfer and networks of a run; from a checkpoint where there is one."""
+    weights = read_weights(settings) if settings.weights and checkpoint is None else None
     domains = open_domains(settings)
     source = domains.source
     root = source.skeleton.root
+    trainer = Trainer(settings, source.skeleton, None, device)
+    if weights is not None:
+        load_initial_weights(trainer.student, *weights)
     if checkpoint is None:
         vae = actupose.train_pose_vae(source.keypoints, source.visible, root, settings.vae_steps, seed=settings.seed)
-        style_transfer = prepare_style(settings, domains, device)
     else:
         vae = actupose.PoseVAE(len(source.skeleton)).eval()
         load_weights(vae, checkpoint["vae"], path)
-        style_transfer = None
-        if checkpoint["style"] is not None:
-            style_transfer = actupose.StyleTransfer(settings.style).to(device).requires_grad_(False).eval()
-            load_weights(style_transfer, checkpoint["style"], path)
     complexity = actupose.pose_complexity(vae, source.keypoints, source.visible, root).numpy()
     try:
         curriculum = actupose.ActiveCurriculum(complexity, settings.epochs, settings.bins, settings.pace, settings.spread,
@@ -675,7 +721,12 @@ def set_up(settings, device, checkpoint=None, path=None):
         raise UserError(f"--bins: {e}") from None
     if settings.curriculum == "hardest" and len(curriculum.hardest(settings.hard_bins)) < settings.batch_size:
         raise UserError(f"--hard-bins: {settings.hard_bins} bins hold fewer samples than a batch ({settings.batch_size})")
-    return Run(settings, domains, vae, curriculum, Trainer(settings, source.skeleton, style_transfer, device), [], [])
+    if checkpoint is None:
+        trainer.style_transfer = prepare_style(settings, domains, device)      # last: it can take an hour
+    elif checkpoint["style"] is not None:
+        trainer.style_transfer = actupose.StyleTransfer(settings.style).to(device).requires_grad_(False).eval()
+        load_weights(trainer.style_transfer, checkpoint["style"], path)
+    return Run(settings, domains, vae, curriculum, trainer, [], [])
 
 
 def train_epoch(run, epoch, progress):
@@ -1273,10 +1324,10 @@ def compare(names, seeds, root, jobs, preset, device, given):
         values = variant_settings(name, {**given, "seed": seed})
         settings = dataclasses.asdict(make_settings(preset, **values))
         if (out / "config.json").exists():
-            config = read_json(out / "config.json")
+            saved = saved_settings(out)
             for key, value in settings.items():
-                if config.get(key) != value and key not in WITHOUT_EFFECT:
-                    raise UserError(f"{out}: was run with --{key.replace('_', '-')} {config.get(key)}, now {value} is "
+                if getattr(saved, key) != value and key not in WITHOUT_EFFECT:
+                    raise UserError(f"{out}: was run with --{key.replace('_', '-')} {getattr(saved, key)}, now {value} is "
                                     f"asked for; give another --out")
         if not (out / "result.json").exists():
             command = [sys.executable, __file__, "--preset", preset, "--device", device, "--out", str(out)]
