@@ -413,7 +413,9 @@ def load_pose_weights(network, state):
         if name in own and value.shape != own[name].shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)} in the file and {tuple(own[name].shape)} in this "
                              f"network, which is of another architecture or has other keypoints")
-    for name in given.keys() - own.keys():
+    for name in given:
+        if name in own:
+            continue
         reasons = [reason for pattern, reason in UNUSED_WEIGHTS.items() if re.fullmatch(pattern, name)]
         if not reasons:
             raise ValueError(f"this network has no {name}, shape {tuple(given[name].shape)}: it is of another architecture")

@@ -1,10 +1,11 @@
-"""Train, evaluate and compare: `python train.py` runs ACTUPose on the built-in benchmark.
+"""Train, evaluate, predict and compare: `python train.py` runs ACTUPose on the built-in benchmark.
 
     settings     one dataclass; the command line, the presets and config.json come from it
     data         which datasets a run uses, batches on the device
     the step     one iteration of the method (Fig. 4 of the paper), assembled from actupose.py
     a run        epochs, checkpoints, evaluation, result.json
     pictures     drawn with Pillow into figures/
+    photographs  skeletons for any pictures
     compare      many runs -> one table
     main         the command line
 """
@@ -19,6 +20,7 @@ import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -26,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import actupose
 import data
@@ -86,8 +88,9 @@ class Settings:
     cache: str = option("", "task", "directory for rendered images, safe to delete (default: render anew, ~20 s)")
 
     architecture: str = option("narrow", "network", "pose network", "resnet101", tuple(actupose.ARCHITECTURES))
-    weights: str = option("", "network", "what the pose network starts from: imagenet (torchvision's published file, fetched "
-                          "once), a file of torchvision's, RegDA's, UDAPE's or ours, or the directory of a run", "imagenet")
+    weights: str = option("", "network", "what the pose network starts from: imagenet (torchvision's published file, "
+                          "fetched once), a file of torchvision's, RegDA's, UDAPE's or ours, or the directory of a run",
+                          "imagenet")
     image_size: int = option(64, "network", "side of the input in pixels", 256)
     sigma: float = option(1.0, "network", "deviation of a target heatmap's Gaussian in cells", 2.0)
     subcell: bool = option(True, "network", "targets and decoding finer than a heatmap cell; off: the published "
@@ -419,17 +422,24 @@ class Trainer:
         return loss, terms
 
     @torch.no_grad()
+    def decode(self, model, images):
+        """uint8 images (B, 3, S, S) -> keypoints (B, K, 2) in their pixels and confidences (B, K), on the CPU."""
+        heatmaps, _ = model.eval()(normalise(images.to(self.device)).contiguous(memory_format=torch.channels_last))
+        cells, confidence = actupose.decode_keypoints(heatmaps, self.settings.subcell)
+        return cells.cpu() * self.stride, confidence.cpu()
+
     def predict(self, model, dataset, batch_size=64):
         """Keypoints (N, K, 2) in pixels and confidences (N, K) of a whole dataset, on the CPU."""
-        model.eval()
-        keypoints, confidences = [], []
-        for start in range(0, len(dataset), batch_size):
-            images, _, _ = dataset[torch.arange(start, min(start + batch_size, len(dataset)))]
-            heatmaps, _ = model(normalise(images.to(self.device)).contiguous(memory_format=torch.channels_last))
-            cells, confidence = actupose.decode_keypoints(heatmaps, self.settings.subcell)
-            keypoints.append(cells.cpu() * self.stride)
-            confidences.append(confidence.cpu())
-        return torch.cat(keypoints), torch.cat(confidences)
+        batches = [self.decode(model, dataset[torch.arange(start, min(start + batch_size, len(dataset)))][0])
+                   for start in range(0, len(dataset), batch_size)]
+        return tuple(torch.cat(parts) for parts in zip(*batches))
+
+    def load_networks(self, student, teacher, path):
+        """Restore student and teacher (None before it joins) from a checkpoint's state dicts; path: for errors."""
+        load_weights(self.student, student, path)
+        if teacher is not None:
+            self.teacher = actupose.make_teacher(self.student)
+            load_weights(self.teacher, teacher, path)
 
     def scored_teacher(self):
         """The teacher as it is evaluated.
@@ -510,6 +520,12 @@ class Progress:
         print("\r" + line.ljust(110)[:110], end="" if done < total else "\n", file=sys.stderr, flush=True)
 
 
+def complain(message):
+    """One line on stderr, below a progress line that may stand there."""
+    print(("\n" if Progress.unfinished else "") + f"train.py: {message}", file=sys.stderr)
+    Progress.unfinished = False
+
+
 def write_text(path, text):
     """Write a file so that a crash leaves either the old one or the new one."""
     temporary = path.with_suffix(".tmp")
@@ -567,7 +583,8 @@ def load_checkpoint(path, *keys):
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as e:
-        raise UserError(f"{path}: not a readable file of tensors and plain values ({type(e).__name__}); replace it, or start anew") from None
+        raise UserError(f"{path}: not a readable file of tensors and plain values ({type(e).__name__}); replace it, or "
+                        f"start anew") from None
     if not isinstance(state, dict) or any(key not in state for key in keys):
         raise UserError(f"{path}: not what was expected, a dictionary with {', '.join(keys) or 'tensors'}")
     return state
@@ -686,10 +703,7 @@ class Run:
     def load(self, state, path):
         """Restore a checkpoint. Returns the next epoch."""
         trainer = self.trainer
-        load_weights(trainer.student, state["student"], path)
-        if state["teacher"] is not None:
-            trainer.teacher = actupose.make_teacher(trainer.student)
-            load_weights(trainer.teacher, state["teacher"], path)
+        trainer.load_networks(state["student"], state["teacher"], path)
         trainer.optimiser.load_state_dict(state["optimiser"])
         try:
             self.curriculum.load_state_dict(state["curriculum"])
@@ -788,13 +802,18 @@ def evaluate(run):
     return scores, student
 
 
+def check_out(out):
+    """UserError where the directory --out can neither be used nor made."""
+    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--out: {out} cannot be made, {parent} is not a writable directory; give another")
+
+
 def train(settings, out, device="auto", resume=False):
     """One run, from data to result.json and figures/ in the directory `out`. Returns the result."""
     out, device = Path(out), choose_device(device)
     last, checkpoint = out / "last.pt", None
-    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--out: {out} cannot be made, {parent} is not a writable directory; give another")
+    check_out(out)
     if (out / "result.json").exists():
         raise UserError(f"{out}: holds a finished run; give another --out, or `evaluate {out}`")
     if resume:
@@ -1302,6 +1321,187 @@ def draw_figures(run, scores, predictions, folder):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Photographs
+# ----------------------------------------------------------------------------------------------------------
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")                # what is taken from a folder, in either case
+MAX_SIDE = 65500                                             # of a picture in JPEG's format
+
+
+def find_photographs(inputs, out):
+    """Files and folders -> list of (file, name of its outputs); UserError for what is not there.
+
+    Of a folder, its files with one of SUFFIXES, sorted; hidden files and subfolders are left alone. A file is taken
+    once. A name is the file's without its suffix; where an earlier file has it, -2, -3, ... is appended.
+    """
+    files = []
+    for path in map(Path, inputs):
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")
+                           and not p.is_dir())
+            if not found:
+                raise UserError(f"{path}: no photographs in it ({' '.join(SUFFIXES)}; subfolders are not searched)")
+            files += found
+        elif path.exists():
+            files.append(path)
+        else:
+            raise UserError(f"{path}: no such file or folder")
+    photographs, names = [], set()
+    for file in {file.resolve(): file for file in files}.values():
+        if file.resolve().parent == Path(out).resolve():
+            raise UserError(f"--out: {out} holds the photograph {file}, which could be overwritten; give another "
+                            f"directory")
+        name, count = file.stem, 1
+        while name.casefold() in names:                      # some file systems do not tell a.json from A.json
+            count += 1
+            name = f"{file.stem}-{count}"
+        names.add(name.casefold())
+        photographs.append((file, name))
+    return photographs
+
+
+def to_rgb(image):
+    """A picture of any mode -> RGB. Greys of 16 bits and more are scaled to 8, what is transparent becomes white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        low, high = (grey.min(), grey.max()) if image.mode == "F" else (0, 65535)
+        grey = (255 * (grey - low) / max(high - low, 1e-12)).round().clip(0, 255)
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image.convert("RGBA"))
+        image = white
+    return image.convert("RGB")
+
+
+def read_photograph(file):
+    """A photograph in RGB, turned upright by its EXIF orientation. DataError names a file that cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)        # twice as many pixels are an error
+            with Image.open(file) as image:
+                if max(image.size) > MAX_SIDE:
+                    raise ValueError(f"{image.size[0]} x {image.size[1]} pixels, a side is at most {MAX_SIDE}")
+                return to_rgb(ImageOps.exif_transpose(image))
+    except Exception as e:                       # a damaged file raises whatever its decoder stumbles on
+        raise data.DataError(f"{file}: not a readable photograph ({e})") from None
+
+
+def photograph_region(size, box):
+    """The part of a photograph that the network is to see: (left, top, right, bottom), edges in its pixels.
+
+    size: (width, height); box: (x, y, w, h), or None for the whole photograph. A box is widened about its centre to a
+    square, as far as the photograph reaches: surroundings tell a body from its background. ValueError when box and
+    photograph have less than a pixel in common.
+    """
+    if box is None:
+        return 0, 0, *size
+    edges = []
+    for start, length, end in zip(box[:2], box[2:], size):
+        if min(start + length, end) - max(start, 0) < min(1, length):
+            raise ValueError(f"the box {','.join(f'{v:g}' for v in box)} (x,y,w,h) lies outside the photograph, which has "
+                             f"{size[0]} x {size[1]} pixels")
+        centre, side = start + length / 2, max(box[2:])
+        edges.append((max(centre - side / 2, 0), min(centre + side / 2, end)))
+    (left, right), (top, bottom) = edges
+    return left, top, right, bottom
+
+
+def crop_photograph(image, region, size):
+    """What the network sees of a photograph: the region fitted into a square, zeros beside it, as `data.LSP` does.
+
+    image: RGB; region: as `photograph_region` gives it; size: S. Returns uint8 (3, S, S) and the view (2, 3), float64,
+    from the photograph's pixels to the crop's; in both, pixel i is at coordinate i and reaches from i - 1/2 to i + 1/2.
+    """
+    left, top, right, bottom = region
+    (width, height), (x, y) = data._fit_square(right - left, bottom - top, size)
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=region))
+    crop = torch.zeros(3, size, size, dtype=torch.uint8)
+    crop[:, y:y + height, x:x + width] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    scale_x, scale_y = width / (right - left), height / (bottom - top)
+    view = torch.tensor([[scale_x, 0, (0.5 - left) * scale_x - 0.5 + x],
+                         [0, scale_y, (0.5 - top) * scale_y - 0.5 + y]], dtype=torch.float64)
+    return crop, view
+
+
+def draw_photograph(path, image, keypoints, confidence, skeleton, extent):
+    """A photograph with the skeleton on it, as a JPEG file of the photograph's size.
+
+    image: RGB; keypoints: (K, 2) in its pixels; confidence: (K,), fades what is uncertain; extent: side in pixels of
+    the part that the skeleton lies in, which decides how wide its lines are.
+    """
+    scale = 2 if max(image.size) <= 2000 else 1              # drawn at twice the size and shrunk: smooth lines
+    picture = image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
+    draw_skeleton(ImageDraw.Draw(picture, "RGBA"), (_array(keypoints) + 0.5) * scale - 0.5, np.ones(len(skeleton)),
+                  skeleton, None, scale * max(extent / 100, 1.5), confidence)
+    picture.reduce(scale).save(path, format="JPEG", quality=92, subsampling=0)
+
+
+def predict_photographs(decode, skeleton, size, photographs, out, box=None, batch_size=32):
+    """Keypoints of photographs: for each a picture NAME.jpg and NAME.json in `out`. Returns how many failed.
+
+    decode: uint8 crops (B, 3, S, S) -> keypoints (B, K, 2) in their pixels, confidence (B, K); size: S; photographs:
+    list of (file, NAME); box: as in `photograph_region`, the same for all. A photograph that cannot be read, or that
+    lies outside the box, is named on stderr and the others are done. Memory: a batch of crops and one photograph.
+    """
+    progress, failed = Progress("photographs"), 0
+    for start in range(0, len(photographs), batch_size):
+        batch, crops = [], []
+        for file, name in photographs[start:start + batch_size]:
+            try:
+                image = read_photograph(file)
+                region = photograph_region(image.size, box)
+            except data.DataError as e:
+                failed += 1
+                complain(e)
+            except ValueError as e:
+                failed += 1
+                complain(f"{file}: {e}")
+            else:
+                crop, view = crop_photograph(image, region, size)
+                batch.append((file, name, region, invert_view(view)))
+                crops.append(crop)
+        keypoints, confidences = decode(torch.stack(crops)) if crops else ([], [])
+        for (file, name, region, inverse), points, confidence in zip(batch, keypoints, confidences):
+            points = map_keypoints(points.double(), inverse)
+            image = read_photograph(file)
+            draw_photograph(out / f"{name}.jpg", image, points, confidence, skeleton,
+                            max(region[2] - region[0], region[3] - region[1]))
+            rows = zip(skeleton.names, points.tolist(), confidence.tolist())
+            write_json(out / f"{name}.json", {
+                "image": str(file), "width": image.width, "height": image.height, "box": box,
+                "keypoints": [{"name": joint, "x": round(x, 3), "y": round(y, 3), "confidence": round(c, 4)}
+                              for joint, (x, y), c in rows]})
+        progress(min(start + batch_size, len(photographs)), len(photographs))
+    return failed
+
+
+def predict_run(run, inputs, out, box, network, batch_size, device):
+    """`predict`: the last checkpoint of a run on photographs. Returns the exit status, 1 when one failed."""
+    if not (run / "last.pt").exists():
+        raise UserError(f"{run}: holds no last.pt; give the directory of a run that has finished an epoch")
+    settings, checkpoint = saved_settings(run), load_checkpoint(run / "last.pt", *CHECKPOINT)
+    # The data may be on another machine: the number of heatmaps tells the skeleton.
+    keypoints = len(checkpoint["student"].get("head.bias", ()))
+    skeleton = {len(skeleton): skeleton for skeleton in (data.BODY16, data.HAND21)}.get(keypoints)
+    if skeleton is None:
+        raise UserError(f"{run / 'last.pt'}: a network of {keypoints} keypoints; there are skeletons of 16 and 21")
+    if network == "teacher" and checkpoint["teacher"] is None:
+        raise UserError(f"--network teacher: the run in {run} has none ({settings.method}, after epoch "
+                        f"{checkpoint['epoch'] + 1}); use the student")
+    check_out(out)
+    photographs = find_photographs(inputs, out)
+    trainer = Trainer(settings, skeleton, None, device)
+    trainer.load_networks(checkpoint["student"], checkpoint["teacher"], run / "last.pt")
+    model = trainer.student if network == "student" else trainer.scored_teacher()
+    out.mkdir(parents=True, exist_ok=True)
+    failed = predict_photographs(lambda crops: trainer.decode(model, crops), skeleton, settings.image_size, photographs,
+                                 out, box, batch_size)
+    print(f"{len(photographs) - failed} of {len(photographs)} photographs done by the {network} of {run}, in {out}")
+    return 1 if failed else 0
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Many runs, one table
 # ----------------------------------------------------------------------------------------------------------
 
@@ -1408,6 +1608,17 @@ def boolean(text):
     raise argparse.ArgumentTypeError(f"must be on or off, got {text!r}")
 
 
+def box_numbers(text):
+    """X,Y,W,H -> four numbers, width and height positive."""
+    try:
+        box = [float(part) for part in text.split(",")]
+    except ValueError:
+        box = []
+    if len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) <= 0:
+        raise argparse.ArgumentTypeError(f"must be x,y,w,h in pixels, w and h above 0, got {text!r}")
+    return box
+
+
 WITHOUT_EFFECT = ("cache",)                    # settings that may differ between two runs of one result
 
 
@@ -1457,7 +1668,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(arguments):
-    """The command line: train (with no word), evaluate RUN, compare."""
+    """The command line: train (with no word), evaluate RUN, predict RUN IMAGE..., compare. Returns the exit status."""
     verb = arguments[0] if arguments and not arguments[0].startswith("-") else "train"
     rest = arguments[1:] if arguments[:1] == [verb] else arguments
     describe = argparse.RawDescriptionHelpFormatter
@@ -1481,6 +1692,22 @@ def command(arguments):
         parser.add_argument("--device", default="auto", help="cpu, cuda, ... [default: a GPU if there is one]")
         options = parser.parse_args(rest)
         evaluate_run(Path(options.run), choose_device(options.device))
+    elif verb == "predict":
+        parser = Parser(prog="train.py predict", formatter_class=describe, allow_abbrev=False, description=PREDICT_HELP)
+        parser.add_argument("run", help="directory of the run")
+        parser.add_argument("inputs", nargs="+", metavar="image",
+                            help=f"a picture, or a folder of them ({' '.join(SUFFIXES)})")
+        parser.add_argument("--out", required=True, help="directory of the results")
+        parser.add_argument("--box", type=box_numbers, metavar="X,Y,W,H", help="the part of each picture that shows the "
+                            "person or hand: corner, width and height in its pixels [default: the whole picture]")
+        parser.add_argument("--network", choices=("student", "teacher"), default="student", help="[default student]")
+        parser.add_argument("--batch-size", type=int, default=32, help="pictures at a time [default 32]")
+        parser.add_argument("--device", default="auto", help="cpu, cuda, ... [default: a GPU if there is one]")
+        options = parser.parse_args(rest)
+        if options.batch_size < 1:
+            raise UserError(f"--batch-size: must be at least 1, got {options.batch_size}")
+        return predict_run(Path(options.run), options.inputs, Path(options.out), options.box, options.network,
+                           options.batch_size, choose_device(options.device))
     elif verb == "compare":
         parser = Parser(prog="train.py compare", formatter_class=describe, allow_abbrev=False, description=COMPARE_HELP)
         group = add_run_options(parser, "runs/compare")
@@ -1499,24 +1726,24 @@ def command(arguments):
             raise UserError(f"--jobs: must be at least 1, got {jobs}")
         compare(names.split(","), seeds, out or "runs/compare", jobs, preset, device, given)
     else:
-        raise UserError(f"unknown command {verb!r}; use train (the default), evaluate RUN or compare")
+        raise UserError(f"unknown command {verb!r}; use train (the default), evaluate RUN, predict RUN IMAGE... or compare")
+    return 0
 
 
 def main(arguments):
-    """`command`, with an error in one line: exit status 0, 2 for a mistake that the user can mend, 130 for Ctrl-C."""
-    status, message = 0, None
+    """`command`, with an error in one line: exit status 0, 1 when some photographs failed, 2 for a mistake that the user
+    can mend, 130 for Ctrl-C."""
     try:
-        command(arguments)
+        return command(arguments)
     except (UserError, data.DataError) as e:
-        status, message = 2, f"train.py: {e}"
+        complain(e)
     except OSError as e:
-        status, message = 2, f"train.py: {e.filename or 'system'}: {e.strerror or e}"
+        complain(f"{e.filename or 'system'}: {e.strerror or e}")
     except KeyboardInterrupt:
-        status, message = 130, "train.py: interrupted; --resume goes on from the last epoch that was finished"
-    if message:
-        print(("\n" if Progress.unfinished else "") + message, file=sys.stderr)
-        Progress.unfinished = False
-    return status
+        training = arguments[:1] not in (["evaluate"], ["predict"])
+        complain("interrupted" + ("; --resume goes on from the last epoch that was finished" if training else ""))
+        return 130
+    return 2
 
 
 def saved_settings(out):
@@ -1561,10 +1788,18 @@ TRAIN_HELP = """Train ACTUPose or a baseline. With no option: ACTUPose on the bu
   python train.py                                          the demo
   python train.py --method udape --seed 1                  a baseline, another seed
   python train.py --target lsp --target-root DIR           adapt to real photographs
+  python train.py --architecture resnet18 --image-size 128 --weights imagenet
   python train.py evaluate RUN                             score a finished run again
+  python train.py predict RUN IMAGE_OR_FOLDER... --out DIR draw skeletons on photographs
   python train.py compare --methods udape,actupose         several runs, one table
 
 Each option shows its default and, where it differs, the paper's value, which --preset paper takes."""
+
+PREDICT_HELP = """Find the keypoints of photographs with a run's network: for each a picture with the skeleton and a JSON file.
+
+Pictures may have any size and mode; EXIF orientation is applied, and the keypoints are in pixels of the upright picture,
+the centre of its first pixel at (0, 0). Confidence is the height of the heatmap's peak. Subfolders are not searched. A
+file that cannot be read is named, the others are done, and the exit status is 1."""
 
 COMPARE_HELP = f"""Run what is missing of methods x seeds, skip what is finished, print the table in Markdown.
 

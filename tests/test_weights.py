@@ -1,4 +1,4 @@
-"""Published weights load by name: the names and shapes are the published ones, the files are made here with random values."""
+"""Published weights load by name. Names and shapes are the published ones; the files are made here, with random values."""
 
 import argparse
 import collections
@@ -138,7 +138,7 @@ def cut(state, *names):
     (lambda: random_state(shapes_of("resnet50")), ["(64, 64, 1, 1)", "(64, 64, 3, 3)", "another architecture"]),
     (lambda: random_state(shapes_of("resnet34")), ["backbone.layer", "this network has no"]),      # all of 18's, and more
     (lambda: random_state(shapes_of("resnet18", 21)), ["head.", "(21", "(16", "keypoints"]),
-    (lambda: cut(random_state(shapes_of("resnet18")), "backbone.layer3.1.conv2"), ["backbone.layer3.1.conv2.weight", "missing"]),
+    (lambda: cut(random_state(shapes_of("resnet18")), "backbone.layer3.1.conv2"), ["layer3.1.conv2.weight", "missing"]),
     (lambda: cut(random_state(shapes_of("resnet18")), "upsampling.3"), ["upsampling.3.weight", "missing"]),
     (lambda: random_state(shapes_of("resnet18")) | {"head.bias": [0.0] * 16}, ["head.bias", "list"]),
 ])
@@ -189,7 +189,8 @@ def test_a_file_with_the_options_of_its_run(tmp_path):
     state = random_state(shapes_of("narrow"))
     options = argparse.Namespace(lr=1e-4, lr_step=[45, 60], source="SURREAL", resize_scale=(0.6, 1.3))
     schedule = {"milestones": collections.Counter([45, 60]), "base_lrs": [1e-4]}
-    torch.save({"student": state, "teacher": state, "lr_scheduler": schedule, "epoch": 60, "args": options}, tmp_path / "best.pth")
+    torch.save({"student": state, "teacher": state, "lr_scheduler": schedule, "epoch": 60, "args": options},
+               tmp_path / "best.pth")
     weights, path = train.read_weights(train.make_settings("demo", weights=str(tmp_path / "best.pth")))
     network = actupose.PoseResNet("narrow", 16)
     train.load_initial_weights(network, weights, path)
