@@ -22,6 +22,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -140,6 +141,11 @@ class Settings:
     w_cross: float = option(0.01, "losses (§3.3-3.4)", "w3 of Eq. 8, cross-domain features (Eq. 6)")
     beta: float = option(50.0, "losses (§3.3-3.4)", "sharpness of the soft-argmax")
     gamma: float = option(0.06, "losses (§3.3-3.4)", "Gamma, the threshold on Eq. 7 in radians")
+
+    amp: str = option("off", "speed", "precision of the pose networks in training steps; losses and evaluation stay in "
+                      "float32", choices=("off", "bf16"))
+    compile: bool = option(False, "speed", "compile the pose networks (torch.compile): minutes at the start, worth it on a "
+                           "GPU")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -271,6 +277,10 @@ class Shuffler:
 SOURCE_STREAM, TARGET_STREAM, TEACHER_STREAM, STREAMS = 0, 1, 2, 3
 
 
+def _call(network, images):
+    return network(images)
+
+
 class Trainer:
     """Networks, optimiser and one training step, without any loop over samples or keypoints."""
 
@@ -280,6 +290,8 @@ class Trainer:
         self.student = actupose.PoseResNet(settings.architecture, len(skeleton)).to(device)
         if settings.image_size % self.student.stride:
             raise UserError(f"--image-size: must be a multiple of the heatmap's stride {self.student.stride}")
+        # A function of the network, not the network, is compiled: its parameters keep their names in checkpoints.
+        self.call = torch.compile(_call) if settings.compile else _call
         self.student.to(memory_format=torch.channels_last)
         self.teacher = None
         self.style_transfer = style_transfer
@@ -313,6 +325,13 @@ class Trainer:
         with torch.no_grad():
             return self.style_transfer(content, style.roll(1, 0), u)
 
+    def forward(self, network, images):
+        """Heatmaps and features of a pose network in a training step, float32 whatever --amp says of its inside."""
+        amp = torch.autocast(self.device.type, torch.bfloat16) if self.settings.amp == "bf16" else nullcontext()
+        with amp:
+            heatmaps, features = self.call(network, images)
+        return heatmaps.float(), features.float()
+
     def random(self, indices, stream, step):
         """40 uniform numbers for each sample of a step: (B, 40), a function of (seed, sample, step)."""
         return hash_uniform(self.settings.seed, indices, 40, stream=step * STREAMS + stream + 1000)
@@ -338,7 +357,7 @@ class Trainer:
         s = self.settings
         images, heatmaps, weight, keypoints, view, u = self.labelled_view(batch, step)
         student_images = images if target_images is None else self.restyle(images, target_images, u[:, 11])
-        predicted, features = self.student(student_images)
+        predicted, features = self.forward(self.student, student_images)
         loss = actupose.heatmap_mse(predicted, heatmaps, weight)
         # Eq. 4 wants the mean confidence of a sample; keypoints that the view cut off do not count.
         cells, confidence, mean_confidence = kernels.heatmap_argmax_mean(predicted, weight)
@@ -386,7 +405,7 @@ class Trainer:
             images = colour_jitter(warp(target_images, compose_views(teacher_view, base)), u_teacher[:, 8:11], s.jitter)
             images = self.restyle(images, source["images"], u_teacher[:, 11])
             self.teacher.train()                                         # batch statistics, as the base method
-            maps, teacher_features = self.teacher(images)
+            maps, teacher_features = self.forward(self.teacher, images)
             maps = warp(maps, invert_view(teacher_view), self.stride)     # into the common frame
             pseudo, cells, confidence = actupose.rectify(maps, s.sigma, s.subcell)
             sure = actupose.confidence_mask(confidence, s.mask_ratio)
@@ -397,7 +416,7 @@ class Trainer:
             images, _ = actupose.occlude_keypoints(images, in_view, confidence, u[:, 12:15 + len(self.skeleton)],
                                                    half=s.image_size * 10 / 256, probability=s.occlusion)
 
-        predicted, _ = self.student(images)
+        predicted, _ = self.forward(self.student, images)
         predicted = warp(predicted, invert_view(student_view), self.stride)
         consistency = actupose.consistency_loss(predicted, pseudo, mask)
         udape = self.summed * (source["loss"] + consistency)
@@ -813,6 +832,8 @@ def train(settings, out, device="auto", resume=False):
     """One run, from data to result.json and figures/ in the directory `out`. Returns the result."""
     out, device = Path(out), choose_device(device)
     last, checkpoint = out / "last.pt", None
+    if settings.amp == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"--amp bf16: {torch.cuda.get_device_name(device)} does not compute in it; use --amp off")
     check_out(out)
     if (out / "result.json").exists():
         raise UserError(f"{out}: holds a finished run; give another --out, or `evaluate {out}`")
@@ -1378,7 +1399,7 @@ def read_photograph(file):
     """A photograph in RGB, turned upright by its EXIF orientation. DataError names a file that cannot be read."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)        # twice as many pixels are an error
+            warnings.simplefilter("ignore")      # of damage that leaves the picture readable, of half a bomb's pixels
             with Image.open(file) as image:
                 if max(image.size) > MAX_SIDE:
                     raise ValueError(f"{image.size[0]} x {image.size[1]} pixels, a side is at most {MAX_SIDE}")
