@@ -6,7 +6,8 @@
     heatmaps         targets rendered in batch
     augmentation     views and colour jitter in batch, on the training device
     Mannequin        the built-in benchmark: an articulated figure and a batched renderer
-    LSP              Leeds Sports Pose and its extension, read from their published files
+    datasets         LSP (and LSP Extended), SURREAL, Human36M, Hand3DStudio, RenderedHandPose: the paper's
+    read_mat, read_array_pickle    annotation files of MATLAB and Python, as files from outside
 
 The geometry convention, written once: keypoints are (x, y) in pixels of the network's input, and the
 centre of image pixel i lies at x = i. A heatmap cell is `stride` pixels and cell i stands for
@@ -19,13 +20,21 @@ indexing: `dataset[indices]` gives uint8 crops (B, 3, S, S), keypoints (B, K, 2)
 (B, K). The augmentation happens later, in batch and on the device.
 """
 
+import array
+import dataclasses
 import functools
 import hashlib
+import json
 import math
+import mmap
 import os
+import pickle
+import random
 import re
 import struct
+import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1129,14 +1138,138 @@ def _mat_array(matrix, at, matrix_class, shape, order):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Datasets on disk: what their loaders share
+# ----------------------------------------------------------------------------------------------------------
+
+MAX_CROPS_BYTES = 2 << 30  # crops are kept in memory up to this size, beyond it decoded at every use
+INDEX_CACHE_BYTES = 64 << 20  # larger annotation files leave their arrays beside them for the next time
+_MAX_ENTRY_CHARS = 1 << 20  # of one sample in an annotation file; the real ones have three thousand
+_BLOCK = 4096  # samples that pass through Python objects at a time
+_SPLITS = ("train", "val", "test")
+# What Pillow's decoders raise on damaged files, beside OSError.
+_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, OverflowError,
+                  struct.error, zlib.error, Image.DecompressionBombError)
+
+
+class _CropsOnDisk:
+    """Batched indexing over crops that are decoded when they are asked for.
+
+    A subclass sets `skeleton`, `size`, `keypoints` (N, K, 2) and `visible` (N, K), calls `_make_room`, and
+    defines `_name(i)` -> str and `_decode(i)` -> uint8 (3, S, S).
+    """
+
+    def _make_room(self):
+        shape = len(self), 3, self.size, self.size
+        nbytes = math.prod(shape)
+        # Shared pages: what one worker of a DataLoader has decoded serves the others. Untouched pages cost
+        # nothing: a set read in part takes memory for that part.
+        self._crops = None
+        if 0 < nbytes <= MAX_CROPS_BYTES:
+            self._crops = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8).view(shape)
+        self._decoded = torch.frombuffer(mmap.mmap(-1, max(len(self), 1)), dtype=torch.bool)
+
+    def __len__(self):
+        return len(self.keypoints)
+
+    def names(self, indices):
+        """Names of samples, a 1-D list, array or tensor of indices -> list of str."""
+        return [self._name(i) for i in _index_tensor(indices, len(self)).tolist()]
+
+    def __getitem__(self, indices):
+        """Images (B, 3, S, S) uint8, keypoints (B, K, 2) and visible (B, K) float32 of 1-D `indices`."""
+        indices = _index_tensor(indices, len(self))
+        if self._crops is None:
+            images = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8)
+            for row, i in enumerate(indices.tolist()):
+                images[row] = self._decode(i)
+        else:
+            for i in indices[~self._decoded[indices]].unique().tolist():
+                self._crops[i] = self._decode(i)
+                self._decoded[i] = True
+            images = self._crops[indices]
+        return images, self.keypoints[indices], self.visible[indices]
+
+
+def _check_arguments(split, size):
+    if split not in _SPLITS:
+        raise ValueError(f"split {split!r}: must be 'train', 'val' or 'test'")
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"size {size!r}: must be a positive integer, the side of the crop in pixels")
+
+
+def _index_tensor(indices, n):
+    """1-D integer indices as a LongTensor, each checked to be within -n ... n-1 and made non-negative."""
+    indices = torch.as_tensor(indices)
+    if indices.ndim != 1 or (len(indices) and (indices.is_floating_point() or indices.dtype == torch.bool)):
+        raise TypeError("indices must be a 1-D list, array or tensor of integers, not "
+                        f"{indices.dtype} of shape {tuple(indices.shape)}")
+    indices = indices.long()
+    if len(indices) and (indices.min() < -n or indices.max() >= n):
+        raise IndexError(f"indices reach from {indices.min()} to {indices.max()}; there are {n} samples")
+    return torch.where(indices < 0, indices + n, indices)
+
+
+def _find_annotation(root, relative, layout):
+    """root / relative, a file of every copy of the dataset; FileNotFoundError says where it is instead."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such directory; give the one that holds {layout}")
+    if not (root / relative).is_file():
+        below, above = sorted(root.glob(f"*/{relative}")), root.resolve().parent
+        found = below[0].parents[len(Path(relative).parts) - 1] if below else above
+        if (found / relative).is_file():
+            hint = f"it is in {found}; give that directory"
+        else:
+            hint = f"the directory to give holds {layout}"
+        raise FileNotFoundError(f"{root / relative}: missing; {hint}")
+    return root / relative
+
+
+def _open_image(file, listed_in=None):
+    """The picture behind a path, its header read; `listed_in` is the annotation file that names it."""
+    try:
+        return Image.open(file)
+    except FileNotFoundError as error:
+        source = f"{listed_in} lists it; " if listed_in else ""
+        raise FileNotFoundError(f"{file}: missing; {source}fetch the image again") from error
+    except _DECODE_ERRORS as error:
+        raise DataError(f"{file}: not a readable image ({error}); fetch it again") from error
+
+
+def _read_pixels(file, fitted, region=None, sides=None, listed_in=None):
+    """A picture, or the region (left, top, width, height) of it, resized to `fitted` (width, height).
+
+    sides: (width, height) that the annotation was made for, in pixels; DataError where the picture has
+    others. Returns uint8 (3, height, width).
+    """
+    with _open_image(file, listed_in) as image:
+        width, height = image.size
+        if sides is not None and (width, height) != tuple(sides):
+            raise DataError(f"{file}: {width} x {height} pixels, its keypoints are annotated for "
+                            f"{sides[0]} x {sides[1]}; take images and annotations from the same release")
+        left, top, wide, high = region or (0, 0, width, height)
+        try:
+            # JPEG decodes large pictures at 1/2, 1/4 or 1/8 at a fraction of the cost, never below the size
+            # wanted. The reduced picture's sides are rounded up: `covered` is the part that the original
+            # covers, so the mapping of coordinates stays exact.
+            wanted = math.ceil(width * fitted[0] / wide), math.ceil(height * fitted[1] / high)
+            reduced = image.draft(None, wanted)
+            covered = reduced[1] if reduced else (0, 0, width, height)
+            x, y = covered[2] / width, covered[3] / height
+            box = left * x, top * y, (left + wide) * x, (top + high) * y
+            picture = image.convert("RGB").resize(fitted, Image.Resampling.BILINEAR, box)
+        except _DECODE_ERRORS as error:
+            raise DataError(f"{file}: cannot be decoded ({error}); fetch the image again") from error
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # LSP and LSP Extended
 # ----------------------------------------------------------------------------------------------------------
 
 _LSP_SLOTS = (0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15, 8, 9)  # BODY16 keypoint of each of the 14 joints
-MAX_CROPS_BYTES = 2 << 30  # crops are kept in memory up to this size, beyond it decoded at every use
 
 
-class LSP:
+class LSP(_CropsOnDisk):
     """Leeds Sports Pose and LSP Extended: sports photographs with 14 labelled joints.
 
     `root` holds `joints.mat` and `images/`. Which of the two it is shows in the shape of `joints`:
@@ -1169,12 +1302,9 @@ class LSP:
     """
 
     def __init__(self, root, split="train", size=256, transductive=None):
-        if split not in ("train", "val", "test"):
-            raise ValueError(f"split {split!r}: must be 'train', 'val' or 'test'")
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"size {size!r}: must be a positive integer, the side of the crop in pixels")
+        _check_arguments(split, size)
         root = Path(root)
-        joints_file = _find_lsp_joints(root)
+        joints_file = _find_annotation(root, "joints.mat", "joints.mat and images/")
         extended, positions, labelled = _read_lsp_joints(joints_file)
         files = _find_lsp_images(root / "images", len(positions), extended, joints_file)
         chosen = _lsp_split(len(files), split, extended, transductive, root)
@@ -1189,30 +1319,10 @@ class LSP:
         self.keypoints[:, _LSP_SLOTS] = torch.from_numpy(np.stack(mapped)).float()
         self.keypoints[self.visible == 0] = 0
 
-        keep = len(self) * 3 * size * size <= MAX_CROPS_BYTES
-        # Untouched pages of torch.empty cost nothing: a set read in part takes memory for that part.
-        self._crops = torch.empty(len(self), 3, size, size, dtype=torch.uint8) if keep else None
-        self._decoded = torch.zeros(len(self), dtype=torch.bool)
+        self._make_room()
 
-    def __len__(self):
-        return len(self.files)
-
-    def names(self, indices):
-        """File names of the images of a 1-D list, array or tensor of indices -> list of str."""
-        return [self.files[i].name for i in _index_tensor(indices, len(self)).tolist()]
-
-    def __getitem__(self, indices):
-        indices = _index_tensor(indices, len(self))
-        if self._crops is None:
-            images = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8)
-            for row, i in enumerate(indices.tolist()):
-                images[row] = self._decode(self.files[i])
-        else:
-            for i in indices[~self._decoded[indices]].unique().tolist():
-                self._crops[i] = self._decode(self.files[i])
-                self._decoded[i] = True
-            images = self._crops[indices]
-        return images, self.keypoints[indices], self.visible[indices]
+    def _name(self, i):
+        return self.files[i].name
 
     def _crop_geometry(self, file):
         """Scale and offset, each (x, y), from the picture to the crop; reads the picture's header alone."""
@@ -1221,22 +1331,12 @@ class LSP:
         fitted, offset = _fit_square(*image.size, self.size)
         return np.array(fitted) / picture, np.array(offset)
 
-    def _decode(self, file):
+    def _decode(self, i):
         """Photograph -> crop, uint8 (3, S, S)."""
-        with _open_image(file) as image:
+        with _open_image(self.files[i]) as image:
             fitted, (left, top) = _fit_square(*image.size, self.size)
-            try:
-                # JPEG decodes large pictures at 1/2, 1/4 or 1/8 at a fraction of the cost; twice the size
-                # wanted leaves the antialiasing to the resize. The reduced picture's sides are rounded up:
-                # `box` is the part that the original covers, so the mapping of coordinates stays exact.
-                reduced = image.draft(None, (2 * fitted[0], 2 * fitted[1]))
-                picture = image.convert("RGB").resize(fitted, Image.Resampling.BILINEAR,
-                                                      box=reduced[1] if reduced else None)
-            except (OSError, ValueError, SyntaxError) as error:
-                raise DataError(f"{file}: cannot be decoded ({error}); fetch the image again") from error
         crop = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        crop[:, top:top + fitted[1], left:left + fitted[0]] = pixels
+        crop[:, top:top + fitted[1], left:left + fitted[0]] = _read_pixels(self.files[i], fitted)
         return crop
 
 
@@ -1245,43 +1345,6 @@ def _fit_square(width, height, size):
     scale = size / max(width, height)
     fitted = max(1, round(width * scale)), max(1, round(height * scale))
     return fitted, ((size - fitted[0]) // 2, (size - fitted[1]) // 2)
-
-
-def _open_image(file):
-    try:
-        return Image.open(file)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file}: not a readable image ({error}); fetch it again") from error
-
-
-def _index_tensor(indices, n):
-    """1-D integer indices as a LongTensor, each checked to be within -n ... n-1 and made non-negative."""
-    indices = torch.as_tensor(indices)
-    if indices.ndim != 1 or (len(indices) and (indices.is_floating_point() or indices.dtype == torch.bool)):
-        raise TypeError("indices must be a 1-D list, array or tensor of integers, not "
-                        f"{indices.dtype} of shape {tuple(indices.shape)}")
-    indices = indices.long()
-    if len(indices) and (indices.min() < -n or indices.max() >= n):
-        raise IndexError(f"indices reach from {indices.min()} to {indices.max()}; there are {n} samples")
-    return torch.where(indices < 0, indices + n, indices)
-
-
-def _find_lsp_joints(root):
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such directory; give the one that holds joints.mat and images/")
-    joints_file = root / "joints.mat"
-    if not joints_file.is_file():
-        below = sorted(root.glob("*/joints.mat"))
-        if below:
-            hint = f"it is in {below[0].parent}; give that directory"
-        elif (root.parent / "joints.mat").is_file():
-            hint = f"it is in {root.parent}; give that directory"
-        else:
-            hint = "the LSP and LSP Extended archives have it beside images/"
-        raise FileNotFoundError(f"{joints_file}: missing; {hint}")
-    return joints_file
 
 
 def _read_lsp_joints(joints_file):
@@ -1346,3 +1409,553 @@ def _lsp_split(n, split, extended, transductive, root):
         raise DataError(f"{root}: split {split!r} is empty, of {n} images; use a larger set or "
                          "transductive=True")
     return slice(begin, end)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Annotations of millions of samples, as arrays
+# ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Annotations:
+    """n samples without a Python object for any of them.
+
+    text: (characters,) uint8, all names in UTF-8, one after the other; start: (n,) int64 and length: (n,)
+    uint16, each name's place in it; keypoints: (n, K, 2) float32 in pixels (x, y) of the picture; side: (n,)
+    uint16, pixels of the square picture, 0 where the annotation does not say.
+    """
+    text: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    keypoints: np.ndarray
+    side: np.ndarray
+
+    def __len__(self):
+        return len(self.start)
+
+    def name(self, i):
+        return self.text[self.start[i]:self.start[i] + self.length[i]].tobytes().decode()
+
+
+def _json_entries(file):
+    """The objects of a JSON file that is one list of them, read piece by piece: memory for one at a time.
+
+    Raises DataError, which names the file and the entry, where it is anything else.
+    """
+    decoder, count, spaces = json.JSONDecoder(), 0, re.compile(r"[ \t\r\n]*")
+    try:
+        with open(file, encoding="utf-8") as stream:
+            text, at, opened, separated = stream.read(_MAX_ENTRY_CHARS), 0, False, True
+            while True:
+                at = spaces.match(text, at).end()
+                if at == len(text):
+                    text, at = stream.read(_MAX_ENTRY_CHARS), 0
+                    if not text:
+                        raise DataError("ends before its list does")
+                elif not opened:
+                    if text[at] != "[":
+                        raise DataError("is no JSON list of samples")
+                    opened, at = True, at + 1
+                elif text[at] == "]" and (count == 0 or not separated):
+                    if text[at + 1:].strip() or stream.read(_MAX_ENTRY_CHARS).strip():
+                        raise DataError("goes on behind its list")
+                    return
+                elif text[at] == "," and not separated:
+                    separated, at = True, at + 1
+                elif text[at] != "{" or not separated:
+                    raise DataError(f"entry {count + 1} is no JSON object")
+                else:
+                    try:
+                        entry, at = decoder.raw_decode(text, at)
+                    except json.JSONDecodeError as error:
+                        # The entry may go on in the next piece.
+                        more = stream.read(_MAX_ENTRY_CHARS) if len(text) - at <= _MAX_ENTRY_CHARS else ""
+                        if not more:
+                            raise DataError(f"entry {count + 1} is no complete JSON object "
+                                            f"({error.msg})") from error
+                        text, at = text[at:] + more, 0
+                        continue
+                    count, separated = count + 1, False
+                    yield entry
+    except (ValueError, RecursionError) as error:  # DataError, bytes that are no UTF-8, endless numbers
+        raise DataError(f"{file}: {error}; fetch or prepare the annotations again") from error
+
+
+def _read_annotations(file, prefix, total, joints, keep=None):
+    """An annotation file of the prepared layouts -> _Annotations.
+
+    file: JSON list of {name, keypoint2d [total, 2], ...}, coordinates in pixels of a square picture; `size`,
+    its side in pixels, is read where it is given. prefix: put before each name; joints: which of the `total`
+    keypoints to keep, in the skeleton's order; keep(entry) -> whether the sample counts (default: all do).
+    """
+    blocks, block = [], []
+    for number, entry in enumerate(_json_entries(file), 1):
+        try:
+            if keep is not None and not keep(entry):
+                continue
+            name, side = entry["name"], entry.get("size", 0)
+            block.append((number, name, entry["keypoint2d"], side))
+        except KeyError as error:
+            raise DataError(f"{file}: entry {number} has no {error.args[0]!r}; expected name and keypoint2d "
+                            f"[{total}, 2]") from error
+        if (not isinstance(name, str) or not 0 < len(name) < 1000 or name.startswith("/")
+                or ".." in name.split("/")):
+            raise DataError(f"{file}: the name of entry {number}, {str(name)[:60]!r}, is no path below the "
+                            "images")
+        if type(side) is not int or not 0 <= side < 1 << 16:
+            raise DataError(f"{file}: the size of entry {number}, {side!r}, is no number of pixels")
+        if len(block) == _BLOCK:
+            blocks.append(_pack_block(file, prefix, total, joints, block))
+            block = []
+    blocks.append(_pack_block(file, prefix, total, joints, block))
+    text, length, keypoints, side = (np.concatenate(column) for column in zip(*blocks))
+    return _Annotations(text, np.cumsum(length, dtype=np.int64) - length, length, keypoints, side)
+
+
+def _pack_block(file, prefix, total, joints, block):
+    """Entries [(number, name, keypoint2d, side)] -> arrays: text, lengths, keypoints (n, K, 2), sides."""
+    numbers, names, places, sides = zip(*block) if block else ((), (), (), ())
+    for number, name, place in zip(numbers, names, places):
+        if _shape_of(place) != (total, 2):
+            raise DataError(f"{file}: keypoint2d of {name!r} (entry {number}) is not {total} pairs of "
+                            "numbers")
+    keypoints = np.array(places, dtype=np.float64).reshape(-1, total, 2)
+    bad = ~(np.abs(keypoints) < 1e6).all(-1)  # not a number counts as bad, too
+    if bad.any():
+        i, joint = np.argwhere(bad)[0]
+        raise DataError(f"{file}: keypoint {joint} of {names[i]!r} (entry {numbers[i]}) is at "
+                        f"{keypoints[i, joint].tolist()}, which is no place in a picture")
+    encoded = [(prefix + name).encode() for name in names]
+    return (np.frombuffer(b"".join(encoded), np.uint8), np.array([len(name) for name in encoded], np.uint16),
+            keypoints[:, joints].astype(np.float32), np.array(sides, np.uint16))
+
+
+def _shape_of(value):
+    """Shape of nested lists of numbers, or None where they are ragged or hold anything else."""
+    try:
+        return np.array(value, dtype=np.float64).shape
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _measure_sides(root, annotations, listed_in, progress):
+    """Fill in the sides that the annotation does not give, from the headers of the images."""
+    def side_of(name):
+        with _open_image(root / name, listed_in) as image:
+            width, height = image.size
+        if width != height:
+            raise DataError(f"{root / name}: {width} x {height} pixels; {listed_in} is of the prepared "
+                            "layout, whose images are square crops")
+        return width
+
+    unknown = np.flatnonzero(annotations.side == 0)
+    with ThreadPoolExecutor(16) as pool:  # the time goes into waiting for the disk
+        for at in range(0, len(unknown), _BLOCK):
+            rows = unknown[at:at + _BLOCK]
+            annotations.side[rows] = list(pool.map(side_of, map(annotations.name, rows)))
+            if progress is not None:
+                progress(at + len(rows), len(unknown))
+
+
+def _load_annotations(root, file, prefix, total, joints, keep=None, side=None, progress=None):
+    """`_read_annotations` with every picture's side known, from an earlier reading's arrays where they are
+    there.
+
+    root: what the names (with their prefix) are relative to. side: of all pictures, in pixels; None: as the
+    annotation says, else as the image says. An annotation file beyond INDEX_CACHE_BYTES takes minutes to
+    read, so its arrays are left beside it; they hold for that very file (its size and time of change).
+    """
+    status = file.stat()
+    stamp = np.array([status.st_size, status.st_mtime_ns, len(prefix)], np.int64)
+    index = file.with_name(f"{file.stem}.{zlib.crc32(bytes(joints)):08x}.npz")
+    fields = [field.name for field in dataclasses.fields(_Annotations)]
+    if status.st_size > INDEX_CACHE_BYTES and index.is_file():
+        try:
+            with np.load(index, allow_pickle=False) as stored:
+                if np.array_equal(stored["stamp"], stamp):
+                    return _Annotations(*(stored[field] for field in fields))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            index.unlink(missing_ok=True)  # cut short: made anew below
+    annotations = _read_annotations(file, prefix, total, joints, keep)
+    if side is not None:
+        annotations.side[:] = side
+    _measure_sides(root, annotations, file, progress)
+    if status.st_size > INDEX_CACHE_BYTES and os.access(file.parent, os.W_OK):
+        part = index.with_name(f"{index.name}.{os.getpid()}.tmp")  # other processes may write it, too
+        with open(part, "wb") as stream:
+            np.savez(stream, stamp=stamp, **{field: getattr(annotations, field) for field in fields})
+        os.replace(part, index)
+    return annotations
+
+
+def _shuffled(n):
+    """0 ... n - 1 in the order of the published splits: `random.seed(42); random.shuffle(samples)`."""
+    order = array.array("q", range(n))  # eight bytes a sample, where a list takes forty
+    random.Random(42).shuffle(order)
+    return np.frombuffer(order, np.int64)
+
+
+def _check_not_empty(order, n, split, where):
+    if len(order) == 0:
+        raise DataError(f"{where}: split {split!r} is empty, of {n} samples; is the dataset complete?")
+
+
+class _SquareCrops(_CropsOnDisk):
+    """Images that are square crops already, listed in JSON files: SURREAL, Human3.6M and H3D as prepared."""
+
+    def _index(self, root, skeleton, size, parts, order):
+        """Take the samples `order` of the concatenated `parts` (_Annotations, emptied on the way)."""
+        self.root, self.skeleton, self.size = root, skeleton, size
+        ends = np.cumsum([len(part) for part in parts])
+        keypoints = np.empty((len(order), len(skeleton), 2), np.float32)
+        self._side = np.empty(len(order), np.uint16)
+        self._start, self._length = np.empty(len(order), np.int64), np.empty(len(order), np.uint16)
+        offset = 0
+        for part, end in zip(parts, ends):
+            rows = np.flatnonzero((order >= end - len(part)) & (order < end))
+            taken = order[rows] - (end - len(part))
+            self._start[rows] = part.start[taken] + offset
+            self._length[rows] = part.length[taken]
+            self._side[rows] = part.side[taken]
+            for at in range(0, len(rows), _BLOCK):
+                some = taken[at:at + _BLOCK]
+                scale = (size / part.side[some]).astype(np.float32)[:, None, None]
+                # A picture's pixel i covers i ... i + 1, its centre at i + 1/2, before and after the resize.
+                keypoints[rows[at:at + _BLOCK]] = (part.keypoints[some] + 0.5) * scale - 0.5
+            part.keypoints = None
+            offset += len(part.text)
+        self._text = np.concatenate([part.text for part in parts])
+        self.keypoints = torch.from_numpy(keypoints)
+        self.visible = torch.ones(1, 1).expand(len(order), len(skeleton))  # one number, seen N x K times
+        self._make_room()
+
+    def _name(self, i):
+        return self._text[self._start[i]:self._start[i] + self._length[i]].tobytes().decode()
+
+    def _decode(self, i):
+        side = int(self._side[i])
+        return _read_pixels(self.root / self._name(i), (self.size, self.size), sides=(side, side),
+                            listed_in="its annotation file")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# SURREAL, Human3.6M and H3D
+# ----------------------------------------------------------------------------------------------------------
+
+# BODY16 keypoint -> SMPL joint, as in the published protocol.
+_SURREAL_JOINTS = (7, 4, 1, 2, 5, 8, 0, 9, 12, 15, 20, 18, 13, 14, 19, 21)
+_TRUE_SHOULDERS = {12: 16, 13: 17}
+
+
+class SURREAL(_SquareCrops):
+    """SURREAL in the prepared layout: synthetic people, 16 body keypoints (BODY16).
+
+    `root` holds `{train,val}/run{0,1,2}.json`, lists of {name, keypoint2d [24, 2] in pixels of the image,
+    ...}, and the images `{train,val}/run{r}/{name}`, square crops about 1.5 times the person.
+
+    split: 'train' or 'test': the three runs of `train` concatenated, shuffled by Python's `random.seed(42)`;
+        the first min(20 %, 3200) are held out as 'test', the others are 'train'. 'val': the runs of `val`.
+    shoulders: 'published' fills keypoints 12 and 13 with SMPL's *collar* joints 13 and 14, as all published
+        results on SURREAL -> LSP and Human3.6M do (they all score low on shoulders, whose place in the target
+        is another); 'true' takes the shoulders, SMPL's 16 and 17.
+    progress(done, total): called while headers of images are read, which happens where an entry has no
+    `size`.
+
+    Left and right are mirrored, consistently so: SMPL's joint 7 is the left ankle and keypoint 0 the right
+    one. The pictures are seen that way by every published method, and the labels are kept.
+
+    Attributes: skeleton, size, keypoints (N, 16, 2) float32 pixels (x, y) of the S x S crop, visible (N, 16)
+    all 1. The index takes about 180 bytes a sample. Raises FileNotFoundError for a missing root, annotation
+    file or image, ValueError for files or arguments that are not as described; each names the file or the
+    argument.
+    """
+
+    def __init__(self, root, split="train", size=256, shoulders="published", progress=None):
+        _check_arguments(split, size)
+        if shoulders not in ("published", "true"):
+            raise ValueError(f"shoulders {shoulders!r}: must be 'published' or 'true'")
+        root = Path(root)
+        folder = "val" if split == "val" else "train"
+        joints = _SURREAL_JOINTS
+        if shoulders == "true":
+            joints = tuple(_TRUE_SHOULDERS.get(slot, joint) for slot, joint in enumerate(joints))
+        layout = "train/run{0,1,2}.json and val/run{0,1,2}.json"
+        files = [_find_annotation(root, f"{folder}/run{run}.json", layout) for run in range(3)]
+        parts = [_load_annotations(root, file, f"{folder}/{file.stem}/", 24, joints, progress=progress)
+                 for file in files]
+        order = _shuffled(sum(map(len, parts)))
+        held_out = min(int(len(order) * 0.2), 3200)
+        n = len(order)
+        if split != "val":
+            order = order[held_out:] if split == "train" else order[:held_out]
+        _check_not_empty(order, n, split, root / folder)
+        self._index(root, BODY16, size, parts, order)
+
+
+class Human36M(_SquareCrops):
+    """Human3.6M in the prepared layout: photographs of actors, 16 body keypoints (BODY16).
+
+    `root` holds `annotations/keypoints2d_{1,5,6,7,8,9,11}.json`, lists of {name, keypoint2d [16, 2], ...},
+    and the images `crop_images/{name}`, crops of 512 x 512 pixels, 1.5 times the person.
+
+    split: 'train': subjects 1, 5, 6, 7, 8; 'test': 3,200 samples of subjects 9 and 11, drawn by Python's
+        `random.seed(42); random.choices`, so that a few come twice, as published; 'val', which the published
+        protocol does not have: 3,200 of the training subjects, without repeats.
+
+    Attributes and errors as for SURREAL.
+    """
+    SUBJECTS = {"train": (1, 5, 6, 7, 8), "val": (1, 5, 6, 7, 8), "test": (9, 11)}
+
+    def __init__(self, root, split="train", size=256):
+        _check_arguments(split, size)
+        root = Path(root)
+        files = [_find_annotation(root, f"annotations/keypoints2d_{subject}.json",
+                                  "annotations/keypoints2d_{1,5,6,7,8,9,11}.json and crop_images/")
+                 for subject in self.SUBJECTS[split]]
+        parts = [_load_annotations(root, file, "crop_images/", 16, tuple(range(16)), side=512)
+                 for file in files]
+        n = sum(map(len, parts))
+        order = np.arange(n)
+        if split == "test" and n:
+            order = np.array(random.Random(42).choices(range(n), k=3200))
+        elif split == "val":
+            order = np.array(random.Random(42).sample(range(n), min(3200, n)), np.int64)
+        _check_not_empty(order, n, split, root / "annotations")
+        self._index(root, BODY16, size, parts, order)
+
+
+class Hand3DStudio(_SquareCrops):
+    """Hand-3D-Studio in the prepared layout: photographs of hands, 21 keypoints (HAND21).
+
+    `root` holds `H3D_crop/`, or is it: `annotation.json`, a list of {name, keypoint2d [21, 2],
+    without_object, ...}, and the images `{name}`, square crops. Hands that hold an object (`without_object`
+    other than 1) are left out.
+
+    split: shuffled by Python's `random.seed(42)`, the first min(20 %, 3200) are 'test', all others 'train';
+        'val' is as many again behind 'test', within 'train', as in the published base method: training
+        leaves their labels aside.
+
+    Attributes and errors as for SURREAL.
+    """
+
+    def __init__(self, root, split="train", size=256):
+        _check_arguments(split, size)
+        root = Path(root)
+        if (root / "H3D_crop").is_dir():
+            root = root / "H3D_crop"
+        file = _find_annotation(root, "annotation.json", "H3D_crop/annotation.json and the images it names")
+        part = _load_annotations(root, file, "", 21, tuple(range(21)),
+                                 keep=lambda entry: entry["without_object"] in (1, "1"))
+        order = _shuffled(len(part))
+        held_out = min(int(len(order) * 0.2), 3200)
+        n = len(order)
+        bounds = {"test": (0, held_out), "val": (held_out, 2 * held_out), "train": (held_out, n)}[split]
+        order = order[slice(*bounds)]
+        _check_not_empty(order, n, split, file)
+        self._index(root, HAND21, size, [part], order)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# RHD
+# ----------------------------------------------------------------------------------------------------------
+
+
+class _PickledDtype:
+    """What a pickle says of a NumPy data type: number types alone, by their code."""
+
+    def __init__(self, code, align=False, copy=False):
+        if not isinstance(code, str) or not re.fullmatch(r"[<>|=]?[biuf][1248]", code):
+            raise DataError(f"an array of type {str(code)[:40]!r}; numbers alone are read")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state):
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _PickledArray:
+    """What a pickle says of a NumPy array; built from its bytes, so that no size is taken on trust."""
+    array = None
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran, values = state
+        # A string of Python 2 arrives as text, each of its bytes as the character of that number.
+        values = values.encode("latin-1") if isinstance(values, str) else values
+        self.array = np.frombuffer(values, dtype.dtype).reshape(shape, order="F" if fortran else "C")
+
+
+def _pickled_buffer(values, dtype, shape, order):
+    pickled = _PickledArray()
+    pickled.__setstate__((1, shape, dtype, order == "F", values))
+    return pickled
+
+
+def _pickled_scalar(dtype, values):
+    values = values.encode("latin-1") if isinstance(values, str) else values
+    return np.frombuffer(values, dtype.dtype, count=1)[0]
+
+
+def _pickled_bytes(text, encoding):
+    """bytes in the old protocols, which have no opcode for them: `_codecs.encode(text, 'latin1')`."""
+    if encoding not in ("latin1", "latin-1"):
+        raise DataError(f"text encoded as {str(encoding)[:40]!r}; numbers alone are read")
+    return text.encode("latin-1")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Admits NumPy arrays, data types and scalars beside Python's own numbers, strings and containers.
+
+    Nothing of NumPy is called, either: the names that a pickled array uses stand for the classes above.
+    """
+    ADMITTED = {("numpy", "ndarray"): _PickledArray, ("numpy", "dtype"): _PickledDtype,
+                ("_codecs", "encode"): _pickled_bytes}
+    for core in ("numpy.core", "numpy._core"):  # NumPy renamed its core in version 2
+        ADMITTED[core + ".multiarray", "_reconstruct"] = _PickledArray
+        ADMITTED[core + ".multiarray", "scalar"] = _pickled_scalar
+        ADMITTED[core + ".numeric", "_frombuffer"] = _pickled_buffer
+
+    def find_class(self, module, name):
+        if (module, name) not in self.ADMITTED:
+            raise DataError(f"asks for {module}.{name}; a file of annotations holds NumPy arrays and numbers "
+                            "alone. It may be hostile: fetch it from the dataset's own site")
+        return self.ADMITTED[module, name]
+
+    def persistent_load(self, identity):
+        raise DataError("refers to objects outside of it; a file of annotations does not")
+
+
+def read_array_pickle(path):
+    """A pickle of NumPy arrays, numbers, strings, lists, tuples and dicts; Python 2's are read as well.
+
+    Arrays come as read-only numpy arrays. The file is treated as untrusted: whatever else it names is
+    refused and nothing in it is executed. Raises FileNotFoundError without the file, ValueError, which names
+    the file, where it asks for anything else or is damaged.
+    """
+    def plain(value):
+        if isinstance(value, _PickledArray):
+            return value.array
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(plain(item) for item in value)
+        return value
+
+    with open(path, "rb") as file:
+        try:
+            return plain(_ArrayUnpickler(file, encoding="latin-1").load())
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from error
+        except Exception as error:  # damaged opcodes do anything to anything: every error is possible
+            raise DataError(f"{path}: not a readable pickle ({type(error).__name__}: {error}); "
+                            "fetch it again") from error
+
+
+# RHD's fingers run from tip to base: HAND21 keypoint -> row of a hand.
+_RHD_ROWS = (0, 4, 3, 2, 1, 8, 7, 6, 5, 12, 11, 10, 9, 16, 15, 14, 13, 20, 19, 18, 17)
+
+
+class RenderedHandPose(_CropsOnDisk):
+    """RHD, Rendered Hand Pose: synthetic hands, 21 keypoints (HAND21), all turned into left hands.
+
+    `root` holds `RHD_published_v2/`, or is it: `{training,evaluation}/color/00000.png` ... of 320 x 320
+    pixels and `{training,evaluation}/anno_{training,evaluation}.pickle`, id -> {uv_vis [42, 3], ...}: x, y,
+    visible of the left hand's 21 keypoints, then of the right's.
+
+    A hand is a sample when its square box, 1.5 times the box of its keypoints, at most the picture, is
+    larger than 64 pixels, more than 16 of its keypoints are visible, and the box of the other hand's
+    keypoints covers less than 30 % of it: none, one or both hands of a picture. It is cropped to that box; a
+    right hand is mirrored. Keypoints that are not visible have visible = 0 and keep their place, which the
+    renderer knows.
+
+    split: 'train' (`training`), 'test' (`evaluation`), or 'val': every fifth sample of 'train', as in the
+        published base method.
+
+    Attributes: skeleton, size, keypoints (N, 21, 2) float32 pixels (x, y) of the S x S crop, visible (N, 21)
+    float32, left (N,) bool: which hands were not mirrored. Names are those of the images and the hand's.
+    Errors as for SURREAL.
+    """
+    SIDE = 320
+
+    def __init__(self, root, split="train", size=256):
+        _check_arguments(split, size)
+        root = Path(root)
+        if (root / "RHD_published_v2").is_dir():
+            root = root / "RHD_published_v2"
+        part = "evaluation" if split == "test" else "training"
+        file = _find_annotation(root, f"{part}/anno_{part}.pickle",
+                                "RHD_published_v2/{training,evaluation}, each with color/ and anno_*.pickle")
+        ids, hands = _read_rhd(file)
+        positions, seen = hands[..., :2], hands[..., 2] > 0.5      # (pictures, hand: left or right, 21, 2)
+        low, high = positions.min(2), positions.max(2)
+        corner, side = square_box(low, high, (self.SIDE, self.SIDE))
+        other_low, other_high = low[:, ::-1], high[:, ::-1]
+        last = corner + side[..., None] - 1
+        shared = np.minimum(last, other_high) - np.maximum(corner, other_low) + 1
+        covered = shared.clip(min=0).prod(-1) / side.clip(min=1) ** 2
+        kept = (side - 1 > 64) & (seen.sum(-1) > 16) & (covered < 0.3)
+        picture, hand = np.nonzero(kept)
+        if split == "val":
+            picture, hand = picture[::5], hand[::5]
+        _check_not_empty(picture, len(ids), split, file)
+
+        self.root, self.skeleton, self.size = root, HAND21, size
+        self._folder, self._ids = f"{part}/color", ids[picture]
+        self._corner = corner[picture, hand].astype(np.uint16)
+        self._box = side[picture, hand].astype(np.uint16)
+        self._annotation = file
+        self.left = torch.from_numpy(hand == 0)
+        crop = self._corner[:, None]
+        scale = size / self._box[:, None, None]
+        keypoints = torch.from_numpy((positions[picture, hand] - crop + 0.5) * scale - 0.5).float()
+        keypoints[~self.left, :, 0] = size - 1 - keypoints[~self.left, :, 0]
+        self.keypoints, self.visible = keypoints, torch.from_numpy(seen[picture, hand]).float()
+        self._make_room()
+
+    def _file(self, i):
+        return f"{self._folder}/{self._ids[i]:05d}.png"
+
+    def _name(self, i):
+        return f"{self._file(i)} {'left' if self.left[i] else 'right'}"
+
+    def _decode(self, i):
+        left, top, side = *self._corner[i].tolist(), int(self._box[i])
+        crop = _read_pixels(self.root / self._file(i), (self.size, self.size), (left, top, side, side),
+                            (self.SIDE, self.SIDE), self._annotation)
+        return crop if self.left[i] else crop.flip(-1)
+
+
+def _read_rhd(file):
+    """anno_*.pickle -> ids (n,) int64, hands (n, 2, 21, 3): x, y, visible; left hand first."""
+    annotations = read_array_pickle(file)
+    if not isinstance(annotations, dict) or not annotations:
+        raise DataError(f"{file}: no dict of pictures; expected id -> {{uv_vis [42, 3], ...}}")
+    hands = np.empty((len(annotations), 42, 3))
+    for row, (identity, entry) in zip(hands, annotations.items()):
+        if not isinstance(identity, (int, np.integer)) or not 0 <= identity < 10 ** 9:
+            raise DataError(f"{file}: the id {str(identity)[:40]!r} is no number of a picture")
+        if not isinstance(entry, dict) or "uv_vis" not in entry:
+            raise DataError(f"{file}: picture {identity} has no 'uv_vis'")
+        values = entry["uv_vis"]
+        if not isinstance(values, np.ndarray) or values.shape != (42, 3):
+            raise DataError(f"{file}: uv_vis of picture {identity} has shape {np.shape(values)}, "
+                            "expected (42, 3)")
+        if not (np.abs(values) < 1e6).all():  # not a number counts as bad, too
+            raise DataError(f"{file}: uv_vis of picture {identity} has a keypoint that is at no place in a "
+                            "picture")
+        row[:] = values
+    rows = [row + hand for hand in (0, 21) for row in _RHD_ROWS]
+    return np.array(list(annotations), np.int64), hands[:, rows].reshape(-1, 2, 21, 3)
+
+
+def square_box(low, high, sides, scale=1.5):
+    """Square boxes around boxes of keypoints, moved into the picture: the crops of the published protocol.
+
+    low, high: (..., 2) smallest and largest (x, y) of the keypoints in pixels; sides: (width, height) of the
+    picture. Returns corner (..., 2), the box's first column and row, and its side (...), both int64 pixels:
+    `scale` times the larger side of the keypoints' box, at most the picture's smaller one.
+    """
+    side = np.minimum(np.round(scale * (high - low).max(-1)), min(sides)).astype(np.int64)
+    corner = np.round((low + high) / 2 - side[..., None] / 2).astype(np.int64)
+    return np.clip(corner, 0, np.array(sides) - side[..., None]), side

@@ -1,0 +1,480 @@
+"""The loaders of the paper's datasets, on miniature trees in the exact prepared layouts.
+
+A dot drawn at each keypoint is found where the loader says it is, after cropping and after augmentation; splits,
+keypoint maps, visibility, handedness; the errors of trees that are not as they should be.
+"""
+
+import json
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from data import BODY16, HAND21, SURREAL, Hand3DStudio, Human36M, RenderedHandPose
+
+# The tables of the formats, written out again.
+SURREAL_JOINTS = [7, 4, 1, 2, 5, 8, 0, 9, 12, 15, 20, 18, 13, 14, 19, 21]
+RHD_ROWS = [0, 4, 3, 2, 1, 8, 7, 6, 5, 12, 11, 10, 9, 16, 15, 14, 13, 20, 19, 18, 17]
+
+
+def dots(width, height, points, radius):
+    """A dark picture with a bright square at each point (x, y); its centre lies at the point to the pixel."""
+    picture = np.zeros((height, width, 3), np.uint8)
+    for x, y in np.round(points).astype(int):
+        picture[max(y - radius, 0):y + radius + 1, max(x - radius, 0):x + radius + 1] = 255
+    return Image.fromarray(picture)
+
+
+def grid_points(count, side, shift):
+    """`count` places of a 5 x 5 grid in a square picture, whole pixels, in an order that `shift` changes."""
+    place = (np.arange(count) * 7 + shift) % 25
+    return (np.stack([place % 5, place // 5], 1) + 0.5) * (side / 5) // 1
+
+
+def entry(name, points):
+    """A sample as the prepared layouts list it."""
+    return {"name": name, "keypoint2d": points.tolist(), "keypoint3d": np.ones((len(points), 3)).tolist(),
+            "intrinsic_matrix": np.eye(3).tolist()}
+
+
+def centroids(images, keypoints, reach):
+    """Centre of light within `reach` pixels of each keypoint: (B, K, 2); NaN where there is no light."""
+    size = images.shape[-1]
+    light = images.float().mean(1)
+    light = light * (light > 40)                                   # JPEG ringing is no dot
+    line = torch.arange(size)
+    near = ((line - keypoints[..., None]).abs() < reach).float()   # (B, K, 2, size)
+    weight = torch.einsum("bkx,bky,byx->bkyx", near[:, :, 0], near[:, :, 1], light)
+    total = weight.sum((2, 3))
+    return torch.stack([(weight.sum(2) * line).sum(-1) / total, (weight.sum(3) * line).sum(-1) / total], -1)
+
+
+def check_dots(ds, counted=None):
+    """The dots lie at the keypoints of the crops, and of augmented views of them."""
+    images, keypoints, visible = ds[range(len(ds))]
+    n, size = len(ds), ds.size
+    assert images.dtype == torch.uint8 and images.shape == (n, 3, size, size)
+    assert keypoints.dtype == visible.dtype == torch.float32
+    assert keypoints.shape == (n, len(ds.skeleton), 2) and visible.shape == keypoints.shape[:2]
+    assert torch.equal(keypoints, ds.keypoints) and torch.equal(visible, ds.visible)
+    counted = visible > 0 if counted is None else counted
+    reach = size / 14
+    error = (centroids(images, keypoints, reach) - keypoints).abs().amax(-1)
+    assert error[counted].max() < 0.5, error
+    views = data.random_affine_view(data.hash_uniform(0, torch.arange(n), 5), size, 60, 20, 0.05, (0.8, 1.2))
+    seen = data.denormalise(data.warp(data.normalise(images), views)).float()
+    grey = data.denormalise(torch.zeros(1, 3, 1, 1)).float()       # what lies outside of the crop
+    seen = torch.where((seen - grey).abs() < 2, torch.zeros(()), seen)
+    moved = data.map_keypoints(keypoints, views)
+    # Neither the view's edge nor the crop's, a line between black and grey, may come into reach of a dot.
+    inside = counted.clone()
+    for places in (moved, keypoints):
+        inside &= ((places > 1.4 * reach) & (places < size - 1 - 1.4 * reach)).all(-1)
+    error = (centroids(seen, moved, 0.7 * reach) - moved).abs().amax(-1)
+    assert inside.sum() > counted.sum() / 3
+    assert error[inside].max() < 1
+
+
+def shuffled(n):
+    """The published shuffle, on a list, with the module's own generator."""
+    order = list(range(n))
+    random.seed(42)
+    random.shuffle(order)
+    return order
+
+
+# --- SURREAL ------------------------------------------------------------------------------------------
+
+
+def make_surreal(root, folder="train", runs=(4, 5, 6), sizes=False, suffix="jpg"):
+    """A miniature of the prepared layout -> names in the order of the files, all 24 places of each."""
+    names, places = [], []
+    for run, count in enumerate(runs):
+        entries = []
+        for i in range(count):
+            side = 90 + 17 * ((i + run) % 5)
+            points = grid_points(24, side, i)
+            name = f"01_{run:02d}/01_{run:02d}_c0001_{i}.{suffix}"
+            file = root / folder / f"run{run}" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            options = {"quality": 95, "subsampling": 0} if suffix == "jpg" else {}
+            dots(side, side, points[SURREAL_JOINTS + [16, 17]], 2).save(file, **options)
+            entries.append(entry(name, points) | ({"size": side} if sizes else {}))
+            names.append(f"{folder}/run{run}/{name}")
+            places.append((points, side))
+        (root / folder / f"run{run}.json").write_text(json.dumps(entries))
+    return names, places
+
+
+@pytest.mark.parametrize("size", [128, 256])
+@pytest.mark.parametrize("sizes, suffix", [(False, "jpg"), (True, "png")])
+def test_surreal_dots(tmp_path, size, sizes, suffix):
+    names, places = make_surreal(tmp_path, sizes=sizes, suffix=suffix)
+    for shoulders in ("published", "true"):
+        ds = SURREAL(tmp_path, "train", size, shoulders)
+        assert ds.skeleton is BODY16 and (ds.visible == 1).all()
+        check_dots(ds)
+        points, side = places[names.index(ds.names([0])[0])]
+        collars_or_shoulders = [13, 14] if shoulders == "published" else [16, 17]
+        joints = SURREAL_JOINTS[:12] + collars_or_shoulders + SURREAL_JOINTS[14:]
+        expected = (points[joints] + 0.5) * size / side - 0.5   # pixel centres, before and after resizing
+        np.testing.assert_allclose(ds.keypoints[0], expected, atol=1e-4)
+
+
+def test_surreal_split(tmp_path):
+    """All runs together, shuffled with seed 42, a fifth held out; validation is its own folder."""
+    names, _ = make_surreal(tmp_path)
+    order = shuffled(15)
+    assert SURREAL(tmp_path, "test", 8).names(range(3)) == [names[i] for i in order[:3]]
+    assert SURREAL(tmp_path, "train", 8).names(range(12)) == [names[i] for i in order[3:]]
+    with pytest.raises(FileNotFoundError, match="val/run0.json: missing; the directory to give holds"):
+        SURREAL(tmp_path, "val", 8)
+    other, _ = make_surreal(tmp_path, "val", (1, 2, 1))
+    assert sorted(SURREAL(tmp_path, "val", 8).names(range(4))) == sorted(other)
+
+
+def test_shuffle_is_pythons():
+    """The compact shuffle of indices permutes as `random.shuffle` permutes the published list."""
+    assert data._shuffled(1000).tolist() == shuffled(1000)
+
+
+def test_index_is_kept_beside_a_large_file(tmp_path, monkeypatch):
+    """The arrays of a large annotation file are read back until it changes; a damaged copy is made anew."""
+    make_surreal(tmp_path)
+    plain = SURREAL(tmp_path, "train", 64)
+    assert not list(tmp_path.glob("**/*.npz"))
+    monkeypatch.setattr(data, "INDEX_CACHE_BYTES", 0)
+    SURREAL(tmp_path, "train", 64)
+    SURREAL(tmp_path, "train", 64, "true")
+    copies = sorted((tmp_path / "train").glob("*.npz"))
+    assert len(copies) == 6                                         # three runs, two choices of shoulders
+    monkeypatch.setattr(data, "_read_annotations", None)            # it may not be read again
+    again = SURREAL(tmp_path, "train", 64)
+    assert torch.equal(again.keypoints, plain.keypoints) and again.names(range(12)) == plain.names(range(12))
+    monkeypatch.undo()
+    monkeypatch.setattr(data, "INDEX_CACHE_BYTES", 0)
+    for copy in copies:
+        copy.write_bytes(copy.read_bytes()[:100])
+    assert torch.equal(SURREAL(tmp_path, "train", 64).keypoints, plain.keypoints)
+    file = tmp_path / "train" / "run0.json"
+    file.write_text(json.dumps(json.loads(file.read_text())[:2]))
+    assert len(SURREAL(tmp_path, "train", 64)) == 13 - 2
+
+
+def test_loader_workers(tmp_path, monkeypatch):
+    """Batches of a DataLoader's workers, crops kept or not; what one has decoded serves the others."""
+    make_surreal(tmp_path)
+    ds = SURREAL(tmp_path, "train", 32)
+    batches = [[0, 1, 2], [3, 4, 5], [2, 1, 11]]
+    loader = torch.utils.data.DataLoader(ds, sampler=batches, batch_size=None, num_workers=2,
+                                         multiprocessing_context="fork")
+    images = [batch[0] for batch in loader]
+    assert ds._decoded.sum() == 7
+    monkeypatch.setattr(data, "MAX_CROPS_BYTES", 0)
+    anew = SURREAL(tmp_path, "train", 32)
+    assert all(torch.equal(anew[batch][0], kept) for batch, kept in zip(batches, images))
+
+
+def test_index_has_no_object_per_sample(tmp_path):
+    """Everything that grows with the samples is an array, so that forked workers share its pages."""
+    make_surreal(tmp_path)
+    for value in vars(SURREAL(tmp_path, "train", 32)).values():
+        if isinstance(value, np.ndarray):
+            assert value.dtype != object
+        else:
+            assert not isinstance(value, (list, dict, tuple))
+
+
+# --- Human3.6M ----------------------------------------------------------------------------------------
+
+
+def make_human36m(root, counts):
+    """A miniature with counts[subject] samples of each subject -> {subject: names}."""
+    (root / "annotations").mkdir(parents=True)
+    names = {}
+    for subject, count in counts.items():
+        entries = []
+        for i in range(count):
+            points = grid_points(16, 512, i + subject)
+            name = f"s_{subject:02d}_act_02_subact_01_ca_01/s_{subject:02d}_act_02_{5 * i + 1:06d}.jpg"
+            file = root / "crop_images" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            dots(512, 512, points, 4).save(file, quality=90)
+            entries.append(entry(name, points))
+        names[subject] = [f"crop_images/{sample['name']}" for sample in entries]
+        (root / "annotations" / f"keypoints2d_{subject}.json").write_text(json.dumps(entries))
+    return names
+
+
+def test_human36m(tmp_path):
+    names = make_human36m(tmp_path, {1: 2, 5: 1, 6: 1, 7: 1, 8: 2, 9: 2, 11: 3})
+    for size in (100, 256):
+        ds = Human36M(tmp_path, "train", size)
+        assert ds.skeleton is BODY16
+        assert ds.names(range(7)) == [name for subject in (1, 5, 6, 7, 8) for name in names[subject]]
+        check_dots(ds)
+    test = Human36M(tmp_path, "test", 16)
+    random.seed(42)
+    drawn = random.choices(names[9] + names[11], k=3200)
+    assert test.names(range(3200)) == drawn
+    shift = names[9].index(drawn[0]) + 9 if drawn[0] in names[9] else names[11].index(drawn[0]) + 11
+    np.testing.assert_allclose(test.keypoints[0], (grid_points(16, 512, shift) + 0.5) / 32 - 0.5)
+    val = Human36M(tmp_path, "val", 16)
+    assert sorted(val.names(range(len(val)))) == sorted(ds.names(range(7)))
+
+
+# --- Hand-3D-Studio -----------------------------------------------------------------------------------
+
+
+def make_h3d(root, count):
+    entries = []
+    for i in range(count):
+        side = 140 + 30 * (i % 4)
+        points = grid_points(21, side, i)
+        name = f"part{i % 5 + 1}/{i:03d}.jpg"
+        file = root / "H3D_crop" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        dots(side, side, points, 2).save(file, quality=95, subsampling=0)
+        entries.append(entry(name, points) | {"without_object": int(i % 3 > 0)})
+    (root / "H3D_crop" / "annotation.json").write_text(json.dumps(entries))
+    return entries
+
+
+def test_hand_3d_studio(tmp_path):
+    free = [sample["name"] for sample in make_h3d(tmp_path, 30) if sample["without_object"] == 1]
+    order = [free[i] for i in shuffled(20)]
+    for root in (tmp_path, tmp_path / "H3D_crop"):
+        ds = Hand3DStudio(root, "train", 160)
+        assert ds.names(range(16)) == order[4:] and ds.skeleton is HAND21
+    check_dots(ds)
+    assert Hand3DStudio(tmp_path, "test", 8).names(range(4)) == order[:4]
+    assert Hand3DStudio(tmp_path, "val", 8).names(range(4)) == order[4:8]
+
+
+# --- RHD ----------------------------------------------------------------------------------------------
+
+
+def hand(low, high, shift):
+    """21 places within the box low ... high whose own box is that box, in the order of HAND21."""
+    points = grid_points(21, 1000, shift)
+    points = (points - points.min(0)) / (points.max(0) - points.min(0))
+    return np.round(low + points * (np.array(high) - low))
+
+
+FAR = np.tile([900.0, 900.0], (21, 1))                             # a hand outside of the picture
+# Left hand, right hand, how many of each are visible, and which of them are samples (L, R).
+RHD_PICTURES = [
+    (hand((30, 40), (110, 120), 0), hand((200, 180), (290, 260), 3), 21, 21, "LR"),
+    (hand((60, 60), (240, 250), 1), FAR, 21, 0, "L"),               # 1.5 x 190 = 285, inside the picture
+    (FAR, hand((250, 10), (318, 100), 5), 0, 20, "R"),              # moved in from the right and upper edge
+    (hand((30, 40), (110, 120), 2), hand((200, 180), (290, 260), 4), 16, 17, "R"),     # 16 visible: too few
+    (hand((30, 40), (73, 83), 2), hand((200, 180), (244, 224), 4), 21, 21, "R"),       # 1.5 x 43 = 64.5; 66
+    (hand((30, 40), (110, 120), 0), hand((50, 60), (130, 140), 1), 21, 21, ""),        # they cover each other
+    (hand((10, 10), (310, 310), 6), FAR, 21, 0, "L"),               # the whole picture
+]
+
+
+def make_rhd(root, folder, numbers, protocol=4):
+    """A miniature with the pictures of the table; a dot at each keypoint of both hands."""
+    base = root / "RHD_published_v2" / folder
+    (base / "color").mkdir(parents=True)
+    annotations = {}
+    for identity, number in enumerate(numbers):
+        left, right, seen_left, seen_right, _ = RHD_PICTURES[number]
+        dots(320, 320, np.concatenate([left, right]), 1).save(base / "color" / f"{identity:05d}.png")
+        stored = np.zeros((42, 3))
+        for first, points, seen in ((0, left, seen_left), (21, right, seen_right)):
+            for keypoint, row in enumerate(RHD_ROWS):               # fingers are stored from tip to base
+                stored[first + row] = *points[keypoint], keypoint < seen
+        annotations[identity] = {"uv_vis": stored, "xyz": np.zeros((42, 3)), "K": np.eye(3)}
+    (base / f"anno_{folder}.pickle").write_bytes(pickle.dumps(annotations, protocol=protocol))
+    return annotations
+
+
+@pytest.mark.parametrize("size", [128, 256])
+def test_rhd(tmp_path, size):
+    make_rhd(tmp_path, "training", range(len(RHD_PICTURES)))
+    for root in (tmp_path, tmp_path / "RHD_published_v2"):
+        ds = RenderedHandPose(root, "train", size)
+    kept = [f"training/color/{i:05d}.png {'left' if side == 'L' else 'right'}"
+            for i, picture in enumerate(RHD_PICTURES) for side in picture[4]]
+    assert ds.names(range(len(ds))) == kept and ds.skeleton is HAND21
+    assert ds.left.tolist() == [name.endswith("left") for name in kept]
+    counts = [RHD_PICTURES[i][2 if side == "left" else 3] for i, side in
+              ((int(name.split("/")[2][:5]), name.split()[1]) for name in kept)]
+    assert ds.visible.sum(1).tolist() == counts
+    check_dots(ds, counted=torch.ones(len(ds), 21, dtype=torch.bool))
+
+
+def test_rhd_boxes_by_hand(tmp_path):
+    """Picture 0: left hand 30 ... 110 by 40 ... 120, side 120, corner 70 - 60 = 10, 80 - 60 = 20. Its right
+    hand 200 ... 290 by 180 ... 260, side 135, corner round(177.5) = 178 (to even), round(152.5) = 152."""
+    make_rhd(tmp_path, "training", [0, 0, 1, 0, 0, 0])
+    make_rhd(tmp_path, "evaluation", [1, 2])
+    ds = RenderedHandPose(tmp_path, "train", 240)
+    left, right, *_ = RHD_PICTURES[0]
+    np.testing.assert_allclose(ds.keypoints[0], (left - [10, 20] + 0.5) * 2 - 0.5, atol=1e-4)
+    placed = (right - [178, 152] + 0.5) * 240 / 135 - 0.5
+    np.testing.assert_allclose(ds.keypoints[1], np.stack([239 - placed[:, 0], placed[:, 1]], 1), atol=1e-4)
+    assert len(ds) == 11
+    assert RenderedHandPose(tmp_path, "val", 8).names(range(3)) == ds.names([0, 5, 10])   # every fifth
+    assert RenderedHandPose(tmp_path, "test", 8).names(range(2)) == [
+        "evaluation/color/00000.png left", "evaluation/color/00001.png right"]
+
+
+# --- errors -------------------------------------------------------------------------------------------
+
+MAKERS = {
+    "SURREAL": (make_surreal, SURREAL, "train/run1.json", lambda root: root),
+    "Human36M": (lambda root: make_human36m(root, {s: 2 for s in (1, 5, 6, 7, 8, 9, 11)}), Human36M,
+                 "annotations/keypoints2d_6.json", lambda root: root),
+    "H3D": (lambda root: make_h3d(root, 9), Hand3DStudio, "annotation.json", lambda root: root / "H3D_crop"),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("change, message", [
+    (lambda e: [{k: v for k, v in e[0].items() if k != "keypoint2d"}] + e[1:], "entry 1 has no 'keypoint2d'"),
+    (lambda e: [e[0], {k: v for k, v in e[1].items() if k != "name"}], "entry 2 has no 'name'"),
+    (lambda e: [e[0], e[1] | {"keypoint2d": e[1]["keypoint2d"][:-1]}],
+     r"keypoint2d of .* \(entry 2\) is not \d+ pairs"),
+    (lambda e: [e[0] | {"keypoint2d": "none"}], "is not"),
+    (lambda e: [e[0] | {"keypoint2d": [[float("nan"), 1.0]] + e[0]["keypoint2d"][1:]}],
+     r"keypoint 0 of .* \(entry 1\) is at \[nan, 1.0\], which is no place"),
+    (lambda e: [e[0] | {"keypoint2d": e[0]["keypoint2d"][:-1] + [[float("inf"), 1.0]]}], "no place in a pic"),
+    (lambda e: [e[0] | {"name": "../secret.jpg"}], "the name of entry 1, '../secret.jpg', is no path below"),
+    (lambda e: [e[0] | {"name": None}], "the name of entry 1"),
+    (lambda e: [e[0] | {"size": -1}], "the size of entry 1, -1"),
+    (lambda e: {"samples": e}, "is no JSON list"),
+    (lambda e: [e], "entry 1 is no JSON object"),
+])
+def test_bad_annotations(tmp_path, name, change, message):
+    make, loader, relative, base = MAKERS[name]
+    make(tmp_path)
+    file = base(tmp_path) / relative
+    entries = json.loads(file.read_text())
+    if name == "H3D":                                              # entries that count come first
+        entries = sorted(entries, key=lambda sample: -sample["without_object"])
+    file.write_text(json.dumps(change(entries)))
+    with pytest.raises(data.DataError, match=f"{file.name}: .*{message}"):
+        loader(tmp_path)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "ends before its list does"), ("[", "ends before"), ("[{}", "entry 1 has no 'name'|ends before"),
+    ('[{"name": "a', "entry 1 is no complete JSON object"), ("[1]", "entry 1 is no JSON object"),
+    ('[{"name": "a"} {"name": "b"}]', "entry 1 has no|entry 2 is no JSON object"), ("[]]", "goes on behind"),
+    ("[,]", "entry 1 is no JSON"), ("\xff[", "is no JSON list"), ("[" * 100000, "entry 1 is no JSON object"),
+    ('[{"a":' + "[" * 100000, "recursion|no complete"), ('[{"name": ' + "9" * 5000 + "}]", "4300 digits"),
+])
+def test_damaged_json(tmp_path, text, message):
+    make_surreal(tmp_path)
+    (tmp_path / "train" / "run0.json").write_text(text, encoding="utf-8")
+    with pytest.raises(data.DataError, match=f"run0.json: .*({message})"):
+        SURREAL(tmp_path)
+
+
+def test_json_in_pieces(tmp_path, monkeypatch):
+    """Entries that reach over the pieces in which the file is read, whatever the white space between them."""
+    entries = [{"name": "n" * (i % 37), "keypoint2d": [[i, i / 7]], "text": "}],[{\\\"é"} for i in range(50)]
+    monkeypatch.setattr(data, "_MAX_ENTRY_CHARS", 64)
+    for indent in (None, 2):
+        file = tmp_path / f"{indent}.json"
+        text = " \n" + json.dumps(entries, indent=indent, ensure_ascii=False) + "\n"
+        file.write_text(text, encoding="utf-8")
+        monkeypatch.setattr(data, "_MAX_ENTRY_CHARS", 256)
+        assert list(data._json_entries(file)) == entries
+    monkeypatch.setattr(data, "_MAX_ENTRY_CHARS", 16)               # an entry larger than any is
+    with pytest.raises(data.DataError, match="no complete JSON object"):
+        list(data._json_entries(file))
+    (tmp_path / "empty.json").write_text(" [ ] ")
+    assert list(data._json_entries(tmp_path / "empty.json")) == []
+
+
+@pytest.mark.parametrize("name", [*MAKERS, "RHD"])
+def test_roots_and_arguments(tmp_path, name):
+    if name == "RHD":
+        make_rhd(tmp_path / "set", "training", [0, 1])
+        loader, inner = RenderedHandPose, tmp_path / "set" / "RHD_published_v2" / "training"
+    else:
+        make, loader, relative, base = MAKERS[name]
+        make(tmp_path / "set")
+        inner = (base(tmp_path / "set") / relative).parent
+    loader(tmp_path / "set", size=8)
+    with pytest.raises(FileNotFoundError, match="nowhere: no such directory; give the one that holds"):
+        loader(tmp_path / "nowhere")
+    if name in ("SURREAL", "Human36M"):
+        with pytest.raises(FileNotFoundError, match="missing; it is in .*set; give that directory"):
+            loader(tmp_path)                                       # one level too high
+        with pytest.raises(FileNotFoundError, match="missing; it is in .*set; give that directory"):
+            loader(inner)                                          # one level too low
+    else:
+        with pytest.raises(FileNotFoundError, match="missing; the directory to give holds"):
+            loader(tmp_path)
+    with pytest.raises(ValueError, match="split 'dev'"):
+        loader(tmp_path / "set", "dev")
+    for size in (0, 2.5, True):
+        with pytest.raises(ValueError, match="size"):
+            loader(tmp_path / "set", size=size)
+    with pytest.raises(ValueError, match="shoulders 'mine'"):
+        SURREAL(tmp_path / "set", shoulders="mine")
+
+
+@pytest.mark.parametrize("name", [*MAKERS, "RHD"])
+def test_bad_images(tmp_path, name):
+    """A missing, unreadable, truncated image, or one of another size, is named, and what lists it."""
+    if name == "RHD":
+        make_rhd(tmp_path, "training", [0] * 5)
+        loader = RenderedHandPose
+    else:
+        make, loader, *_ = MAKERS[name]
+        make(tmp_path)
+
+    def base():
+        return {"RHD": tmp_path / "RHD_published_v2", "H3D": tmp_path / "H3D_crop"}.get(name, tmp_path)
+    ds = loader(tmp_path, size=16)
+    first = ds.names([0])[0].removesuffix(" left")
+    file = base() / first
+    whole = file.read_bytes()
+
+    def read():
+        return loader(tmp_path, size=16)[[0]]
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{file.name}: missing; .* lists it"):
+        read()
+    half = whole[:len(whole) // 2]
+    for damaged, message in ((b"no image", "not a readable image"), (half, "cannot be decoded")):
+        file.write_bytes(damaged)
+        with pytest.raises(data.DataError, match=f"{file.name}: {message}"):
+            read()
+    Image.new("RGB", (60, 50)).save(file)
+    with pytest.raises(data.DataError, match=f"{file.name}: 60 x 50 pixels"):
+        read()
+    Image.new("L", (77, 77)).save(file)
+    if name in ("SURREAL", "H3D"):                                 # any square is a crop, grey ones, too
+        assert read()[0].shape == (1, 3, 16, 16)
+        with pytest.raises(data.DataError, match="77 x 77 pixels, its keypoints are annotated for"):
+            ds[[0]]                                                # changed behind the loader's back
+    else:
+        with pytest.raises(data.DataError, match="77 x 77 pixels, its keypoints are annotated for"):
+            read()
+
+
+def test_empty_splits(tmp_path):
+    make_surreal(tmp_path / "surreal", runs=(1, 1, 1))
+    with pytest.raises(data.DataError, match="split 'test' is empty, of 3 samples"):
+        SURREAL(tmp_path / "surreal", "test")
+    make_h3d(tmp_path, 3)
+    with pytest.raises(data.DataError, match="annotation.json: split 'test' is empty"):
+        Hand3DStudio(tmp_path, "test")
+    make_human36m(tmp_path / "human", {s: 0 for s in (1, 5, 6, 7, 8, 9, 11)})
+    for split in ("train", "val", "test"):
+        with pytest.raises(data.DataError, match=f"annotations: split '{split}' is empty, of 0 samples"):
+            Human36M(tmp_path / "human", split)
+    make_rhd(tmp_path, "training", [5])
+    with pytest.raises(data.DataError, match="anno_training.pickle: split 'train' is empty, of 1 "):
+        RenderedHandPose(tmp_path)
