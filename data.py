@@ -1797,9 +1797,9 @@ def _pickled_scalar(dtype, values):
     return np.frombuffer(values, dtype.dtype, count=1)[0]
 
 
-def _pickled_bytes(text, encoding):
-    """bytes in the old protocols, which have no opcode for them: `_codecs.encode(text, 'latin1')`."""
-    if encoding not in ("latin1", "latin-1"):
+def _pickled_bytes(text="", encoding="latin1"):
+    """bytes in the old protocols, which have no opcode for them: `_codecs.encode(text, 'latin1')`, `bytes()`."""
+    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise DataError(f"text encoded as {str(encoding)[:40]!r}; numbers alone are read")
     return text.encode("latin-1")
 
@@ -1810,7 +1810,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     Nothing of NumPy is called, either: the names that a pickled array uses stand for the classes above.
     """
     ADMITTED = {("numpy", "ndarray"): _PickledArray, ("numpy", "dtype"): _PickledDtype,
-                ("_codecs", "encode"): _pickled_bytes}
+                ("_codecs", "encode"): _pickled_bytes, ("__builtin__", "bytes"): _pickled_bytes}
     for core in ("numpy.core", "numpy._core"):  # NumPy renamed its core in version 2
         ADMITTED[core + ".multiarray", "_reconstruct"] = _PickledArray
         ADMITTED[core + ".multiarray", "scalar"] = _pickled_scalar

@@ -1,7 +1,7 @@
 """The loaders of the paper's datasets, on miniature trees in the exact prepared layouts.
 
-A dot drawn at each keypoint is found where the loader says it is, after cropping and after augmentation; splits,
-keypoint maps, visibility, handedness; the errors of trees that are not as they should be.
+A dot drawn at each keypoint is found where the loader says it is, after cropping and after augmentation; and
+splits, keypoint maps, visibility, handedness; the errors of trees that are not as they should be.
 """
 
 import json
@@ -324,6 +324,113 @@ def test_rhd_boxes_by_hand(tmp_path):
     assert RenderedHandPose(tmp_path, "val", 8).names(range(3)) == ds.names([0, 5, 10])   # every fifth
     assert RenderedHandPose(tmp_path, "test", 8).names(range(2)) == [
         "evaluation/color/00000.png left", "evaluation/color/00001.png right"]
+
+
+# --- pickles ------------------------------------------------------------------------------------------
+
+
+def python2_array(values):
+    """A float64 array as Python 2 pickled it (protocol 2): its bytes are a string, shorter than 256."""
+    shape = b"".join(b"K" + bytes([n]) for n in values.shape)
+    payload = values.astype("<f8").tobytes()
+    return (b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\0tU\1btR"
+            b"(K\1(" + shape + b"tcnumpy\ndtype\n(U\2f8K\0K\1tR"
+            b"(K\3U\1<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb"
+            b"\x89U" + bytes([len(payload)]) + payload + b"tb")
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_array_pickles(tmp_path, protocol):
+    """Arrays of every number type, order and layout, and scalars, in all protocols and under both names of
+    NumPy's core."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 99, (3, 4)).astype(kind)
+              for kind in ("f4", "f8", "i2", "i8", "u1", ">f8", ">i4", "?")]
+    arrays += [np.asfortranarray(arrays[0]), np.zeros((0, 3)), np.array(2.5), arrays[1][::2]]
+    content = {"arrays": arrays, "plain": (1, -2.5, "text", b"bytes", None, True, [10 ** 30]),
+               7: np.float32(1.5), np.int64(3): np.bool_(1)}
+    written = pickle.dumps(content, protocol=protocol)
+    # The name's length stands before it from protocol 4 on: this renaming is for the older ones.
+    spellings = {written} | ({written.replace(b"numpy._core", b"numpy.core")} if protocol < 4 else set())
+    for text in spellings:
+        (tmp_path / "a.pickle").write_bytes(text)
+        read = data.read_array_pickle(tmp_path / "a.pickle")
+        assert read["plain"] == content["plain"] and read[7] == 1.5 and read[3]
+        for got, array in zip(read["arrays"], content["arrays"], strict=True):
+            assert got.dtype == array.dtype and got.shape == array.shape
+            np.testing.assert_array_equal(got, array)
+
+
+def test_python2_pickle(tmp_path):
+    values = np.array([[1.5, -2.25, 1e300], [0.1, 7.0, -1e-9]])
+    (tmp_path / "a.pickle").write_bytes(b"\x80\2}K\5}U\6uv_vis" + python2_array(values) + b"ss.")
+    read = data.read_array_pickle(tmp_path / "a.pickle")
+    assert list(read) == [5] and list(read[5]) == ["uv_vis"]
+    np.testing.assert_array_equal(read[5]["uv_vis"], values)
+
+
+class Call:
+    """Pickles as a call of `function`."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("payload, message", [
+    (pickle.dumps(Call(print, "x")), "asks for builtins.print"),
+    (b"cos\nsystem\n(S'touch owned'\ntR.", "asks for os.system"),
+    (pickle.dumps(Call(np.load, "x"), 2), "asks for numpy"),
+    (pickle.dumps(Call(pickle.loads, b"")), "asks for _pickle.loads"),
+    (pickle.dumps(BODY16), "asks for data.Skeleton"),
+    (pickle.dumps(np.array([None, 1])), "an array of type 'O8'"),
+    (pickle.dumps(np.array(["text"])), "an array of type 'U4'"),
+    (pickle.dumps(np.zeros(2, [("a", "f4")])), "an array of type 'V4'"),
+    (b"c_codecs\nencode\n(Vx\nVrot13\ntR.", "text encoded as 'rot13'"),
+    (b"Pelsewhere\n.", "refers to objects outside"),
+    (b"\x80\2\x82\7.", "not a readable pickle"),
+    (pickle.dumps({0: np.zeros((42, 3))})[:-9], "not a readable pickle"),
+    (pickle.dumps(np.zeros((2, 3)), 2).replace(b"K\2K\3\x86", b"J\xff\xff\xff\x7fK\3\x86"),
+     "not a readable pickle.*reshape"),
+    (b"c__builtin__\nbytes\n(J\xff\xff\xff\x7ftR.", "numbers alone are read"),
+    (b"", "not a readable pickle"), (b"PK\3\4", "not a readable pickle|refers"),
+    (pickle.dumps([1, 2]), "no dict of pictures"), (pickle.dumps({}), "no dict of pictures"),
+    (pickle.dumps({"a": {}}), "the id 'a'"), (pickle.dumps({-1: {}}), "the id -1|the id '-1'"),
+    (pickle.dumps({3: {"xyz": np.zeros((42, 3))}}), "picture 3 has no 'uv_vis'"),
+    (pickle.dumps({3: 4}), "picture 3 has no 'uv_vis'"),
+    (pickle.dumps({3: {"uv_vis": np.zeros((21, 3))}}), r"picture 3 has shape \(21, 3\), expected \(42, 3\)"),
+    (pickle.dumps({3: {"uv_vis": np.full((42, 3), np.nan)}}), "uv_vis of picture 3 has a keypoint"),
+])
+def test_bad_pickles(tmp_path, monkeypatch, payload, message):
+    """Whatever is no array or number is refused by name and not run; a clear error for damage."""
+    monkeypatch.chdir(tmp_path)
+    make_rhd(tmp_path, "training", [0])
+    file = tmp_path / "RHD_published_v2" / "training" / "anno_training.pickle"
+    file.write_bytes(payload)
+    with pytest.raises(data.DataError, match=f"anno_training.pickle: .*({message})"):
+        RenderedHandPose(tmp_path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_corrupted_pickles(tmp_path):
+    """400 seeded corruptions of an annotation file: DataError with the path, or a read."""
+    make_rhd(tmp_path, "training", [0, 1, 2])
+    file = tmp_path / "RHD_published_v2" / "training" / "anno_training.pickle"
+    whole, rng, refused = file.read_bytes(), random.Random(0), 0
+    for trial in range(400):
+        broken = bytearray(whole)
+        for _ in range(rng.randint(1, 4)):
+            # Most bytes are values: half of the hits go to the names and sizes at the beginning.
+            broken[rng.randrange(len(broken) if trial % 2 else 400)] ^= 1 << rng.randrange(8)
+        file.write_bytes(broken[:rng.randrange(len(broken))] if trial % 8 == 0 else broken)
+        try:
+            RenderedHandPose(tmp_path, size=8)
+        except data.DataError as error:
+            assert "anno_training.pickle" in str(error)
+            refused += 1
+    assert 100 < refused < 400
 
 
 # --- errors -------------------------------------------------------------------------------------------
