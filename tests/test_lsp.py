@@ -43,8 +43,8 @@ def numeric(name, array, stored="f8", order="<", small=False, flags=0):
     return variable(name, array.shape, values, matrix_class, STORAGE[stored], order, small, flags)
 
 
-def compressed(payload, order="<"):
-    body = zlib.compress(payload)
+def compressed(payload, order="<", level=6):
+    body = zlib.compress(payload, level)
     return struct.pack(order + "II", 15, len(body)) + body
 
 
@@ -235,6 +235,71 @@ def test_seeded_corruptions(tmp_path, pack):
             assert "c.mat" in str(error)
             refused += 1
     assert 30 < refused < 150
+
+
+CORRUPTIONS = 100  # of each form of a file; 2,000 of each have been run
+
+
+@needs_mat
+@pytest.mark.parametrize("form", ["as released", "uncompressed", "within"])
+@pytest.mark.parametrize("name, values", [("lsp_joints.mat", 3 * 14 * 2000),
+                                          ("lspet_joints.mat", 14 * 3 * 10000)])
+def test_corrupted_originals(tmp_path, name, values, form):
+    """Bit flips, cuts and inflated sizes of the file, of its uncompressed form, and within the
+    compression, whose checksum stops most of them: DataError with the path or an array of as many values, in little memory."""
+    whole = (SHARED / "mat" / name).read_bytes()
+    if form != "as released":
+        whole = whole[:128] + zlib.decompress(whole[136:])
+    path, rng, refused = tmp_path / "c.mat", random.Random(3), 0
+    tracemalloc.start()
+    for trial in range(CORRUPTIONS):
+        broken = bytearray(whole)
+        if trial % 3 == 0:
+            for _ in range(rng.randint(1, 4)):
+                broken[rng.randrange(len(broken) if trial % 2 else 200)] ^= 1 << rng.randrange(8)
+        elif trial % 3 == 1:
+            del broken[rng.randrange(len(broken)):]
+        else:
+            at = 4 * rng.randrange(32, 64 if trial % 2 else len(broken) // 4)
+            broken[at:at + 4] = struct.pack("<I", rng.choice([0, 1, 255, 2**16, 2**28, 2**31, 2**32 - 8]))
+        if form == "within":
+            broken[128:] = compressed(broken[128:], level=0)
+        path.write_bytes(broken)
+        tracemalloc.reset_peak()
+        try:
+            read = read_mat(path, "joints")
+            assert read.dtype == np.float64 and read.size == values
+        except data.DataError as error:
+            assert "c.mat" in str(error)
+            refused += 1
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    tracemalloc.stop()
+    assert CORRUPTIONS / 3 < refused < CORRUPTIONS
+
+
+@pytest.mark.parametrize("frames", [100, 1])
+@pytest.mark.parametrize("pack", [False, True], ids=["plain", "compressed"])
+def test_surreal_info(tmp_path, frames, pack):
+    """SURREAL's info.mat: single arrays behind text and cells; a clip of one frame is [2, 24]."""
+    rng = np.random.default_rng(0)
+    places, joints = rng.normal(100, 30, (2, 24, frames)), rng.normal(0, 1, (3, 24, frames))
+    places, joints = places.astype("f4"), joints.astype("f4")
+    if frames == 1:
+        places, joints = places[..., 0], joints[..., 0]
+    one = struct.pack("<2i", 1, 1)
+    cell = element(14, element(6, struct.pack("<II", 1, 0)) + element(5, one) + element(1, b"cloth")
+                   + variable("", (1, 5), b"a.jpg", 4, 16))
+    row = np.ones((1, frames))
+    parts = [variable("sequence", (1, 11), b"01_01_c0001", 4, 16), cell,
+             numeric("zrot", row.astype("f4"), "f4"),
+             numeric("joints2D", places, "f4"), numeric("gender", row.astype("u1"), "u1", small=True),
+             numeric("joints3D", joints, "f4"), variable("source", (1, 3), b"cmu", 4, 16)]
+    path = write_mat(tmp_path / "c_info.mat", *[compressed(part) if pack else part for part in parts])
+    np.testing.assert_array_equal(read_mat(path, "joints2D"), places)
+    np.testing.assert_array_equal(read_mat(path, "joints3D"), joints)
+    assert read_mat(path, "sequence").tolist() == ["01_01_c0001"]
+    with pytest.raises(data.DataError, match="'cloth' is a cell array"):
+        read_mat(path, "cloth")
 
 
 @needs_mat
