@@ -20,6 +20,7 @@ indexing: `dataset[indices]` gives uint8 crops (B, 3, S, S), keypoints (B, K, 2)
 (B, K). The augmentation happens later, in batch and on the device.
 """
 
+import argparse
 import array
 import dataclasses
 import functools
@@ -31,10 +32,15 @@ import os
 import pickle
 import random
 import re
+import shutil
 import struct
+import subprocess
+import sys
+import time
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1959,3 +1965,359 @@ def square_box(low, high, sides, scale=1.5):
     side = np.minimum(np.round(scale * (high - low).max(-1)), min(sides)).astype(np.int64)
     corner = np.round((low + high) / 2 - side[..., None] / 2).astype(np.int64)
     return np.clip(corner, 0, np.array(sides) - side[..., None]), side
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Preparation: the original releases of SURREAL and Human3.6M -> the layouts that the loaders read
+# ----------------------------------------------------------------------------------------------------------
+
+SURREAL_FRAME = (320, 240)
+# SURREAL's camera, the same in all clips: 600 pixels of focal length, the axis through the middle; and the
+# rotation of world axes to the camera's, as its authors publish it (mirrored, as all of SURREAL is).
+_SURREAL_FOCAL = 600.0
+_SURREAL_WORLD_TO_CAMERA = np.array([[0.0, 0, -1], [0, 1, 0], [-1, 0, 0]])
+_MIN_PERSON_SIDE = 16  # pixels: a smaller box shows nobody
+_CROP_MARGIN = 1.5
+# Human3.6M's 17 joints -> BODY16; keypoint 7 becomes the middle of the shoulders.
+_HUMAN36M_JOINTS = (3, 2, 1, 4, 5, 6, 0, 11, 8, 10, 16, 15, 14, 11, 12, 13)
+_HUMAN36M_SIDE, _HUMAN36M_EVERY = 512, 5
+
+
+class _ProgressLine:
+    """One line on a terminal that says how far the work is and how long it will take; quiet elsewhere."""
+
+    def __init__(self, title):
+        self.title, self.start, self.shown = title, time.monotonic(), 0.0
+
+    def __call__(self, done, total):
+        now = time.monotonic()
+        if not sys.stderr.isatty() or (done < total and now - self.shown < 0.5):
+            return
+        self.shown = now
+        minutes, seconds = divmod((now - self.start) / done * (total - done), 60)
+        line = f"{self.title} {done}/{total}, {minutes:.0f}:{seconds:02.0f} left"
+        print("\r" + line.ljust(79)[:79], end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+
+def _in_processes(function, tasks, jobs, title):
+    """Results of function(task) in the order of `tasks`, worked off by `jobs` processes."""
+    show = _ProgressLine(title)
+    pool = ProcessPoolExecutor(min(jobs, max(len(tasks), 1)))
+    try:
+        for done, result in enumerate(pool.map(function, tasks), 1):
+            show(done, len(tasks))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _replace_text(path, pieces):
+    """Write pieces of text to a file so that a crash leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(part, "w", encoding="utf-8") as file:
+        for piece in pieces:
+            file.write(piece)
+    os.replace(part, path)
+
+
+def _json_list(texts):
+    """Entries, each as text -> the pieces of a JSON list of them."""
+    yield "["
+    for i, text in enumerate(texts):
+        yield (",\n" if i else "\n") + text
+    yield "\n]\n"
+
+
+def _rounded(values, decimals):
+    return np.round(values, decimals).tolist()
+
+
+def prepare_surreal(raw, out, jobs):
+    """SURREAL's original release -> the layout of `SURREAL`, with everything that is in it and not yet
+    prepared.
+
+    raw: directory with `cmu/{train,val,test}/run{0,1,2}/<sequence>/<clip>.mp4` and `<clip>_info.mat`, or
+    `cmu` itself; out: directory for `{split}/run{r}.json` and `{split}/run{r}/<sequence>/<clip>_f000.jpg`
+    ...; jobs: processes. A frame's crop is the square around its 24 joints, 1.5 times their box, moved into
+    the frame. Frames that show no joint, or a person of less than 16 pixels, are left out. An entry also has
+    `size`, the crop's side, so that the loader need not open the images; keypoint3d is in the camera's axes,
+    metres, with the place of the camera from a fit to the 2-D joints.
+
+    A clip that was done stays done when the work is started again; a run's JSON is replaced in one go.
+    Returns (summary lines, messages of clips that could not be read). Raises FileNotFoundError where `raw`
+    holds no such release or there is no `ffmpeg` program to decode the videos with.
+    """
+    raw = raw / "cmu" if (raw / "cmu").is_dir() else raw
+    runs = [(split, run) for split in ("train", "val", "test") for run in range(3)
+            if (raw / split / f"run{run}").is_dir()]
+    if not runs:
+        raise FileNotFoundError(f"{raw}: no SURREAL release; expected cmu/{{train,val,test}}/run{{0,1,2}}/"
+                                "<sequence>/<clip>.mp4 with <clip>_info.mat in the directory to give")
+    ffmpeg = shutil.which("ffmpeg")
+    lines, failures = [], []
+    for split, run in runs:
+        folder, parts = out / split / f"run{run}", out / split / f"run{run}.parts"
+        listed = folder.with_suffix(".json")
+        if listed.is_file() and not parts.is_dir():
+            lines.append(f"{listed}: there already")
+            continue
+        if ffmpeg is None:
+            raise FileNotFoundError("ffmpeg: no such program; SURREAL's videos are decoded with it. Install "
+                                    "it: `apt-get install ffmpeg` (Debian, Ubuntu), `brew install ffmpeg` "
+                                    "(macOS), `conda install ffmpeg`")
+        videos = sorted((raw / split / f"run{run}").glob("*/*.mp4"))
+        texts = [parts / f"{video.parent.name}--{video.stem}.json" for video in videos]
+        parts.mkdir(parents=True, exist_ok=True)
+        tasks = [(ffmpeg, video, folder, text) for video, text in zip(videos, texts) if not text.is_file()]
+        results = _in_processes(_prepare_clip, tasks, jobs, f"{split}/run{run}: clip")
+        errors = [error for error in results if error]
+        done = [text for text in texts if text.is_file()]
+        frames = 0
+
+        def entries():
+            nonlocal frames
+            for text in done:
+                for entry in text.read_text(encoding="utf-8").splitlines():
+                    frames += 1
+                    yield entry
+        _replace_text(listed, _json_list(entries()))
+        if not errors:
+            shutil.rmtree(parts)  # kept otherwise: the next start tries the failed clips alone
+        failures += errors
+        lines.append(f"{listed}: {frames} frames of {len(done)} clips ({len(tasks) - len(errors)} of them "
+                     f"new), {len(errors)} clips failed")
+    return lines, failures
+
+
+def _prepare_clip(task):
+    """Crops of a clip and, when all are there, its entries, a line each. Returns an error's text, or None."""
+    ffmpeg, video, folder, text = task
+    try:
+        info = video.with_name(f"{video.stem}_info.mat")
+        places, joints = _read_surreal_info(info)
+        entries = []
+        for t, frame in enumerate(_video_frames(ffmpeg, video, len(places), info)):
+            low, high = places[t].min(0), places[t].max(0)
+            corner, side = square_box(low, high, SURREAL_FRAME, _CROP_MARGIN)
+            seen = ((places[t] >= 0) & (places[t] <= np.array(SURREAL_FRAME) - 1)).all(-1)
+            if not seen.any() or side < _MIN_PERSON_SIDE:
+                continue
+            (left, top), side = corner.tolist(), int(side)
+            name = f"{video.parent.name}/{video.stem}_f{t:03d}.jpg"
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(frame[top:top + side, left:left + side]).save(folder / name, quality=95)
+            centre = np.array(SURREAL_FRAME) / 2 - corner
+            camera = [[_SURREAL_FOCAL, 0, centre[0]], [0, _SURREAL_FOCAL, centre[1]], [0, 0, 1]]
+            entries.append(json.dumps({"name": name, "keypoint2d": _rounded(places[t] - corner, 3),
+                                       "keypoint3d": _rounded(joints[t], 4), "intrinsic_matrix": camera,
+                                       "size": side}))
+        _replace_text(text, (entry + "\n" for entry in entries))
+    except (DataError, OSError) as error:
+        return f"{error}"
+
+
+def _read_surreal_info(info):
+    """info.mat of a clip -> joints (T, 24, 2) in pixels of the frame, (T, 24, 3) in metres."""
+    places, joints = (read_mat(info, name) for name in ("joints2D", "joints3D"))
+    for name, array, rows in (("joints2D", places, 2), ("joints3D", joints, 3)):
+        if array.ndim not in (2, 3) or array.shape[:2] != (rows, 24) or array.dtype.kind != "f":
+            raise DataError(f"{info}: {name} has shape {array.shape}, expected ({rows}, 24, T)")
+        if not (np.abs(array) < 1e6).all():  # not a number counts as bad, too
+            raise DataError(f"{info}: {name} holds values that are no place")
+    # A clip of one frame has lost its last axis.
+    places, joints = (np.atleast_3d(a).transpose(2, 1, 0).astype(np.float64) for a in (places, joints))
+    if len(places) != len(joints):
+        raise DataError(f"{info}: {len(places)} frames of joints2D, {len(joints)} of joints3D")
+    return places, _place_before_camera(joints @ _SURREAL_WORLD_TO_CAMERA.T, places)
+
+
+def _place_before_camera(joints, places):
+    """Move joints (T, 24, 3), already in the camera's axes, to where they project on `places` (T, 24, 2).
+
+    x = f (X + tx) / (Z + tz) + cx is linear in the move t; with a = x - cx it reads a tz - f tx = f X - a Z,
+    and the least squares over joints and both axes are a regression with a common slope tz.
+    """
+    a = places - np.array(SURREAL_FRAME) / 2
+    b = _SURREAL_FOCAL * joints[..., :2] - a * joints[..., 2:]
+    mean_a, mean_b = a.mean(1, keepdims=True), b.mean(1, keepdims=True)
+    spread = ((a - mean_a) ** 2).sum((1, 2)).clip(min=1e-9)
+    tz = ((a - mean_a) * (b - mean_b)).sum((1, 2)) / spread
+    txy = (mean_a[:, 0] * tz[:, None] - mean_b[:, 0]) / _SURREAL_FOCAL
+    return joints + np.concatenate([txy, tz[:, None]], 1)[:, None]
+
+
+def _video_frames(ffmpeg, video, count, info):
+    """The `count` frames of a clip, (count, 240, 320, 3) uint8; one more is asked for, to see too many."""
+    width, height = SURREAL_FRAME
+    command = [ffmpeg, "-v", "error", "-nostdin", "-threads", "1", "-i", str(video.resolve()), "-frames:v",
+               str(count + 1), "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        reason = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:] or ["no message"]
+        raise DataError(f"{video}: ffmpeg cannot decode it ({reason[0]}); fetch the clip again")
+    if len(done.stdout) != count * width * height * 3:
+        found = len(done.stdout) / (width * height * 3)
+        raise DataError(f"{video}: {found:.10g} frames of {width} x {height} pixels, {info.name} has "
+                        f"{count}; fetch both again")
+    return np.frombuffer(done.stdout, np.uint8).reshape(count, height, width, 3)
+
+
+def prepare_human36m(raw, out, jobs):
+    """Human3.6M's JSON release -> the layout of `Human36M`, for every subject that is there and not yet
+    prepared.
+
+    raw: directory with `annotations/Human36M_subject{n}_{camera,data,joint_3d}.json` and `images/`; out:
+    directory for `annotations/keypoints2d_{n}.json` and `crop_images/`; jobs: processes. Every fifth frame;
+    17 joints -> 16, keypoint 7 in the middle of the shoulders; world -> camera by R and t, projection by f
+    and c; cropped to the square of 1.5 times the keypoints' box, moved into the picture, and resized to 512
+    x 512.
+
+    Crops that are there are not made again; a subject's JSON comes last, in one go. Returns (summary lines,
+    messages of images that could not be read: they are left out). Raises FileNotFoundError or ValueError,
+    which name the file, for a release that is not as described.
+    """
+    subjects = [subject for subject in (1, 5, 6, 7, 8, 9, 11)
+                if (raw / f"annotations/Human36M_subject{subject}_data.json").is_file()]
+    if not subjects:
+        _find_annotation(raw, "annotations/Human36M_subject1_data.json", "images/ and annotations/"
+                         "Human36M_subject{1,5,6,7,8,9,11}_{camera,data,joint_3d}.json")
+    lines, failures = [], []
+    for subject in subjects:
+        listed = out / f"annotations/keypoints2d_{subject}.json"
+        if listed.is_file():
+            lines.append(f"{listed}: there already")
+            continue
+        samples = _project_human36m(raw / "annotations", subject)
+        chunks = [(raw / "images", out / "crop_images", samples[at:at + 32])
+                  for at in range(0, len(samples), 32)]
+        texts, errors = [], []
+        for made, failed in _in_processes(_crop_human36m, chunks, jobs, f"subject {subject}: 32 images"):
+            texts += made
+            errors += failed
+        _replace_text(listed, _json_list(texts))
+        failures += errors
+        lines.append(f"{listed}: {len(texts)} images, {len(errors)} failed"
+                     + ("; delete it to try these again" if errors else ""))
+    return lines, failures
+
+
+def _project_human36m(folder, subject):
+    """Annotations of a subject -> [(file name, keypoints (16, 2) pixels, keypoints (16, 3) mm, K (3, 3))]."""
+    files = {kind: folder / f"Human36M_subject{subject}_{kind}.json"
+             for kind in ("camera", "data", "joint_3d")}
+    loaded = {}
+    for kind, file in files.items():
+        try:
+            loaded[kind] = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{file}: missing; a subject has a camera, a data and a joint_3d "
+                                    "file") from error
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{file}: no JSON ({error}); fetch it again") from error
+    try:
+        cameras = {}
+        for index, camera in loaded["camera"].items():
+            rotation, t, f, c = (np.array(camera[key], np.float64) for key in ("R", "t", "f", "c"))
+            intrinsics = np.array([[f[0], 0, c[0]], [0, f[1], c[1]], [0, 0, 1]])
+            cameras[index] = rotation.reshape(3, 3), t.reshape(3), intrinsics
+        images = loaded["data"]["images"][::_HUMAN36M_EVERY]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise DataError(f"{files['camera']}, {files['data']}: not as described ({type(error).__name__}: "
+                        f"{error}); expected {{cam: {{R, t, f, c}}}} and {{images: [{{file_name, ...}}]}}"
+                        ) from error
+    samples = []
+    for image in images:
+        try:
+            name, action, subaction, frame, cam = (
+                image[key] for key in ("file_name", "action_idx", "subaction_idx", "frame_idx", "cam_idx"))
+            world = np.array(loaded["joint_3d"][str(action)][str(subaction)][str(frame)], np.float64)
+            rotation, t, intrinsics = cameras[str(cam)]
+            joints = world.reshape(17, 3)[list(_HUMAN36M_JOINTS)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{files['data']}: {str(image)[:200]} has no joints or camera in the files "
+                            f"beside it ({type(error).__name__}: {error})") from error
+        if not isinstance(name, str) or not name or name.startswith("/") or ".." in name.split("/"):
+            raise DataError(f"{files['data']}: the file name {str(name)[:60]!r} is no path below images/")
+        joints[7] = (joints[12] + joints[13]) / 2
+        joints = joints @ rotation.T + t
+        if not (joints[:, 2] > 0).all():  # not a number counts as bad, too
+            raise DataError(f"{files['joint_3d']}: joints of {name} are not in front of the camera")
+        projected = joints @ intrinsics.T
+        samples.append((name, projected[:, :2] / projected[:, 2:], joints, intrinsics))
+    return samples
+
+
+def _crop_human36m(task):
+    """Crop a few images -> (their entries as text, messages of those that failed)."""
+    source, target, samples = task
+    texts, errors = [], []
+    for name, places, joints, intrinsics in samples:
+        try:
+            with _open_image(source / name) as image:
+                corner, side = square_box(places.min(0), places.max(0), image.size, _CROP_MARGIN)
+                if side < _MIN_PERSON_SIDE:
+                    raise DataError(f"{source / name}: a person of {side} pixels; are joints in millimetres?")
+                if not (target / name).is_file():
+                    _save_crop(image, corner, side, target / name)
+        except (DataError, OSError) as error:
+            errors.append(str(error))
+            continue
+        zoom = _HUMAN36M_SIDE / side
+        # Pixels as areas: pixel i covers i ... i + 1 of the picture, so that its centre is at i + 1/2.
+        view = np.array([[zoom, 0, 0], [0, zoom, 0], [0, 0, 1]])
+        view[:2, 2] = (0.5 - corner) * zoom - 0.5
+        texts.append(json.dumps({"name": name, "keypoint2d": _rounded(places @ view[:2, :2] + view[:2, 2], 3),
+                                 "keypoint3d": _rounded(joints, 3),
+                                 "intrinsic_matrix": _rounded(view @ intrinsics, 6)}))
+    return texts, errors
+
+
+def _save_crop(image, corner, side, target):
+    try:
+        box = (*corner.tolist(), *(corner + side).tolist())
+        crop = image.convert("RGB").resize((_HUMAN36M_SIDE, _HUMAN36M_SIDE), Image.Resampling.BICUBIC, box)
+    except _DECODE_ERRORS as error:
+        raise DataError(f"{image.filename}: cannot be decoded ({error}); fetch the image again") from error
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    crop.save(part, Image.registered_extensions().get(target.suffix.lower(), "JPEG"), quality=95)
+    os.replace(part, target)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------
+
+
+def main(arguments):
+    """`prepare` and `benchmark`. Returns the exit status: 1 where single files failed, 2 where all did."""
+    parser = argparse.ArgumentParser(prog="data.py", description="Prepare datasets, measure the data path.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    prepare = commands.add_parser("prepare", help="original release -> the layout that the loaders read")
+    prepare.add_argument("dataset", choices=("surreal", "human36m"))
+    prepare.add_argument("raw", type=Path, help="directory of the original release")
+    prepare.add_argument("out", type=Path, help="directory to fill; started again, it goes on")
+    prepare.add_argument("--jobs", type=int, default=os.cpu_count() or 1,
+                         help="processes (default: %(default)s)")
+    given = parser.parse_args(arguments)
+    if given.jobs < 1:
+        parser.error("--jobs: must be at least 1")
+    start = time.monotonic()
+    try:
+        work = prepare_surreal if given.dataset == "surreal" else prepare_human36m
+        lines, failures = work(given.raw, given.out, given.jobs)
+    except (DataError, OSError, BrokenProcessPool) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
+    for message in failures[:20]:
+        print(f"failed: {message}", file=sys.stderr)
+    if len(failures) > 20:
+        print(f"failed: {len(failures) - 20} more", file=sys.stderr)
+    print("\n".join(lines))
+    print(f"{time.monotonic() - start:.0f} s, {len(failures)} failed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

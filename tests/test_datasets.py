@@ -7,6 +7,8 @@ splits, keypoint maps, visibility, handedness; the errors of trees that are not 
 import json
 import pickle
 import random
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import torch
 from PIL import Image
 
 import data
+from test_lsp import compressed, numeric, variable, write_mat
 from data import BODY16, HAND21, SURREAL, Hand3DStudio, Human36M, RenderedHandPose
 
 # The tables of the formats, written out again.
@@ -22,11 +25,13 @@ RHD_ROWS = [0, 4, 3, 2, 1, 8, 7, 6, 5, 12, 11, 10, 9, 16, 15, 14, 13, 20, 19, 18
 
 
 def dots(width, height, points, radius):
-    """A dark picture with a bright square at each point (x, y); its centre lies at the point to the pixel."""
-    picture = np.zeros((height, width, 3), np.uint8)
-    for x, y in np.round(points).astype(int):
-        picture[max(y - radius, 0):y + radius + 1, max(x - radius, 0):x + radius + 1] = 255
-    return Image.fromarray(picture)
+    """A dark picture with a bright square around each point (x, y), to a fraction of a pixel."""
+    picture = np.zeros((height, width))
+    for x, y in points:
+        across = np.clip(radius + 0.5 - abs(np.arange(width) - x), 0, 1)
+        down = np.clip(radius + 0.5 - abs(np.arange(height) - y), 0, 1)
+        picture = np.maximum(picture, 255 * down[:, None] * across)
+    return Image.fromarray(np.repeat(picture[..., None].round().astype(np.uint8), 3, 2))
 
 
 def grid_points(count, side, shift):
@@ -64,7 +69,7 @@ def check_dots(ds, counted=None):
     counted = visible > 0 if counted is None else counted
     reach = size / 14
     error = (centroids(images, keypoints, reach) - keypoints).abs().amax(-1)
-    assert error[counted].max() < 0.5, error
+    assert error[counted].max() < 0.6, error
     views = data.random_affine_view(data.hash_uniform(0, torch.arange(n), 5), size, 60, 20, 0.05, (0.8, 1.2))
     seen = data.denormalise(data.warp(data.normalise(images), views)).float()
     grey = data.denormalise(torch.zeros(1, 3, 1, 1)).float()       # what lies outside of the crop
@@ -285,7 +290,7 @@ def make_rhd(root, folder, numbers, protocol=4):
     annotations = {}
     for identity, number in enumerate(numbers):
         left, right, seen_left, seen_right, _ = RHD_PICTURES[number]
-        dots(320, 320, np.concatenate([left, right]), 1).save(base / "color" / f"{identity:05d}.png")
+        dots(320, 320, np.concatenate([left, right]), 2).save(base / "color" / f"{identity:05d}.png")
         stored = np.zeros((42, 3))
         for first, points, seen in ((0, left, seen_left), (21, right, seen_right)):
             for keypoint, row in enumerate(RHD_ROWS):               # fingers are stored from tip to base
@@ -431,6 +436,243 @@ def test_corrupted_pickles(tmp_path):
             assert "anno_training.pickle" in str(error)
             refused += 1
     assert 100 < refused < 400
+
+
+# --- preparation --------------------------------------------------------------------------------------
+
+STUB = """#!{python}
+import os, sys
+video = sys.argv[sys.argv.index("-i") + 1]
+with open(video, "rb") as file:
+    frames = file.read()
+with open(os.path.join(os.path.dirname(__file__), "calls"), "a") as log:
+    log.write(os.path.basename(video) + "\\n")
+if frames.startswith(b"broken"):
+    sys.exit(video + ": moov atom not found")
+sys.stdout.buffer.write(frames)
+"""
+FOCAL, CENTRE = 600, np.array([160, 120])
+# World axes to the camera's, from the release's description: the camera looks along -x, z points to its left.
+TO_CAMERA = np.array([[0.0, 0, -1], [0, 1, 0], [-1, 0, 0]])
+
+
+@pytest.fixture
+def stub_ffmpeg(tmp_path, monkeypatch):
+    """An `ffmpeg` that writes out what a test has put into the video file; returns its log of calls."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "ffmpeg").write_text(STUB.format(python=sys.executable))
+    (folder / "ffmpeg").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    return folder / "calls"
+
+
+def surreal_pose(t, shift):
+    """Joints before SURREAL's camera (24, 3), metres, and in the frame (24, 2) pixels."""
+    grid = (grid_points(24, 1000, t + shift) / 1000 - 0.5) * [1.2, 1.2 + 0.2 * t]
+    joints = np.concatenate([grid + [0.3 * (shift % 3 - 1), 0.1], 6 + 0.1 * np.arange(24)[:, None] % 0.7], 1)
+    return joints, joints[:, :2] * FOCAL / joints[:, 2:] + CENTRE
+
+
+def make_clip(folder, name, frames, shift=0):
+    """A clip of the original release: raw frames in place of a video, and its info.mat."""
+    folder.mkdir(parents=True, exist_ok=True)
+    poses = [surreal_pose(t, shift) for t in range(frames)]
+    pictures = [np.array(dots(320, 240, places, 2)) for _, places in poses]
+    (folder / f"{name}.mp4").write_bytes(np.stack(pictures).tobytes())
+    camera = np.array([7.0, -0.5, 0.2])
+    world = np.stack([joints @ TO_CAMERA + camera for joints, _ in poses], -1).transpose(1, 0, 2).astype("f4")
+    places = np.stack([places for _, places in poses], -1).transpose(1, 0, 2).astype("f4")
+    if frames == 1:
+        places, world = places[..., 0], world[..., 0]
+    write_mat(folder / f"{name}_info.mat", variable("sequence", (1, 3), b"abc", 4, 16),
+              compressed(numeric("joints2D", places, "f4")), compressed(numeric("joints3D", world, "f4")))
+    return poses
+
+
+def prepare(capsys, *arguments):
+    status = data.main(["prepare", *map(str, arguments), "--jobs", "2"])
+    return status, *capsys.readouterr()
+
+
+def test_prepare_surreal(tmp_path, stub_ffmpeg, capsys):
+    """From videos to a layout that the loader reads: dots at the keypoints, the camera."""
+    poses = {}
+    for split, run, clip, frames in (("train", 0, "01_01_c0001", 3), ("train", 0, "01_01_c0002", 1),
+                                     ("train", 1, "02_01_c0001", 2), ("train", 2, "03_01_c0001", 2),
+                                     ("val", 0, "04_01_c0001", 2)):
+        poses[clip] = make_clip(tmp_path / "raw" / "cmu" / split / f"run{run}" / clip[:5], clip, frames, run)
+    status, printed, errors = prepare(capsys, "surreal", tmp_path / "raw", tmp_path / "out")
+    assert status == 0 and errors == ""
+    assert "run0.json: 4 frames of 2 clips (2 of them new), 0 clips failed" in printed
+    entries = json.loads((tmp_path / "out" / "train" / "run0.json").read_text())
+    assert [sample["name"] for sample in entries] == [
+        "01_01/01_01_c0001_f000.jpg", "01_01/01_01_c0001_f001.jpg", "01_01/01_01_c0001_f002.jpg",
+        "01_01/01_01_c0002_f000.jpg"]
+    assert not list((tmp_path / "out").glob("**/*.parts")) and not list((tmp_path / "out").glob("**/*.tmp"))
+    for split, run in (("train", 0), ("train", 1), ("train", 2), ("val", 0)):
+        for sample in json.loads((tmp_path / "out" / split / f"run{run}.json").read_text()):
+            clip, t = sample["name"].split("/")[1].removesuffix(".jpg").split("_f")
+            joints, places = poses[clip][int(t)]
+            places2d, places3d, camera = (np.array(sample[key]) for key in
+                                          ("keypoint2d", "keypoint3d", "intrinsic_matrix"))
+            np.testing.assert_allclose(places3d, joints, atol=2e-3)   # found from the 2-D joints alone
+            corner = places - places2d
+            assert np.ptp(corner, 0).max() < 0.01 and (corner[0] == corner[0].round()).any()
+            side = np.ptp(places, 0).max()
+            assert sample["size"] == min(round(1.5 * side), 240)
+            projected = places3d @ camera.T
+            np.testing.assert_allclose(projected[:, :2] / projected[:, 2:], places2d, atol=0.1)
+    for size in (128, 256):
+        check_dots(SURREAL(tmp_path / "out", "train", size))
+
+    calls = stub_ffmpeg.read_text().split()
+    assert sorted(calls) == sorted(f"{clip}.mp4" for clip in poses)
+    status, printed, _ = prepare(capsys, "surreal", tmp_path / "raw" / "cmu", tmp_path / "out")
+    assert status == 0 and printed.count("there already") == 4 and stub_ffmpeg.read_text().split() == calls
+
+
+def test_prepare_surreal_goes_on(tmp_path, stub_ffmpeg, capsys):
+    """A clip that fails is named and left out; the next start does that one alone. Frames that show nobody or
+    a person of a few pixels are left out."""
+    folder = tmp_path / "raw" / "cmu" / "train" / "run0" / "01"
+    for clip in ("a", "b", "c", "d"):
+        make_clip(folder, clip, 2)
+    (folder / "b.mp4").write_bytes(b"broken")
+    (folder / "c_info.mat").unlink()
+    write_mat(folder / "d_info.mat", numeric("joints2D", np.zeros((2, 24, 3), "f4"), "f4"),
+              numeric("joints3D", np.zeros((3, 24, 3), "f4"), "f4"))
+    status, printed, errors = prepare(capsys, "surreal", tmp_path / "raw", tmp_path / "out")
+    assert status == 1 and "2 frames of 1 clips (1 of them new), 3 clips failed" in printed
+    assert re.search("failed: .*b.mp4: ffmpeg cannot decode it .*moov atom not found", errors)
+    assert re.search("failed: .*c_info.mat", errors)
+    assert re.search("d.mp4: 2 frames of 320 x 240 pixels, d_info.mat has 3", errors)
+    make_clip(folder, "b", 2)
+    make_clip(folder, "c", 1)
+    outside, tiny = np.full((24, 2), -50.0), np.linspace((100, 100), (109, 109), 24)
+    poses = np.stack([outside, tiny, surreal_pose(0, 0)[1]])
+    write_mat(folder / "d_info.mat", numeric("joints2D", poses.transpose(2, 1, 0).astype("f4"), "f4"),
+              numeric("joints3D", np.zeros((3, 24, 3), "f4"), "f4"))
+    (folder / "d.mp4").write_bytes(bytes(3 * 240 * 320 * 3))
+    stub_ffmpeg.unlink()
+    status, printed, errors = prepare(capsys, "surreal", tmp_path / "raw", tmp_path / "out")
+    assert status == 0 and errors == "" and "6 frames of 4 clips (3 of them new), 0 clips failed" in printed
+    assert sorted(stub_ffmpeg.read_text().split()) == ["b.mp4", "c.mp4", "d.mp4"]
+    names = [sample["name"] for sample in json.loads((tmp_path / "out" / "train" / "run0.json").read_text())]
+    assert names == ["01/a_f000.jpg", "01/a_f001.jpg", "01/b_f000.jpg", "01/b_f001.jpg", "01/c_f000.jpg",
+                     "01/d_f002.jpg"]
+
+
+@pytest.mark.parametrize("places, joints, message", [
+    (np.zeros((3, 24, 2)), np.zeros((3, 24, 2)), r"joints2D has shape \(3, 24, 2\), expected \(2, 24, T\)"),
+    (np.zeros((2, 24, 2)), np.zeros((3, 24)), "2 frames of joints2D, 1 of joints3D"),
+    (np.full((2, 24, 2), np.nan), np.zeros((3, 24, 2)), "joints2D holds values that are no place"),
+])
+def test_bad_surreal_info(tmp_path, stub_ffmpeg, capsys, places, joints, message):
+    folder = tmp_path / "raw" / "cmu" / "train" / "run0" / "01"
+    make_clip(folder, "a", 2)
+    write_mat(folder / "a_info.mat", numeric("joints2D", places), numeric("joints3D", joints))
+    status, _, errors = prepare(capsys, "surreal", tmp_path / "raw", tmp_path / "out")
+    assert status == 1 and re.search(f"a_info.mat: {message}", errors)
+
+
+def test_prepare_without(tmp_path, monkeypatch, capsys):
+    """Without ffmpeg, how to install it; without a release, what was expected."""
+    make_clip(tmp_path / "raw" / "cmu" / "train" / "run0" / "01", "a", 1)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    status, _, errors = prepare(capsys, "surreal", tmp_path / "raw", tmp_path / "out")
+    assert status == 2 and "ffmpeg: no such program" in errors and "apt-get install ffmpeg" in errors
+    status, _, errors = prepare(capsys, "surreal", tmp_path, tmp_path / "out")
+    assert status == 2 and "no SURREAL release; expected cmu/" in errors
+    status, _, errors = prepare(capsys, "human36m", tmp_path / "raw", tmp_path / "out")
+    assert status == 2 and "Human36M_subject1_data.json: missing; the directory to give holds" in errors
+
+
+# Human3.6M joint of each of the 16 keypoints; the eighth is the middle of the shoulders, keypoints 12 and 13.
+HUMAN36M_JOINTS = [3, 2, 1, 4, 5, 6, 0, 11, 8, 10, 16, 15, 14, 11, 12, 13]
+
+
+def make_human36m_release(root, subject, frames):
+    """The JSON release of one subject with two cameras -> names of every fifth image, places of all."""
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    cameras, images, joints_3d, places = {}, [], {}, {}
+    for cam, angle in ((1, 0.3), (2, -2.9)):
+        cos, sin = np.cos(angle), np.sin(angle)
+        rotation = np.array([[cos, -sin, 0], [0, 0, -1], [sin, cos, 0]])  # world z is up, the camera's y down
+        numbers = rotation, (100.0 * cam, 900, 5000), (1145.0, 1143.0), (512.5, 515.4)
+        cameras[cam] = tuple(map(np.array, numbers))
+    for frame in range(frames):
+        grid = (grid_points(17, 1000, 0) - 500) * [1.2, 1.5 + 0.1 * frame]
+        grid[[14, 15, 11, 6]] = grid[[15, 14, 6, 11]]          # none in the middle of the shoulders
+        world = np.stack([grid[:, 0], 40.0 * (np.arange(17) % 5), grid[:, 1] + 900], 1)
+        joints_3d.setdefault("2", {}).setdefault("1", {})[str(frame)] = world.tolist()
+        for cam, (rotation, t, f, c) in cameras.items():
+            name = f"s_{subject:02d}_act_02_subact_01_ca_{cam:02d}/f_{frame:06d}.jpg"
+            seen = world[HUMAN36M_JOINTS]
+            seen[7] = (seen[12] + seen[13]) / 2
+            seen = seen @ rotation.T + t
+            places[name] = seen[:, :2] / seen[:, 2:] * f + c
+            images.append({"file_name": name, "action_idx": 2, "subaction_idx": 1, "frame_idx": frame,
+                           "cam_idx": cam})
+            if (len(images) - 1) % 5 == 0:
+                file = root / "images" / name
+                file.parent.mkdir(parents=True, exist_ok=True)
+                dots(1000, 1002, places[name], 4).save(file, quality=95, subsampling=0)
+    for kind, content in (("data", {"images": images, "annotations": []}), ("joint_3d", joints_3d),
+                          ("camera", {str(cam): {key: value.tolist() for key, value in zip("Rtfc", camera)}
+                                      for cam, camera in cameras.items()})):
+        (root / "annotations" / f"Human36M_subject{subject}_{kind}.json").write_text(json.dumps(content))
+    return [image["file_name"] for image in images][::5], places
+
+
+def test_prepare_human36m(tmp_path, capsys):
+    """Every fifth image: world to camera to picture to crop; dots at the loader's keypoints; going on."""
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    kept = {}
+    for subject in (1, 5, 6, 7, 8):
+        kept[subject], places = make_human36m_release(raw, subject, 4)
+    status, printed, errors = prepare(capsys, "human36m", raw, out)
+    assert status == 0 and errors == "" and printed.count("2 images, 0 failed") == 5
+    entries = json.loads((out / "annotations" / "keypoints2d_8.json").read_text())
+    assert [sample["name"] for sample in entries] == kept[8]
+    for sample in entries:
+        low, high = places[sample["name"]].min(0), places[sample["name"]].max(0)
+        side = round(1.5 * (high - low).max())
+        corner = np.round((low + high) / 2 - side / 2)
+        expected = (places[sample["name"]] - corner + 0.5) * 512 / side - 0.5
+        np.testing.assert_allclose(sample["keypoint2d"], expected, atol=1e-3)
+        projected = np.array(sample["keypoint3d"]) @ np.array(sample["intrinsic_matrix"]).T
+        np.testing.assert_allclose(projected[:, :2] / projected[:, 2:], expected, atol=1e-3)
+    check_dots(Human36M(out, "train", 256))
+
+    again = out / "annotations" / "keypoints2d_5.json"
+    again.unlink()
+    crop = out / "crop_images" / kept[5][0]
+    before = crop.stat().st_mtime_ns
+    (raw / "images" / kept[5][1]).write_bytes(b"no image")
+    status, printed, errors = prepare(capsys, "human36m", raw, out)
+    assert status == 1 and printed.count("there already") == 4
+    assert "1 images, 1 failed; delete it to try" in printed
+    assert re.search("failed: .*f_00000.*jpg: not a readable image", errors)
+    assert crop.stat().st_mtime_ns == before and len(json.loads(again.read_text())) == 1
+
+
+@pytest.mark.parametrize("kind, change, message", [
+    ("camera", lambda c: c["1"].pop("R") and c, "Human36M_subject1_camera.json.*KeyError: 'R'"),
+    ("data", lambda d: {}, "Human36M_subject1_data.json.*KeyError: 'images'"),
+    ("data", lambda d: {"images": [d["images"][0] | {"frame_idx": 99}]}, "data.json: .* has no joints or"),
+    ("data", lambda d: {"images": [d["images"][0] | {"file_name": "/etc/passwd"}]}, "no path below images"),
+    ("joint_3d", lambda j: {"2": {"1": {"0": [[float("nan")] * 3] * 17}}}, "joint_3d.json: .* not in front"),
+])
+def test_bad_human36m_release(tmp_path, capsys, kind, change, message):
+    make_human36m_release(tmp_path, 1, 1)
+    file = tmp_path / "annotations" / f"Human36M_subject1_{kind}.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    status, _, errors = prepare(capsys, "human36m", tmp_path, tmp_path / "out")
+    assert status == 2 and re.search(message, errors), errors
+    file.write_text("{")
+    status, _, errors = prepare(capsys, "human36m", tmp_path, tmp_path / "out")
+    assert status == 2 and f"{file.name}: no JSON" in errors
 
 
 # --- errors -------------------------------------------------------------------------------------------
