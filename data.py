@@ -47,7 +47,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 
 class DataError(ValueError):
@@ -154,13 +154,17 @@ def warp(maps, view, stride=1):
     """
     height, width = maps.shape[-2:]
     half_x, half_y = max((width - 1) / 2, 0.5), max((height - 1) / 2, 0.5)
-    (a, b, x), (c, d, y) = (row.unbind(-1) for row in invert_view(view).to(maps.dtype).unbind(-2))
+    exact = torch.float64 if maps.dtype == torch.float64 else torch.float32
+    (a, b, x), (c, d, y) = (row.unsqueeze(-1).unbind(-2) for row in invert_view(view).to(exact).unbind(-2))
     # From output cells to input cells, in grid_sample's units: -1 ... 1 from the centre of cell 0 to the last's.
-    x = (a * half_x + b * half_y + x / stride) / half_x - 1
-    y = (c * half_x + d * half_y + y / stride) / half_y - 1
-    rows = (a, b * (half_y / half_x), x), (c * (half_x / half_y), d, y)
-    theta = torch.stack([torch.stack(row, -1) for row in rows], -2)
-    grid = F.affine_grid(theta, maps.shape, align_corners=True)
+    across = torch.linspace(-1, 1, width, dtype=exact, device=maps.device)
+    down = torch.linspace(-1, 1, height, dtype=exact, device=maps.device)
+    x = (a * half_x + b * half_y + x / stride) / half_x - 1 + a * across
+    y = (c * half_x + d * half_y + y / stride) / half_y - 1 + (c * (half_x / half_y)) * across
+    # A sum over rows and columns, of x + iy, which writes x and y side by side: on a CPU a twentieth of
+    # affine_grid's time.
+    row, column = torch.complex(x, y), torch.complex(b * (half_y / half_x) * down, d * down)
+    grid = torch.view_as_real(row[:, None, :] + column[:, :, None]).to(maps.dtype)
     return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
 
 
@@ -210,7 +214,8 @@ def _per_channel(values, device):
 
 def normalise(images):
     """uint8 (B, 3, H, W) -> float32, zero mean and unit deviation by ImageNet's statistics."""
-    return (images.float() / 255 - _per_channel(IMAGE_MEAN, images.device)) / _per_channel(IMAGE_STD, images.device)
+    mean, std = (_per_channel(values, images.device) for values in (IMAGE_MEAN, IMAGE_STD))
+    return (images - 255 * mean).mul_(1 / (255 * std))
 
 
 def denormalise(images):
@@ -243,15 +248,22 @@ def colour_jitter(images, u, strength):
 
     images: (B, 3, H, W), normalised; the factors act on the colours behind them.
     """
-    factor = (1 + strength * (2 * u - 1))[:, :, None, None, None]
+    brightness, contrast, saturation = (1 + strength * (2 * u - 1)).T[..., None, None, None]
     mean, std = (_per_channel(values, images.device) for values in (IMAGE_MEAN, IMAGE_STD))
     luma = _per_channel((0.299, 0.587, 0.114), images.device)
-    colours = (images * std + mean) * factor[:, 0]
-    grey = (colours * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
-    colours = grey + (colours - grey) * factor[:, 1]
-    grey = (colours * luma).sum(1, keepdim=True)
-    colours = grey + (colours - grey) * factor[:, 2]
-    return (colours.clamp(0, 1) - mean) / std
+    # One affine map of the colours: brightness scales them; contrast scales their distance from the picture's
+    # mean grey, saturation that from the pixel's own grey, which leaves greys alone as luma sums to 1.
+    mean_grey = brightness * ((images.mean((2, 3), keepdim=True) * std + mean) * luma).sum(1, keepdim=True)
+    gain = brightness * contrast
+    offset = (gain * (saturation * mean + (1 - saturation) * (luma * mean).sum())
+              + (1 - contrast) * mean_grey - mean) / std
+    jittered = (images * (gain * saturation)).add_(offset)  # in place: passes over memory are the cost
+    for channel in range(3):
+        share = gain * (1 - saturation) * (luma * std)[channel] / std
+        jittered.addcmul_(share, images[:, channel:channel + 1])
+    for channel, (middle, spread) in enumerate(zip(IMAGE_MEAN, IMAGE_STD)):
+        jittered[:, channel].clamp_(-middle / spread, (1 - middle) / spread)
+    return jittered
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1161,7 +1173,8 @@ class _CropsOnDisk:
     """Batched indexing over crops that are decoded when they are asked for.
 
     A subclass sets `skeleton`, `size`, `keypoints` (N, K, 2) and `visible` (N, K), calls `_make_room`, and
-    defines `_name(i)` -> str and `_decode(i)` -> uint8 (3, S, S).
+    defines `_name(i)` -> str, `_source(i)` -> (image file, the region (left, top, width, height) that
+    the crop shows, None for all of it), and `_decode(i)` -> uint8 (3, S, S).
     """
 
     def _make_room(self):
@@ -1241,11 +1254,10 @@ def _open_image(file, listed_in=None):
         raise DataError(f"{file}: not a readable image ({error}); fetch it again") from error
 
 
-def _read_pixels(file, fitted, region=None, sides=None, listed_in=None):
-    """A picture, or the region (left, top, width, height) of it, resized to `fitted` (width, height).
+def _read_crop(file, size, region=None, sides=None, listed_in=None):
+    """A picture, or the region (left, top, width, height) of it, fitted into a square: uint8 (3, size, size).
 
-    sides: (width, height) that the annotation was made for, in pixels; DataError where the picture has
-    others. Returns uint8 (3, height, width).
+    sides: (width, height) that the annotation was made for, in pixels; DataError where it has others.
     """
     with _open_image(file, listed_in) as image:
         width, height = image.size
@@ -1253,19 +1265,40 @@ def _read_pixels(file, fitted, region=None, sides=None, listed_in=None):
             raise DataError(f"{file}: {width} x {height} pixels, its keypoints are annotated for "
                             f"{sides[0]} x {sides[1]}; take images and annotations from the same release")
         left, top, wide, high = region or (0, 0, width, height)
+        fitted, (column, row) = _fit_square(wide, high, size)
         try:
             # JPEG decodes large pictures at 1/2, 1/4 or 1/8 at a fraction of the cost, never below the size
-            # wanted. The reduced picture's sides are rounded up: `covered` is the part that the original
-            # covers, so the mapping of coordinates stays exact.
-            wanted = math.ceil(width * fitted[0] / wide), math.ceil(height * fitted[1] / high)
-            reduced = image.draft(None, wanted)
-            covered = reduced[1] if reduced else (0, 0, width, height)
-            x, y = covered[2] / width, covered[3] / height
-            box = left * x, top * y, (left + wide) * x, (top + high) * y
-            picture = image.convert("RGB").resize(fitted, Image.Resampling.BILINEAR, box)
+            # wanted.
+            image.draft(None, (math.ceil(width * fitted[0] / wide), math.ceil(height * fitted[1] / high)))
+            picture = image.convert("RGB")
         except _DECODE_ERRORS as error:
             raise DataError(f"{file}: cannot be decoded ({error}); fetch the image again") from error
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    # The reduced picture's sides are rounded up; the original covers width / reduction of it, so that the
+    # mapping of coordinates stays exact.
+    reduction = 1 << round(math.log2(max(width / picture.width, height / picture.height, 1)))
+    box = [value / reduction for value in (left, top, left + wide, top + high)]
+    if all(value.is_integer() for value in box):
+        # The same filter as PIL's, several times as fast where the processor has vectors of bytes.
+        shown = picture if region is None else picture.crop(tuple(map(int, box)))
+        pixels = torch.from_numpy(np.array(shown)).permute(2, 0, 1)[None]
+        if pixels.shape[2:] != fitted[::-1]:
+            pixels = F.interpolate(pixels, fitted[::-1], mode="bilinear", antialias=True, align_corners=False)
+        pixels = pixels[0]
+    else:
+        resized = picture.resize(fitted, Image.Resampling.BILINEAR, tuple(box))
+        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+    if fitted == (size, size):
+        return pixels
+    crop = torch.zeros(3, size, size, dtype=torch.uint8)
+    crop[:, row:row + fitted[1], column:column + fitted[0]] = pixels
+    return crop
+
+
+def _fit_square(width, height, size):
+    """Sides of a picture of width x height fitted into size x size, and (left, top) of its centred place."""
+    scale = size / max(width, height)
+    fitted = max(1, round(width * scale)), max(1, round(height * scale))
+    return fitted, ((size - fitted[0]) // 2, (size - fitted[1]) // 2)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1330,6 +1363,9 @@ class LSP(_CropsOnDisk):
     def _name(self, i):
         return self.files[i].name
 
+    def _source(self, i):
+        return self.files[i], None
+
     def _crop_geometry(self, file):
         """Scale and offset, each (x, y), from the picture to the crop; reads the picture's header alone."""
         with _open_image(file) as image:
@@ -1338,19 +1374,7 @@ class LSP(_CropsOnDisk):
         return np.array(fitted) / picture, np.array(offset)
 
     def _decode(self, i):
-        """Photograph -> crop, uint8 (3, S, S)."""
-        with _open_image(self.files[i]) as image:
-            fitted, (left, top) = _fit_square(*image.size, self.size)
-        crop = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
-        crop[:, top:top + fitted[1], left:left + fitted[0]] = _read_pixels(self.files[i], fitted)
-        return crop
-
-
-def _fit_square(width, height, size):
-    """Sides of a picture of width x height fitted into size x size, and (left, top) of its centred place."""
-    scale = size / max(width, height)
-    fitted = max(1, round(width * scale)), max(1, round(height * scale))
-    return fitted, ((size - fitted[0]) // 2, (size - fitted[1]) // 2)
+        return _read_crop(self.files[i], self.size)
 
 
 def _read_lsp_joints(joints_file):
@@ -1638,10 +1662,13 @@ class _SquareCrops(_CropsOnDisk):
     def _name(self, i):
         return self._text[self._start[i]:self._start[i] + self._length[i]].tobytes().decode()
 
+    def _source(self, i):
+        return self.root / self._name(i), None
+
     def _decode(self, i):
         side = int(self._side[i])
-        return _read_pixels(self.root / self._name(i), (self.size, self.size), sides=(side, side),
-                            listed_in="its annotation file")
+        return _read_crop(self.root / self._name(i), self.size, sides=(side, side),
+                          listed_in="its annotation file")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1925,10 +1952,13 @@ class RenderedHandPose(_CropsOnDisk):
     def _name(self, i):
         return f"{self._file(i)} {'left' if self.left[i] else 'right'}"
 
+    def _source(self, i):
+        side = int(self._box[i])
+        return self.root / self._file(i), (*self._corner[i].tolist(), side, side)
+
     def _decode(self, i):
-        left, top, side = *self._corner[i].tolist(), int(self._box[i])
-        crop = _read_pixels(self.root / self._file(i), (self.size, self.size), (left, top, side, side),
-                            (self.SIDE, self.SIDE), self._annotation)
+        file, region = self._source(i)
+        crop = _read_crop(file, self.size, region, (self.SIDE, self.SIDE), self._annotation)
         return crop if self.left[i] else crop.flip(-1)
 
 
@@ -2286,6 +2316,107 @@ def _save_crop(image, corner, side, target):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Benchmark of the data path
+# ----------------------------------------------------------------------------------------------------------
+
+_BENCHMARK_BATCH = 8  # what the processor's cache holds: at 32 the same work takes nearly twice as long
+
+
+def open_dataset(root, split="train", size=256):
+    """The dataset whose layout `root` has, told by its annotation file."""
+    root = Path(root)
+    layouts = {"joints.mat": LSP, "train/run0.json": SURREAL, "annotations/keypoints2d_1.json": Human36M,
+               "H3D_crop/annotation.json": Hand3DStudio, "annotation.json": Hand3DStudio,
+               "RHD_published_v2/training/anno_training.pickle": RenderedHandPose,
+               "training/anno_training.pickle": RenderedHandPose}
+    for relative, loader in layouts.items():
+        if (root / relative).is_file():
+            return loader(root, split, size)
+    raise FileNotFoundError(f"{root}: no dataset; expected one of {', '.join(layouts)} in it")
+
+
+def _augmented_batch(dataset, indices, u):
+    """To an augmented batch, as in training: u (B, 11) -> images (B, 3, S, S), heatmaps (B, K, S/4, S/4)."""
+    images, keypoints, visible = dataset[indices]
+    size = dataset.size
+    view = compose_views(random_affine_view(u[:, :5], size, 60, 30, 0.05, (0.6, 1.3)),
+                         random_crop_view(u[:, 5:8], size, (0.6, 1.3)))
+    images = colour_jitter(warp(normalise(images), view), u[:, 8:11], 0.25)
+    heatmaps, _ = render_heatmaps(map_keypoints(keypoints, view), visible, size // 4, 4, 2.0)
+    return images, heatmaps
+
+
+def _augmented_in_pil(dataset, indices, u):
+    """The same work as published code does it: image by image in PIL and NumPy, a heatmap at a time."""
+    size = dataset.size
+    images, targets = [], []
+    for i, numbers in zip(indices.tolist(), u.double().numpy()):
+        file, region = dataset._source(i)
+        with Image.open(file) as image:
+            image = image.convert("RGB")
+        if region is not None:
+            left, top, width, height = region
+            image = image.crop((left, top, left + width, top + height))
+        fitted, offset = _fit_square(*image.size, size)
+        picture = Image.new("RGB", (size, size))
+        picture.paste(image.resize(fitted, Image.Resampling.BILINEAR), offset)
+        crop = random_crop_view(torch.from_numpy(numbers[None, 5:8]), size, (0.6, 1.3))[0].numpy()
+        low, high = -crop[:, 2] / crop[0, 0], (size - crop[:, 2]) / crop[0, 0]
+        picture = picture.crop((*low.round().astype(int).tolist(), *high.round().astype(int).tolist()))
+        picture = picture.resize((size, size), Image.Resampling.BILINEAR)
+        affine = random_affine_view(torch.from_numpy(numbers[None, :5]), size, 60, 30, 0.05, (0.6, 1.3))
+        inverse = invert_view(affine)[0].numpy().ravel().tolist()
+        picture = picture.transform((size, size), Image.Transform.AFFINE, inverse, Image.Resampling.NEAREST)
+        enhancers = ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color
+        for enhancer, number in zip(enhancers, numbers[8:]):
+            picture = enhancer(picture).enhance(1 + 0.25 * (2 * number - 1))
+        tensor = torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().float().div(255)
+        images.append(tensor.sub_(torch.tensor(IMAGE_MEAN)[:, None, None])
+                      .div_(torch.tensor(IMAGE_STD)[:, None, None]))
+        places = dataset.keypoints[i].double().numpy()
+        for view in (crop, affine[0].numpy()):
+            places = places @ view[:, :2].T + view[:, 2]
+        target = np.zeros((len(places), size // 4, size // 4), np.float32)
+        line = np.arange(size // 4, dtype=np.float32)
+        for heatmap, place, visible in zip(target, places, dataset.visible[i].tolist()):
+            x, y = np.floor(place / 4 + 0.5)
+            if visible and 0 <= x < size // 4 and 0 <= y < size // 4:
+                heatmap[:] = np.exp(-((line - x) ** 2 + (line[:, None] - y) ** 2) / 8)
+                heatmap[(abs(line[:, None] - y) > 6) | (abs(line - x) > 6)] = 0
+        targets.append(torch.from_numpy(target))
+    return torch.stack(images), torch.stack(targets)
+
+
+def benchmark(root, count=256):
+    """Images per second on one core, from the file to the augmented batch, beside the published way.
+
+    root: a dataset in a layout of the loaders; count: images, drawn from its training split, decoded anew by
+    both. The best of five rounds counts, so that reading from the disk does not. Returns (ours, published).
+    """
+    dataset = open_dataset(root)
+    dataset._crops = None                                          # decode at every use
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        indices = torch.from_numpy(np.random.default_rng(0).permutation(len(dataset))[:count])
+        u = hash_uniform(0, indices, 11)
+        batches = list(zip(indices.split(_BENCHMARK_BATCH), u.split(_BENCHMARK_BATCH)))
+        best = {_augmented_batch: math.inf, _augmented_in_pil: math.inf}
+        for work in list(best) * 5:                                # in turns: whatever else runs slows both
+            start = time.perf_counter()
+            for batch in batches:
+                work(dataset, *batch)
+            best[work] = min(best[work], time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(threads)
+    rates = [len(indices) / seconds for seconds in best.values()]
+    print(f"{type(dataset).__name__}, {len(indices)} images to {dataset.size} x {dataset.size}, one core: "
+          f"{rates[0]:.0f} images/s in batches of {_BENCHMARK_BATCH}, {rates[1]:.0f} images/s in PIL, image "
+          f"by image ({rates[0] / rates[1]:.1f} x)")
+    return tuple(rates)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------------------
 
@@ -2300,11 +2431,16 @@ def main(arguments):
     prepare.add_argument("out", type=Path, help="directory to fill; started again, it goes on")
     prepare.add_argument("--jobs", type=int, default=os.cpu_count() or 1,
                          help="processes (default: %(default)s)")
+    measure = commands.add_parser("benchmark", help="images per second per core, file to augmented batch")
+    measure.add_argument("root", type=Path, help="directory of a dataset that one of the loaders reads")
     given = parser.parse_args(arguments)
-    if given.jobs < 1:
+    if given.command == "prepare" and given.jobs < 1:
         parser.error("--jobs: must be at least 1")
     start = time.monotonic()
     try:
+        if given.command == "benchmark":
+            benchmark(given.root)
+            return 0
         work = prepare_surreal if given.dataset == "surreal" else prepare_human36m
         lines, failures = work(given.raw, given.out, given.jobs)
     except (DataError, OSError, BrokenProcessPool) as error:
