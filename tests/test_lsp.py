@@ -245,8 +245,8 @@ CORRUPTIONS = 100  # of each form of a file; 2,000 of each have been run
 @pytest.mark.parametrize("name, values", [("lsp_joints.mat", 3 * 14 * 2000),
                                           ("lspet_joints.mat", 14 * 3 * 10000)])
 def test_corrupted_originals(tmp_path, name, values, form):
-    """Bit flips, cuts and inflated sizes of the file, of its uncompressed form, and within the
-    compression, whose checksum stops most of them: DataError with the path or an array of as many values, in little memory."""
+    """Bit flips, cuts and inflated sizes of the file, of its uncompressed form, and within its compression,
+    whose checksum stops most of them: DataError with the path or an array of as many values, in little memory."""
     whole = (SHARED / "mat" / name).read_bytes()
     if form != "as released":
         whole = whole[:128] + zlib.decompress(whole[136:])
