@@ -1265,7 +1265,7 @@ def _read_crop(file, size, region=None, sides=None, listed_in=None):
             raise DataError(f"{file}: {width} x {height} pixels, its keypoints are annotated for "
                             f"{sides[0]} x {sides[1]}; take images and annotations from the same release")
         left, top, wide, high = region or (0, 0, width, height)
-        fitted, (column, row) = _fit_square(wide, high, size)
+        fitted, (column, row) = fit_square(wide, high, size)
         try:
             # JPEG decodes large pictures at 1/2, 1/4 or 1/8 at a fraction of the cost, never below the size
             # wanted.
@@ -1294,7 +1294,7 @@ def _read_crop(file, size, region=None, sides=None, listed_in=None):
     return crop
 
 
-def _fit_square(width, height, size):
+def fit_square(width, height, size):
     """Sides of a picture of width x height fitted into size x size, and (left, top) of its centred place."""
     scale = size / max(width, height)
     fitted = max(1, round(width * scale)), max(1, round(height * scale))
@@ -1370,7 +1370,7 @@ class LSP(_CropsOnDisk):
         """Scale and offset, each (x, y), from the picture to the crop; reads the picture's header alone."""
         with _open_image(file) as image:
             picture = np.array(image.size, dtype=np.float64)
-        fitted, offset = _fit_square(*image.size, self.size)
+        fitted, offset = fit_square(*image.size, self.size)
         return np.array(fitted) / picture, np.array(offset)
 
     def _decode(self, i):
@@ -2357,7 +2357,7 @@ def _augmented_in_pil(dataset, indices, u):
         if region is not None:
             left, top, width, height = region
             image = image.crop((left, top, left + width, top + height))
-        fitted, offset = _fit_square(*image.size, size)
+        fitted, offset = fit_square(*image.size, size)
         picture = Image.new("RGB", (size, size))
         picture.paste(image.resize(fitted, Image.Resampling.BILINEAR), offset)
         crop = random_crop_view(torch.from_numpy(numbers[None, 5:8]), size, (0.6, 1.3))[0].numpy()

@@ -11,8 +11,11 @@
 """
 
 import argparse
+import collections
+import concurrent.futures
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import os
@@ -71,6 +74,11 @@ IMAGENET_FILES = {"resnet18": "resnet18-f37072fd.pth", "resnet34": "resnet34-b62
                   "resnet50": "resnet50-0676ba61.pth", "resnet101": "resnet101-63fe2227.pth"}
 
 
+# Datasets on disk: their loaders.
+SOURCES = {"surreal": data.SURREAL, "rhd": data.RenderedHandPose}
+TARGETS = {"lsp": data.LSP, "human36m": data.Human36M, "h3d": data.Hand3DStudio}
+
+
 def option(default, group, text, paper=None, choices=None):
     """A field of Settings with what --help says of it. paper: the value of the paper's preset, if another."""
     return field(default=default, metadata=dict(group=group, help=text, paper=paper, choices=choices))
@@ -80,9 +88,12 @@ def option(default, group, text, paper=None, choices=None):
 class Settings:
     """Everything that decides a run's result. Defaults are the demo's; `paper` values the paper's (§4)."""
     method: str = option("actupose", "task", "which of the paper's rows to train", choices=tuple(METHODS))
-    source: str = option("mannequin", "task", "labelled source domain", choices=("mannequin",))
-    target: str = option("mannequin-wild", "task", "unlabelled target domain", choices=("mannequin-wild", "lsp"))
+    source: str = option("mannequin", "task", "labelled source domain", choices=("mannequin", *SOURCES))
+    source_root: str = option("", "task", "directory of the source dataset, for sources on disk")
+    target: str = option("mannequin-wild", "task", "unlabelled target domain", choices=("mannequin-wild", *TARGETS))
     target_root: str = option("", "task", "directory of the target dataset, for targets on disk")
+    shoulders: str = option("published", "task", "shoulders of surreal: published (its collar joints, as all published "
+                            "results have it) or true", choices=("published", "true"))
     source_count: int = option(6000, "task", "source training images that the built-in benchmark renders")
     target_count: int = option(2000, "task", "unlabelled target images that it renders")
     seed: int = option(0, "task", "seed of the data, initialisation, augmentation and every draw")
@@ -101,6 +112,7 @@ class Settings:
     pretrain_epochs: int = option(40, "schedule", "epochs on the source before the teacher joins")
     iters_per_epoch: int = option(30, "schedule", "iterations an epoch", 500)
     batch_size: int = option(32, "schedule", "images of each domain in a batch")
+    workers: int = option(0, "schedule", "threads that decode the batches to come (0: none)", 8)
     lr: float = option(1e-3, "schedule", "learning rate of Adam", 1e-4)
     lr_drops: str = option("45,60", "schedule", "epochs at which it drops")
     lr_factor: float = option(0.3, "schedule", "by what factor", 0.1)
@@ -165,10 +177,20 @@ class Settings:
         if self.weights == "imagenet" and self.architecture not in IMAGENET_FILES:
             raise UserError(f"--weights imagenet: there are none for --architecture {self.architecture}; use one of "
                             f"{', '.join(IMAGENET_FILES)}")
+        if self.workers < 0:
+            raise UserError(f"--workers: must not be negative, got {self.workers}")
         if self.image_size % 32:
             raise UserError(f"--image-size: must be a multiple of 32, got {self.image_size}")
-        if self.target == "lsp" and not self.target_root:
-            raise UserError("--target lsp: also give --target-root, the directory that holds images/ and joints.mat")
+        for role, name, root, loaders in (("source", self.source, self.source_root, SOURCES),
+                                          ("target", self.target, self.target_root, TARGETS)):
+            if name in loaders and not root:
+                raise UserError(f"--{role} {name}: also give --{role}-root, the directory of the dataset")
+            if root and name not in loaders:
+                raise UserError(f"--{role}-root: {name} is rendered, not read; give --{role} "
+                                f"{' or '.join(loaders)} with it, or leave it away")
+        if (self.source == "rhd") != (self.target == "h3d"):
+            raise UserError(f"--source {self.source} --target {self.target}: one has hands and the other bodies; hands are "
+                            f"--source rhd --target h3d")
         self.numbers("lr_drops")
         for name in ("zoom", "crop"):
             low, high = self.numbers(name, 2)
@@ -206,6 +228,8 @@ def make_settings(preset="demo", **given):
     method = given.get("method", "actupose")
     if method not in METHODS:
         raise UserError(f"--method: unknown {method!r}; one of {', '.join(METHODS)}")
+    if given.get("source") == "rhd":
+        values["rotation"] = 180.0                         # hands come in every direction, as in the base method
     return Settings(**{**values, **METHODS[method], **given})
 
 
@@ -231,15 +255,25 @@ def open_domains(settings):
         return data.Mannequin(domain, split, size, count, seed=settings.seed, cache=cache,
                               progress=Progress(f"rendering {domain} {split}"))
 
-    source = mannequin("source", "train", settings.source_count)
+    def on_disk(role, loader, root, split, **options):
+        try:
+            return loader(root, split, size, **options)
+        except FileNotFoundError as e:
+            raise UserError(f"--{role}-root: {e}") from None
+
+    if settings.source == "mannequin":
+        source = mannequin("source", "train", settings.source_count)
+    else:
+        options = {}
+        if settings.source == "surreal":
+            options = dict(shoulders=settings.shoulders, progress=Progress("reading surreal"))
+        source = on_disk("source", SOURCES[settings.source], settings.source_root, "train", **options)
     if settings.target == "mannequin-wild":
         target, val, test = (mannequin("target", split, count)
                              for split, count in (("train", settings.target_count), ("val", None), ("test", None)))
     else:
-        try:
-            target, val, test = (data.LSP(settings.target_root, split, size) for split in ("train", "val", "test"))
-        except FileNotFoundError as e:
-            raise UserError(f"--target-root: {e}") from None
+        target, val, test = (on_disk("target", TARGETS[settings.target], settings.target_root, split)
+                             for split in ("train", "val", "test"))
     for name, dataset in (("source", source), ("target", target)):
         if len(dataset) < settings.batch_size:
             raise UserError(f"--batch-size: {settings.batch_size} is more than the {len(dataset)} images of the {name} "
@@ -762,6 +796,25 @@ def set_up(settings, device, checkpoint=None, path=None):
     return Run(settings, domains, vae, curriculum, trainer, [], [])
 
 
+def ahead(jobs, workers):
+    """Results of the callables `jobs`, in their order; `workers` threads are at work on those to come.
+
+    Decoding images lets go of Python's lock, so threads do; what a batch holds depends on its place alone.
+    """
+    if workers == 0:
+        for job in jobs:
+            yield job()
+        return
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        waiting = collections.deque()
+        for job in jobs:
+            waiting.append(pool.submit(job))
+            if len(waiting) > 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def train_epoch(run, epoch, progress):
     """One epoch: re-rank and draw (Eq. 3-4), iterate. Returns the epoch's line for log.jsonl."""
     s, trainer, curriculum = run.settings, run.trainer, run.curriculum
@@ -779,16 +832,23 @@ def train_epoch(run, epoch, progress):
     source_order, target_order = Shuffler(s.seed, len(pool)), Shuffler(s.seed + 1, len(run.domains.target))
     lr = trainer.learning_rate(epoch)
     sums, seen = {}, []
-    for i in range(s.iters_per_epoch):
+
+    def drawn(i):
+        """Indices of the source's and the target's batch i of this epoch."""
         step = epoch * s.iters_per_epoch + i
         # An active pool is new each epoch and already in random order; a fixed one is passed over epoch after epoch.
         at = (np.arange(s.batch_size) + i * s.batch_size) % len(pool) if active else source_order.batch(s.batch_size, step)
-        indices = torch.from_numpy(pool[at])
-        target_indices = torch.from_numpy(target_order.batch(s.batch_size, step)) if needs_target else None
-        terms, confidence = trainer.step(
-            step, (indices, *labelled[indices]),
-            (target_indices, *run.domains.target[target_indices]) if needs_target else None)
-        seen.append((indices, confidence))
+        return torch.from_numpy(pool[at]), (torch.from_numpy(target_order.batch(s.batch_size, step)) if needs_target else None)
+
+    def load(indices, target_indices):
+        return ((indices, *labelled[indices]),
+                (target_indices, *run.domains.target[target_indices]) if needs_target else None)
+
+    jobs = (functools.partial(load, *drawn(i)) for i in range(s.iters_per_epoch))
+    for i, (source_batch, target_batch) in enumerate(ahead(jobs, s.workers)):
+        step = epoch * s.iters_per_epoch + i
+        terms, confidence = trainer.step(step, source_batch, target_batch)
+        seen.append((source_batch[0], confidence))
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value
         progress(step + 1, s.epochs * s.iters_per_epoch, f"epoch {epoch + 1}/{s.epochs}")
@@ -1435,7 +1495,7 @@ def crop_photograph(image, region, size):
     from the photograph's pixels to the crop's; in both, pixel i is at coordinate i and reaches from i - 1/2 to i + 1/2.
     """
     left, top, right, bottom = region
-    (width, height), (x, y) = data._fit_square(right - left, bottom - top, size)
+    (width, height), (x, y) = data.fit_square(right - left, bottom - top, size)
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=region))
     crop = torch.zeros(3, size, size, dtype=torch.uint8)
     crop[:, y:y + height, x:x + width] = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
@@ -1640,7 +1700,7 @@ def box_numbers(text):
     return box
 
 
-WITHOUT_EFFECT = ("cache",)                    # settings that may differ between two runs of one result
+WITHOUT_EFFECT = ("cache", "workers")                    # settings that may differ between two runs of one result
 
 
 def add_settings(parser, skip=()):
