@@ -1379,7 +1379,9 @@ def draw_figures(run, scores, predictions, folder):
     draw_samples(folder / "domains.png", [(f"source: {s.source}", *first(domains.source, 8)),
                                           (f"target: {s.target}", *first(domains.val, 8))], skeleton)
     if trainer.style_transfer is not None:
-        source, target = (normalise(first(d, 8)[0].to(trainer.device)) for d in (domains.source, domains.target))
+        shown_of_each = min(8, len(domains.source), len(domains.target))
+        source, target = (normalise(first(domain, shown_of_each)[0].to(trainer.device))
+                          for domain in (domains.source, domains.target))
         full = torch.ones(len(source), device=trainer.device)
         columns = (("source", source), ("source -> target", trainer.style_transfer(source, target, full)),
                    ("target", target), ("target -> source", trainer.style_transfer(target, source, full)))
