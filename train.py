@@ -88,7 +88,7 @@ def option(default, group, text, paper=None, choices=None):
 class Settings:
     """Everything that decides a run's result. Defaults are the demo's; `paper` values the paper's (§4)."""
     method: str = option("actupose", "task", "which of the paper's rows to train", choices=tuple(METHODS))
-    source: str = option("mannequin", "task", "labelled source domain", choices=("mannequin", *SOURCES))
+    source: str = option("mannequin", "task", "labelled source domain", choices=("mannequin", "mannequin-wild", *SOURCES))
     source_root: str = option("", "task", "directory of the source dataset, for sources on disk")
     target: str = option("mannequin-wild", "task", "unlabelled target domain", choices=("mannequin-wild", *TARGETS))
     target_root: str = option("", "task", "directory of the target dataset, for targets on disk")
@@ -137,7 +137,8 @@ class Settings:
     occlusion: float = option(0.5, "adaptation (§3.2)", "probability of hiding a confident keypoint from the student")
     style: str = option("small", "adaptation (§3.2)", "style transfer networks; small is trained on the run's own images",
                         "vgg", ("small", "vgg", "off"))
-    style_weights: str = option("", "adaptation (§3.2)", "directory of vgg_normalised.pth and decoder.pth")
+    style_weights: str = option("", "adaptation (§3.2)", "directory of vgg_normalised.pth, and of decoder.pth if it is "
+                               "not to be trained on the two domains")
     style_prob: float = option(0.5, "adaptation (§3.2)", "probability of restyling a batch, each direction")
     style_iters: int = option(300, "adaptation (§3.2)", "iterations that train the style networks", 20000)
 
@@ -181,6 +182,8 @@ class Settings:
             raise UserError(f"--workers: must not be negative, got {self.workers}")
         if self.image_size % 32:
             raise UserError(f"--image-size: must be a multiple of 32, got {self.image_size}")
+        if self.source == self.target:
+            raise UserError(f"--source {self.source}: is the target too; give another --target, such as lsp")
         for role, name, root, loaders in (("source", self.source, self.source_root, SOURCES),
                                           ("target", self.target, self.target_root, TARGETS)):
             if name in loaders and not root:
@@ -205,8 +208,8 @@ class Settings:
             raise UserError("--supervise target: the curriculum ranks source samples; also give --curriculum off, or use "
                             "--method oracle")
         if self.style == "vgg" and not self.style_weights:
-            raise UserError("--style vgg: also give --style-weights, the directory of vgg_normalised.pth and decoder.pth; "
-                            "or use --style small")
+            raise UserError("--style vgg: also give --style-weights, the directory of vgg_normalised.pth (and of decoder.pth, "
+                            "or it is trained); or use --style small")
 
     def numbers(self, name, count=None):
         """A setting written as comma-separated numbers, as a list."""
@@ -261,8 +264,8 @@ def open_domains(settings):
         except FileNotFoundError as e:
             raise UserError(f"--{role}-root: {e}") from None
 
-    if settings.source == "mannequin":
-        source = mannequin("source", "train", settings.source_count)
+    if settings.source in ("mannequin", "mannequin-wild"):
+        source = mannequin("source" if settings.source == "mannequin" else "target", "train", settings.source_count)
     else:
         options = {}
         if settings.source == "surreal":
@@ -675,16 +678,20 @@ def prepare_style(settings, domains, device):
     torch.manual_seed(settings.seed)
     transfer = actupose.StyleTransfer(settings.style).to(device)
     if settings.style_weights:
-        for part, file in (("encoder", "vgg_normalised.pth"), ("decoder", "decoder.pth")):
-            load_style_weights(getattr(transfer, part), Path(settings.style_weights) / file)
-        return transfer.requires_grad_(False).eval()
+        folder = Path(settings.style_weights)
+        load_style_weights(transfer.encoder, folder / "vgg_normalised.pth")
+        if (folder / "decoder.pth").exists():
+            load_style_weights(transfer.decoder, folder / "decoder.pth")
+            return transfer.requires_grad_(False).eval()
     size = min(16, settings.batch_size)
     shuffled = [(dataset, Shuffler(settings.seed, len(dataset))) for dataset in (domains.source, domains.target)]
 
     def batches(i):
         return tuple(normalise(dataset[shuffle.batch(size, i)][0].to(device)) for dataset, shuffle in shuffled)
 
-    return actupose.train_style_transfer(transfer, batches, settings.style_iters, train_encoder=True,
+    return actupose.train_style_transfer(transfer, batches, settings.style_iters,
+                                         train_encoder=not settings.style_weights,
+                                         lr=2e-3 if settings.style == "small" else 1e-4,   # AdaIN's own for VGG
                                          progress=Progress("style transfer"))
 
 
