@@ -34,10 +34,11 @@ def test_bf16_is_for_the_networks_alone():
     rounded, parameters, precisions = two_steps(amp="bf16")
     assert precisions == {torch.bfloat16}
     assert {name: p.dtype for name, p in parameters.items()} == {name: p.dtype for name, p in names.items()}
-    for a, b in zip(exact, rounded):
+    # The second step starts from weights that the first moved by rounded gradients' signs (Adam).
+    for a, b, tolerance in zip(exact, rounded, (0.02, 0.1)):
         assert b["mse"].dtype == torch.float32 and a["mse"] != b["mse"]
         for name in ("mse", "consistency"):
-            assert torch.allclose(a[name], b[name], rtol=0.02)
+            assert torch.allclose(a[name], b[name], rtol=tolerance)
 
 
 def test_compile_changes_neither_losses_nor_names(monkeypatch):
