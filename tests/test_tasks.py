@@ -4,8 +4,10 @@ import random
 import time
 
 import pytest
+import torch
 from PIL import Image
 
+import actupose
 import data
 import train
 from test_datasets import make_h3d, make_human36m, make_rhd, make_surreal
@@ -90,3 +92,34 @@ def test_ahead_keeps_the_order_and_passes_errors_on(workers):
     assert list(results) == list(range(7))
     with pytest.raises(ValueError, match="job 7"):
         list(train.ahead((lambda i=i: job(i) for i in range(9)), workers))
+
+
+def test_vgg_decoder_is_trained_where_none_is_given(tmp_path, monkeypatch):
+    """With the published encoder alone the decoder is fitted to the two domains; the encoder stays as it was given."""
+    monkeypatch.setattr(data.Mannequin, "DEFAULT_COUNTS", {k: min(n, 20) for k, n in data.Mannequin.DEFAULT_COUNTS.items()})
+    torch.manual_seed(7)
+    given = actupose.StyleTransfer("vgg")
+    torch.save(given.encoder.state_dict(), tmp_path / "vgg_normalised.pth")
+    settings = train.make_settings(style="vgg", style_weights=str(tmp_path), style_iters=1, image_size=32, batch_size=2,
+                                   source_count=10, target_count=10)
+    domains = train.open_domains(settings)
+    trained = train.prepare_style(settings, domains, torch.device("cpu"))
+    torch.manual_seed(settings.seed)
+    start = actupose.StyleTransfer("vgg").decoder.state_dict()
+    assert all(torch.equal(value, given.encoder.state_dict()[name]) for name, value in trained.encoder.state_dict().items())
+    assert any(not torch.equal(value, start[name]) for name, value in trained.decoder.state_dict().items())
+    torch.save(start, tmp_path / "decoder.pth")                # with it nothing is trained
+    loaded = train.prepare_style(settings, domains, torch.device("cpu"))
+    assert all(torch.equal(value, start[name]) for name, value in loaded.decoder.state_dict().items())
+
+
+def test_wild_figures_as_a_labelled_source(tmp_path):
+    """The rendered target with its labels: a source for photographs; not for itself."""
+    settings = train.make_settings(source="mannequin-wild", target="lsp", target_root=str(tmp_path), image_size=32,
+                                   source_count=40, batch_size=4)
+    lsp(tmp_path)
+    source = train.open_domains(settings).source
+    wild = data.Mannequin("target", "train", 32, 40, seed=settings.seed)
+    assert torch.equal(source[[0, 7]][0], wild[[0, 7]][0]) and torch.equal(source.keypoints, wild.keypoints)
+    with pytest.raises(train.UserError, match="is the target too"):
+        train.make_settings(source="mannequin-wild", target="mannequin-wild")
