@@ -190,7 +190,7 @@ class Settings:
                 raise UserError(f"--{role} {name}: also give --{role}-root, the directory of the dataset")
             if root and name not in loaders:
                 raise UserError(f"--{role}-root: {name} is rendered, not read; give --{role} "
-                                f"{' or '.join(loaders)} with it, or leave it away")
+                                f"{' or '.join(loaders)} with it, or leave it out")
         if (self.source == "rhd") != (self.target == "h3d"):
             raise UserError(f"--source {self.source} --target {self.target}: one has hands and the other bodies; hands are "
                             f"--source rhd --target h3d")
@@ -207,6 +207,9 @@ class Settings:
         if self.supervise == "target" and self.curriculum != "off":
             raise UserError("--supervise target: the curriculum ranks source samples; also give --curriculum off, or use "
                             "--method oracle")
+        if self.style != "vgg" and self.style_weights:
+            raise UserError(f"--style-weights: are VGG's, and --style is {self.style}; give --style vgg with them, or leave "
+                            f"them out")
         if self.style == "vgg" and not self.style_weights:
             raise UserError("--style vgg: also give --style-weights, the directory of vgg_normalised.pth (and of decoder.pth, "
                             "or it is trained); or use --style small")
@@ -1764,13 +1767,14 @@ def command(arguments):
     describe = argparse.RawDescriptionHelpFormatter
     if verb == "train":
         parser = Parser(prog="train.py", formatter_class=describe, allow_abbrev=False, description=TRAIN_HELP)
-        group = add_run_options(parser, "runs/METHOD-TARGET-sSEED")
+        group = add_run_options(parser, "runs/METHOD-[SOURCE-]TARGET-sSEED")
         group.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
         add_settings(parser)
         given = vars(parser.parse_args(rest))
         preset, out, device, resume = (given.pop(name) for name in ("preset", "out", "device", "resume"))
         settings = make_settings(preset, **given)
-        out = Path(out or f"runs/{settings.method}-{settings.target}-s{settings.seed}")
+        source = "" if settings.source == "mannequin" else f"{settings.source}-"
+        out = Path(out or f"runs/{settings.method}-{source}{settings.target}-s{settings.seed}")
         if resume:
             settings = resumed_settings(out, given)
         result = train(settings, out, device, resume)
@@ -1849,7 +1853,7 @@ def resumed_settings(out, given):
     for name, value in given.items():
         if getattr(settings, name) != value and name not in WITHOUT_EFFECT:
             raise UserError(f"--{name.replace('_', '-')}: the run in {out} was started with {getattr(settings, name)}; "
-                            f"leave the option away with --resume, or start a new run")
+                            f"leave the option out with --resume, or start a new run")
     return settings
 
 
