@@ -83,11 +83,6 @@ def device_of(tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def power_of_two(n):
-    """Smallest power of two that is not below n >= 1."""
-    return 1 << (n - 1).bit_length()
-
-
 class Layout(NamedTuple):
     """How programs divide heatmaps that they read where they lie, without a copy."""
     keypoints: int     # maps at `strides[1]` from each other; then the next batch, at strides[0]
@@ -123,16 +118,16 @@ def divide(heatmaps, join=True):
         batch, keypoints = 1, batch * keypoints
     tile = TILE
     if stride_k == 1 and stride_w != 1:
-        block_k = min(power_of_two(keypoints), 32 // heatmaps.element_size())
+        block_k = min(triton.next_power_of_2(keypoints), 32 // heatmaps.element_size())
         tile = TILE // 2   # a thread has to do with several maps, and needs registers for each
     else:
-        block_k = min(power_of_two(keypoints), max(1, SMALL_TILE // power_of_two(cells)))
-    block_n = min(power_of_two(cells), tile // block_k)
-    programs = batch * -(-keypoints // block_k)
+        block_k = min(triton.next_power_of_2(keypoints), max(1, SMALL_TILE // triton.next_power_of_2(cells)))
+    block_n = min(triton.next_power_of_2(cells), tile // block_k)
+    programs = batch * triton.cdiv(keypoints, block_k)
     shares = max(1, min(cells // SHARE, PROGRAMS // programs))
-    share = -(-cells // (shares * block_n)) * block_n
+    share = triton.cdiv(cells, shares * block_n) * block_n
     return Layout(keypoints, (stride_b, stride_k, stride_h, stride_w), flat, block_k, block_n, programs,
-                  -(-cells // share), share)
+                  triton.cdiv(cells, share), share)
 
 
 def warps_for(tile, cells=16):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.common import (COMPILE_OPTIONS, cell_offset, device_of, divide, maps_of_program,
-                            power_of_two, register, runs_triton, tl, triton, warps_for)
+                            register, runs_triton, tl, triton, warps_for)
 
 
 @triton.jit
@@ -137,18 +137,19 @@ def decode(heatmaps, with_mean, weight=None):
             *layout.strides, FLAT=layout.flat, SHARED=shared, BLOCK_K=layout.block_k, BLOCK_N=layout.block_n,
             num_warps=warps_for(layout.block_k * layout.block_n), **COMPILE_OPTIONS)
         if shared or with_mean:
-            block_s = power_of_two(layout.shares)
+            block_s = triton.next_power_of_2(layout.shares)
             finish_kernel[(batch,)](
                 heatmaps, coords, confidence, candidates, coords if weight is None else weight, mean,
                 keypoints, cells, width, layout.shares, *heatmaps.stride(),
                 *((0, 0) if weight is None else weight.stride()),
                 FLAT=layout.flat and width > 1, SHARED=shared, MEAN=with_mean, WEIGHTED=weight is not None,
-                BLOCK_K=min(power_of_two(keypoints), max(1, 2048 // block_s)), BLOCK_S=block_s, num_warps=4,
-                **COMPILE_OPTIONS)
+                BLOCK_K=min(triton.next_power_of_2(keypoints), max(1, 2048 // block_s)), BLOCK_S=block_s,
+                num_warps=4, **COMPILE_OPTIONS)
     return coords, confidence, mean
 
 
 def heatmap_argmax(heatmaps: Tensor):
+    """The operator behind `kernels.heatmap_argmax`, which says what it takes and returns."""
     reference.check_heatmaps(heatmaps)
     if runs_triton(heatmaps):
         return decode(heatmaps, with_mean=False)[:2]
@@ -156,6 +157,7 @@ def heatmap_argmax(heatmaps: Tensor):
 
 
 def heatmap_argmax_mean(heatmaps: Tensor, weight: Optional[Tensor] = None):
+    """The operator behind `kernels.heatmap_argmax_mean`, which says what it takes and returns."""
     reference.check_heatmaps(heatmaps)
     reference.check_weight(weight, heatmaps)
     if runs_triton(heatmaps):
@@ -164,6 +166,7 @@ def heatmap_argmax_mean(heatmaps: Tensor, weight: Optional[Tensor] = None):
 
 
 def fake_argmax(heatmaps):
+    """Shapes and dtypes of `heatmap_argmax`."""
     reference.check_heatmaps(heatmaps)
     batch, keypoints = heatmaps.shape[:2]
     return (heatmaps.new_empty((batch, keypoints, 2), dtype=torch.float32),
@@ -171,6 +174,7 @@ def fake_argmax(heatmaps):
 
 
 def fake_argmax_mean(heatmaps, weight=None):
+    """Shapes and dtypes of `heatmap_argmax_mean`."""
     reference.check_weight(weight, heatmaps)
     return (*fake_argmax(heatmaps), heatmaps.new_empty(heatmaps.shape[:1], dtype=torch.float32))
 

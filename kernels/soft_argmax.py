@@ -196,6 +196,7 @@ def launch_backward(grad_coords, heatmaps, coords, stats, beta):
 
 
 def soft_argmax_forward(heatmaps: Tensor, beta: float):
+    """Coordinates (B, K, 2) as of `kernels.soft_argmax`, and (B, K, 2) numbers for the backward pass."""
     reference.check_heatmaps(heatmaps)
     reference.check_beta(beta)
     if runs_triton(heatmaps):
@@ -205,12 +206,14 @@ def soft_argmax_forward(heatmaps: Tensor, beta: float):
 
 
 def soft_argmax_backward(grad_coords, heatmaps, coords, stats, beta):
+    """Gradient (B, K, H, W) of the heatmaps, given that of the coordinates (B, K, 2)."""
     if runs_triton(heatmaps):
         return launch_backward(grad_coords, heatmaps, coords, stats, beta)
     return reference.soft_argmax_backward(grad_coords, heatmaps, coords, beta)
 
 
 def fake_forward(heatmaps, beta):
+    """Shapes and dtypes of `soft_argmax_forward`."""
     reference.check_heatmaps(heatmaps)
     reference.check_beta(beta)
     dtype = torch.float64 if heatmaps.dtype == torch.float64 else torch.float32
@@ -230,6 +233,7 @@ def backward(ctx, grad_coords, grad_stats):
 
 
 def no_second_backward(ctx, grad):
+    """Autograd's rule for the gradient's own gradient: an error, where torch would say zero."""
     raise RuntimeError("soft_argmax is differentiable once: its gradient has none of its own. Use "
                        "kernels.reference.soft_argmax for second derivatives")
 

@@ -282,6 +282,7 @@ def launch_pairs(source, target, triplets, gamma, source_valid=None, target_vali
 def triplet_angle_distance(source: Tensor, target: Tensor, triplets: Tensor,
                            source_valid: Optional[Tensor] = None, target_valid: Optional[Tensor] = None,
                            min_triplets: int = 1):
+    """The operator behind `kernels.triplet_angle_distance`, which says what it takes and returns."""
     arguments = source, target, triplets, source_valid, target_valid, min_triplets
     if not runs_triton(source, target):
         return reference.triplet_angle_distance(*arguments)
@@ -293,6 +294,7 @@ def triplet_angle_distance(source: Tensor, target: Tensor, triplets: Tensor,
 def similar_pairs(source: Tensor, target: Tensor, triplets: Tensor, gamma: float,
                   source_valid: Optional[Tensor] = None, target_valid: Optional[Tensor] = None,
                   min_triplets: int = 1, capacity: Optional[int] = None):
+    """The operator behind `kernels.similar_pairs`, which says what it takes and returns."""
     arguments = source, target, triplets, gamma, source_valid, target_valid, min_triplets, capacity
     if not runs_triton(source, target):
         return reference.similar_pairs(*arguments)
@@ -303,6 +305,7 @@ def similar_pairs(source: Tensor, target: Tensor, triplets: Tensor, gamma: float
 
 
 def fake_distance(source, target, triplets, source_valid=None, target_valid=None, min_triplets=1):
+    """Shape and dtype of `triplet_angle_distance`."""
     reference.check_poses(source, target, triplets, source_valid, target_valid, min_triplets)
     lead = torch.broadcast_shapes(source.shape[:-3], target.shape[:-3])
     return source.new_empty((*lead, source.shape[-3], target.shape[-3]), dtype=torch.float32)
@@ -310,6 +313,7 @@ def fake_distance(source, target, triplets, source_valid=None, target_valid=None
 
 def fake_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=1,
                capacity=None):
+    """Shape and dtype of `similar_pairs`, whose number of rows is learnt when it runs."""
     reference.check_poses(source, target, triplets, source_valid, target_valid, min_triplets)
     reference.check_pairs(source, target, gamma, capacity)
     if capacity is None:
