@@ -16,34 +16,9 @@ import torch
 from PIL import Image
 
 import data
-from test_lsp import compressed, make_tree, numeric, variable, write_mat
 from data import BODY16, HAND21, SURREAL, Hand3DStudio, Human36M, RenderedHandPose
-
-# The tables of the formats, written out again.
-SURREAL_JOINTS = [7, 4, 1, 2, 5, 8, 0, 9, 12, 15, 20, 18, 13, 14, 19, 21]
-RHD_ROWS = [0, 4, 3, 2, 1, 8, 7, 6, 5, 12, 11, 10, 9, 16, 15, 14, 13, 20, 19, 18, 17]
-
-
-def dots(width, height, points, radius):
-    """A dark picture with a bright square around each point (x, y), to a fraction of a pixel."""
-    picture = np.zeros((height, width))
-    for x, y in points:
-        across = np.clip(radius + 0.5 - abs(np.arange(width) - x), 0, 1)
-        down = np.clip(radius + 0.5 - abs(np.arange(height) - y), 0, 1)
-        picture = np.maximum(picture, 255 * down[:, None] * across)
-    return Image.fromarray(np.repeat(picture[..., None].round().astype(np.uint8), 3, 2))
-
-
-def grid_points(count, side, shift):
-    """`count` places of a 5 x 5 grid in a square picture, whole pixels, in an order that `shift` changes."""
-    place = (np.arange(count) * 7 + shift) % 25
-    return (np.stack([place % 5, place // 5], 1) + 0.5) * (side / 5) // 1
-
-
-def entry(name, points):
-    """A sample as the prepared layouts list it."""
-    return {"name": name, "keypoint2d": points.tolist(), "keypoint3d": np.ones((len(points), 3)).tolist(),
-            "intrinsic_matrix": np.eye(3).tolist()}
+from miniatures import (RHD_PICTURES, SURREAL_JOINTS, compressed, dots, grid_points, make_h3d, make_human36m, make_rhd,
+                        make_surreal, make_tree, numeric, variable, write_mat)
 
 
 def centroids(images, keypoints, reach):
@@ -93,26 +68,6 @@ def shuffled(n):
 
 
 # --- SURREAL ------------------------------------------------------------------------------------------
-
-
-def make_surreal(root, folder="train", runs=(4, 5, 6), sizes=False, suffix="jpg"):
-    """A miniature of the prepared layout -> names in the order of the files, all 24 places of each."""
-    names, places = [], []
-    for run, count in enumerate(runs):
-        entries = []
-        for i in range(count):
-            side = 90 + 17 * ((i + run) % 5)
-            points = grid_points(24, side, i)
-            name = f"01_{run:02d}/01_{run:02d}_c0001_{i}.{suffix}"
-            file = root / folder / f"run{run}" / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            options = {"quality": 95, "subsampling": 0} if suffix == "jpg" else {}
-            dots(side, side, points[SURREAL_JOINTS + [16, 17]], 2).save(file, **options)
-            entries.append(entry(name, points) | ({"size": side} if sizes else {}))
-            names.append(f"{folder}/run{run}/{name}")
-            places.append((points, side))
-        (root / folder / f"run{run}.json").write_text(json.dumps(entries))
-    return names, places
 
 
 @pytest.mark.parametrize("size", [128, 256])
@@ -197,24 +152,6 @@ def test_index_has_no_object_per_sample(tmp_path):
 # --- Human3.6M ----------------------------------------------------------------------------------------
 
 
-def make_human36m(root, counts):
-    """A miniature with counts[subject] samples of each subject -> {subject: names}."""
-    (root / "annotations").mkdir(parents=True)
-    names = {}
-    for subject, count in counts.items():
-        entries = []
-        for i in range(count):
-            points = grid_points(16, 512, i + subject)
-            name = f"s_{subject:02d}_act_02_subact_01_ca_01/s_{subject:02d}_act_02_{5 * i + 1:06d}.jpg"
-            file = root / "crop_images" / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            dots(512, 512, points, 4).save(file, quality=90)
-            entries.append(entry(name, points))
-        names[subject] = [f"crop_images/{sample['name']}" for sample in entries]
-        (root / "annotations" / f"keypoints2d_{subject}.json").write_text(json.dumps(entries))
-    return names
-
-
 def test_human36m(tmp_path):
     names = make_human36m(tmp_path, {1: 2, 5: 1, 6: 1, 7: 1, 8: 2, 9: 2, 11: 3})
     for size in (100, 256):
@@ -235,20 +172,6 @@ def test_human36m(tmp_path):
 # --- Hand-3D-Studio -----------------------------------------------------------------------------------
 
 
-def make_h3d(root, count):
-    entries = []
-    for i in range(count):
-        side = 140 + 30 * (i % 4)
-        points = grid_points(21, side, i)
-        name = f"part{i % 5 + 1}/{i:03d}.jpg"
-        file = root / "H3D_crop" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        dots(side, side, points, 2).save(file, quality=95, subsampling=0)
-        entries.append(entry(name, points) | {"without_object": int(i % 3 > 0)})
-    (root / "H3D_crop" / "annotation.json").write_text(json.dumps(entries))
-    return entries
-
-
 def test_hand_3d_studio(tmp_path):
     free = [sample["name"] for sample in make_h3d(tmp_path, 30) if sample["without_object"] == 1]
     order = [free[i] for i in shuffled(20)]
@@ -261,43 +184,6 @@ def test_hand_3d_studio(tmp_path):
 
 
 # --- RHD ----------------------------------------------------------------------------------------------
-
-
-def hand(low, high, shift):
-    """21 places within the box low ... high whose own box is that box, in the order of HAND21."""
-    points = grid_points(21, 1000, shift)
-    points = (points - points.min(0)) / (points.max(0) - points.min(0))
-    return np.round(low + points * (np.array(high) - low))
-
-
-FAR = np.tile([900.0, 900.0], (21, 1))                             # a hand outside of the picture
-# Left hand, right hand, how many of each are visible, and which of them are samples (L, R).
-RHD_PICTURES = [
-    (hand((30, 40), (110, 120), 0), hand((200, 180), (290, 260), 3), 21, 21, "LR"),
-    (hand((60, 60), (240, 250), 1), FAR, 21, 0, "L"),               # 1.5 x 190 = 285, inside the picture
-    (FAR, hand((250, 10), (318, 100), 5), 0, 20, "R"),              # moved in from the right and upper edge
-    (hand((30, 40), (110, 120), 2), hand((200, 180), (290, 260), 4), 16, 17, "R"),     # 16 visible: too few
-    (hand((30, 40), (73, 83), 2), hand((200, 180), (244, 224), 4), 21, 21, "R"),       # 1.5 x 43 = 64.5; 66
-    (hand((30, 40), (110, 120), 0), hand((50, 60), (130, 140), 1), 21, 21, ""),        # they cover each other
-    (hand((10, 10), (310, 310), 6), FAR, 21, 0, "L"),               # the whole picture
-]
-
-
-def make_rhd(root, folder, numbers, protocol=4):
-    """A miniature with the pictures of the table; a dot at each keypoint of both hands."""
-    base = root / "RHD_published_v2" / folder
-    (base / "color").mkdir(parents=True)
-    annotations = {}
-    for identity, number in enumerate(numbers):
-        left, right, seen_left, seen_right, _ = RHD_PICTURES[number]
-        dots(320, 320, np.concatenate([left, right]), 2).save(base / "color" / f"{identity:05d}.png")
-        stored = np.zeros((42, 3))
-        for first, points, seen in ((0, left, seen_left), (21, right, seen_right)):
-            for keypoint, row in enumerate(RHD_ROWS):               # fingers are stored from tip to base
-                stored[first + row] = *points[keypoint], keypoint < seen
-        annotations[identity] = {"uv_vis": stored, "xyz": np.zeros((42, 3)), "K": np.eye(3)}
-    (base / f"anno_{folder}.pickle").write_bytes(pickle.dumps(annotations, protocol=protocol))
-    return annotations
 
 
 @pytest.mark.parametrize("size", [128, 256])

@@ -13,45 +13,11 @@ from PIL import Image
 
 import data
 from data import BODY16, LSP, read_mat
+from miniatures import CLASS, compressed, element, make_tree, numeric, variable, write_mat
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_mat = pytest.mark.skipif(not (SHARED / "mat").is_dir(), reason="no original annotation files here")
 needs_lspet = pytest.mark.skipif(not (SHARED / "lspet").is_dir(), reason="no LSP Extended photographs here")
-
-# The format's numbers for a value's storage and for a variable's class.
-STORAGE = {"i1": 1, "u1": 2, "i2": 3, "u2": 4, "i4": 5, "u4": 6, "f4": 7, "f8": 9, "i8": 12, "u8": 13}
-CLASS = {"f8": 6, "f4": 7, "i1": 8, "u1": 9, "i2": 10, "u2": 11, "i4": 12, "u4": 13, "i8": 14, "u8": 15}
-
-
-def element(kind, payload, order="<", small=False):
-    if small and len(payload) <= 4:
-        return struct.pack(order + "I", len(payload) << 16 | kind) + payload.ljust(4, b"\0")
-    return struct.pack(order + "II", kind, len(payload)) + payload + b"\0" * (-len(payload) % 8)
-
-
-def variable(name, shape, values, matrix_class, storage, order="<", small=False, flags=0):
-    """A variable as the format describes it; `values` are its bytes, already column-major."""
-    body = element(6, struct.pack(order + "II", flags | matrix_class, 0), order)
-    body += element(5, struct.pack(f"{order}{len(shape)}i", *shape), order)
-    body += element(1, name.encode(), order, small) + element(storage, values, order, small)
-    return element(14, body, order)
-
-
-def numeric(name, array, stored="f8", order="<", small=False, flags=0):
-    values = array.astype(order + stored).tobytes(order="F")
-    matrix_class = CLASS[array.dtype.str[1:]]
-    return variable(name, array.shape, values, matrix_class, STORAGE[stored], order, small, flags)
-
-
-def compressed(payload, order="<", level=6):
-    body = zlib.compress(payload, level)
-    return struct.pack(order + "II", 15, len(body)) + body
-
-
-def write_mat(path, *variables, order="<"):
-    header = b"MATLAB 5.0 MAT-file, written by a test".ljust(124) + struct.pack(order + "H", 0x0100)
-    path.write_bytes(header + (b"IM" if order == "<" else b"MI") + b"".join(variables))
-    return path
 
 
 # --- read_mat ---------------------------------------------------------------------------------------
@@ -323,32 +289,6 @@ def test_original_annotations():
 # l-elbow, l-wrist, neck, head top, from the table of the format.
 SLOTS = [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15, 8, 9]
 SIZES = [(200, 100), (90, 161), (333, 77), (64, 64), (1501, 997), (601, 1202), (40, 31), (809, 1617)]
-
-
-def make_tree(root, extended, sizes, dots=True, pack=True):
-    """A miniature release with a dot at each of the 14 joints, dark elsewhere -> positions (N, 14, 2)."""
-    (root / "images").mkdir(parents=True)
-    positions = np.zeros((len(sizes), 14, 2))
-    for i, (width, height) in enumerate(sizes):
-        # A 5 x 3 grid keeps the dots apart; which joint stands where changes from image to image.
-        place = (np.arange(14) * 3 + i) % 15
-        cell = np.stack([place % 5, place // 5], axis=1)
-        positions[i] = ((cell + 0.5) * [width / 5, height / 3]).round()
-        picture = np.zeros((height, width, 3), np.uint8)
-        if dots:
-            radius = max(1, round(max(width, height) / 100))
-            for x, y in positions[i].astype(int):
-                picture[y - radius:y + radius + 1, x - radius:x + radius + 1] = 255
-        name = f"im{i + 1:0{5 if extended else 4}d}.jpg"
-        Image.fromarray(picture).save(root / "images" / name, quality=95, subsampling=0)
-    flags = np.zeros((len(sizes), 14, 1))
-    flags[1::2, ::4] = 1  # occluded in LSP, labelled in LSP Extended
-    if extended:
-        flags = 1 - flags
-    joints = np.concatenate([positions, flags], axis=2).transpose((1, 2, 0) if extended else (2, 1, 0))
-    payload = numeric("joints", joints)
-    write_mat(root / "joints.mat", compressed(payload) if pack else payload)
-    return positions
 
 
 @pytest.mark.parametrize("extended", [False, True], ids=["LSP", "LSP Extended"])

@@ -10,8 +10,7 @@ from PIL import Image
 import actupose
 import data
 import train
-from test_datasets import make_h3d, make_human36m, make_rhd, make_surreal
-from test_lsp import make_tree
+from miniatures import make_h3d, make_human36m, make_rhd, make_surreal, make_tree
 
 TINY = ["--preset", "paper", "--architecture", "resnet18", "--weights", "", "--style", "small", "--epochs", "2",
         "--pretrain-epochs", "1", "--iters-per-epoch", "2", "--batch-size", "4", "--style-iters", "2", "--vae-steps", "5",
