@@ -280,6 +280,7 @@ RENDERER_VERSION = 2  # part of the cache file's name: raise it when the picture
 
 # Streams of random numbers: one per purpose, so that adding a draw to one leaves the others as they were.
 POSE, PROPORTIONS, CAMERA, LOOK, CLUTTER, DISTRACTORS, OCCLUDERS, POST, GRAIN, FIELD = range(1, 11)
+TUMBLE, FRAME, CLOTHES, EXPOSURE, GROUND, COMPANY = 40, 41, 42, 43, 44, 70       # those of `photo`
 
 # Difficulty of the target's appearance. Lengths are fractions of the image side, colours are in [0, 1].
 WILD = {
@@ -299,6 +300,21 @@ WILD = {
     "grain": 0.030,             # largest standard deviation of the sensor noise
 }
 PLAIN = {"gradient": 0.25, "value_noise": 0.06}  # the source: a smooth gradient, faintly mottled
+
+# The third look, `photo`: a labelled source for real photographs of sports, letterboxed as data.LSP pads them.
+# Its poses and what is not named here are the target's.
+PHOTO = {
+    "tumbling": 0.45,           # probability of any direction of the body in the image
+    "extent": (0.20, 0.80),     # longer side of the figure's box, drawn evenly in its logarithm
+    "aspects": (0.66, 0.75, 0.75, 1.0, 1.33, 1.33, 1.5),    # width over height of the photograph
+    "offset": 0.20,             # of the figure from the photograph's centre, +-
+    "company": (0.45, 0.25),    # probability of each further figure, behind
+    "poles": 3,                 # long thin bars behind the figure
+    "bar": 0.20,                # probability of one in front of it
+    "structure": 0.40,          # probability of windows, fences, stands: a grid above the horizon
+    "grey": 0.05,               # probability of a picture without colour
+    "exposure": (0.55, 1.30),
+}
 
 # Ranges of the joint angles in degrees. The prefix a_/b_ names the two sides, left and right after a coin
 # toss; without a prefix an entry of the limbs holds for both. Signs: `lean`, `bend`, `nod` forward; `hip`,
@@ -464,8 +480,9 @@ class Figures:
 def sample_poses(seed, index, domain):
     """Posed figures of the samples `index` (B,) int64 under the pose distribution of `domain`.
 
-    `domain` is 'source' (long-tailed, 80 % upright) or 'target' (sports-like). Forward kinematics from the
-    pelvis outwards: segments keep their lengths, only angles within JOINT_LIMITS vary. Returns Figures.
+    `domain` is 'source' (long-tailed, 80 % upright), 'target' (sports-like) or 'photo' (the same, seen from any
+    side and often head down). Forward kinematics from the pelvis outwards: segments keep their lengths, only
+    angles within JOINT_LIMITS vary. Returns Figures.
     """
     device = index.device
     weights = torch.tensor([p[0 if domain == "source" else 1] for p in POSES.values()], dtype=torch.float64)
@@ -478,6 +495,10 @@ def sample_poses(seed, index, domain):
     mirror = draws[:, 1] < 0.5
     for name in MIRRORED:
         angle[name] = torch.where(mirror, -angle[name], angle[name])
+    if domain == "photo":
+        turn = hash_uniform(seed, index, 3, TUMBLE).double()
+        angle["yaw"] = 2 * math.pi * turn[:, 0]
+        angle["roll"] = torch.where(turn[:, 1] < PHOTO["tumbling"], 2 * math.pi * turn[:, 2], angle["roll"])
     side_of = {+1: {n: torch.where(mirror, angle["b_" + n], angle["a_" + n]) for n in LIMB},
                -1: {n: torch.where(mirror, angle["a_" + n], angle["b_" + n]) for n in LIMB}}
 
@@ -540,13 +561,30 @@ class View:
         return flat + self.shift[:, None]
 
 
-def _frame_figures(seed, index, figures):
-    """Cameras that put each figure's box at 55-80 % of the image, wholly inside up to a hand or a foot."""
+def _photo_frame(seed, index):
+    """Width and height (B,2) of the photograph in its square of 1, black beside it, as `fit_square` leaves it."""
+    draw = hash_uniform(seed, index, 1, FRAME).double()[:, 0]
+    aspects = torch.tensor(PHOTO["aspects"], dtype=torch.float64, device=index.device)
+    aspect = aspects[(draw * len(aspects)).long()]
+    return torch.stack((aspect, 1 / aspect), 1).clamp(max=1)
+
+
+def _frame_figures(seed, index, figures, domain):
+    """Cameras that put each figure's box at 60-80 % of the image, wholly inside up to a hand or a foot; in a
+    'photo' at PHOTO["extent"], about the middle of the photograph."""
     draws = hash_uniform(seed, index, 5, CAMERA).double()
     distance = 3.0 + 4.0 * draws[:, 1]
     centred = torch.zeros_like(draws[:, :2])
     flat = View(distance, torch.ones_like(distance), centred).project(figures.joints)
     low, high = flat.amin(1), flat.amax(1)
+    if domain == "photo":
+        least, most = (math.log(extent) for extent in PHOTO["extent"])
+        scale = (least + (most - least) * draws[:, 2]).exp() / (high - low).amax(1)
+        frame = _photo_frame(seed, index)
+        scale = torch.minimum(scale, (0.96 * frame / (high - low)).amin(1))
+        room = (0.98 * frame - (high - low) * scale[:, None]) / 2
+        offset = torch.maximum(torch.minimum(PHOTO["offset"] * (2 * draws[:, 3:5] - 1), room), -room)
+        return View(distance, scale, 0.5 + offset - (low + high) / 2 * scale[:, None])
     extent = 0.60 + 0.20 * draws[:, 2]
     scale = extent / (high - low).amax(1)
     room = (1 - (high - low) * scale[:, None]) / 2
@@ -563,6 +601,33 @@ def _skin(draws):
     return (tone + 0.06 * (draws - 0.5)).clamp(0, 1)
 
 
+def _grey(colours):
+    """Mean (B,1,...) of colours (B,3,...), added in one order whatever the batch."""
+    return (colours[:, 0:1] + colours[:, 1:2] + colours[:, 2:3]) / 3
+
+
+def _clothes(seed, index, shirt, trousers, shoes, skin):
+    """What athletes wear in a 'photo': muted, dark or white; arms, legs, feet or all but the trunks often bare.
+
+    All (B,3). Returns shirt, trousers, shoes and the colours of upper arms and thighs.
+    """
+    d = hash_uniform(seed, index, 10, CLOTHES).double()
+
+    def muted(colour, u, v):
+        grey = _grey(colour)
+        colour = grey + (0.2 + 0.8 * v[:, None]) * (colour - grey)
+        colour = torch.where((u < 0.3)[:, None], 0.05 + 0.15 * colour, colour)            # black, navy, ...
+        return torch.where((u > 0.8)[:, None], 0.82 + 0.16 * colour, colour)              # white
+
+    shirt, trousers = muted(shirt, d[:, 0], d[:, 1]), muted(trousers, d[:, 2], d[:, 3])
+    trousers = torch.where(d[:, 4:5] < 0.25, shirt, trousers)                             # a leotard, a tracksuit
+    shirt = torch.where(d[:, 5:6] < 0.12, skin, shirt)
+    shoes = torch.where(d[:, 6:7] < 0.3, skin, shoes)
+    upper_arm = torch.where(d[:, 7:8] < 0.45, skin, shirt)
+    thigh = torch.where(d[:, 8:9] < 0.35, skin, trousers)
+    return shirt, trousers, shoes, upper_arm, thigh
+
+
 def _capsules(seed, index, figures, view, domain):
     """The figure (and the target's distractor limbs) as tapered capsules: dict of (B,P) and (B,P,3) tensors.
 
@@ -575,10 +640,13 @@ def _capsules(seed, index, figures, view, domain):
     skin = _skin(look[:, 0:3])
     shirt, trousers, shoes, mark = look[:, 3:6], look[:, 6:9], look[:, 9:12] * 0.7, look[:, 12:15]
     hair = look[:, 15:18] * torch.tensor([0.5, 0.35, 0.25], dtype=torch.float64, device=look.device)
+    upper_arm, thigh = shirt, trousers
+    if domain == "photo":
+        shirt, trousers, shoes, upper_arm, thigh = _clothes(seed, index, shirt, trousers, shoes, skin)
     # The mark and the face must stand out, or front and back (hence left and right) could not be told.
     mark = torch.where((shirt.mean(1) > 0.5)[:, None], mark * 0.3, 0.7 + mark * 0.3)
-    sleeve = torch.where(look[:, 18:19] < 0.5, shirt, skin)
-    shank = torch.where(look[:, 19:20] < 0.65, trousers, skin)
+    sleeve = torch.where(look[:, 18:19] < 0.5, upper_arm, skin)
+    shank = torch.where(look[:, 19:20] < 0.65, thigh, skin)
     eyes = torch.full_like(skin, 0.05)
 
     def at(point, frame, x, y, z):
@@ -599,10 +667,10 @@ def _capsules(seed, index, figures, view, domain):
     for side, hip, knee, ankle, toe, shoulder, elbow, wrist, tip in (
             (+1, 3, 4, 5, figures.feet[0], 13, 14, 15, figures.hands[0]),
             (-1, 2, 1, 0, figures.feet[1], 12, 11, 10, figures.hands[1])):
-        part(j[:, hip], j[:, knee], 0.088, 0.060, trousers, 1)
+        part(j[:, hip], j[:, knee], 0.088, 0.060, thigh, 1)
         part(j[:, knee], j[:, ankle], 0.060, 0.044, shank, 1)
         part(j[:, ankle] - 0.02 * (toe - j[:, ankle]), toe, 0.050, 0.040, shoes, -1)
-        part(j[:, shoulder], j[:, elbow], 0.056, 0.043, shirt, 0)
+        part(j[:, shoulder], j[:, elbow], 0.056, 0.043, upper_arm, 0)
         part(j[:, elbow], j[:, wrist], 0.044, 0.036, sleeve, 0)
         part(j[:, wrist], tip, 0.040, 0.044, skin, -1)
         part(at(j[:, 6], figures.root, side * wide * 0.55, 0 * unit, 0 * unit),
@@ -637,7 +705,7 @@ def _capsules(seed, index, figures, view, domain):
     capsules["second"] = capsules["first"]
     capsules["pattern"] = torch.zeros_like(capsules["ra"])
     capsules["frequency"] = torch.ones_like(capsules["ra"])
-    if domain == "target":
+    if domain != "source":
         for g, column in ((0, 20), (1, 27)):
             d = look[:, column:column + 7]
             kind = (1 + (d[:, 1] * 4).floor()) * (d[:, 0] < WILD["textured"])
@@ -649,9 +717,25 @@ def _capsules(seed, index, figures, view, domain):
             capsules["second"] = torch.where(worn[..., None], other[:, None], capsules["second"])
             capsules["pattern"] = torch.where(worn, kind[:, None], capsules["pattern"])
             capsules["frequency"] = torch.where(worn, (5 + 9 * d[:, 5:6]), capsules["frequency"])
+    if domain == "target":
         limbs = _distractors(seed, index, view, torch.stack((skin, shirt, trousers), 1))
         capsules = {name: torch.cat((limbs[name], capsules[name]), 1) for name in capsules}
     return capsules
+
+
+def _company(seed, index, view):
+    """Further figures behind that of a 'photo', as its `_capsules`: onlookers, unlabelled."""
+    crowd = []
+    for n, probability in enumerate(PHOTO["company"]):
+        d = hash_uniform(seed, index, 4, COMPANY + n).double()
+        other = _hash(seed, index, COMPANY + 11 + n)
+        figures = sample_poses(seed, other, "target" if n else "source")
+        scale = view.scale * (0.35 + 0.5 * d[:, 1])
+        place = torch.where((d[:, 0] < probability)[:, None], 0.1 + 0.8 * d[:, 2:4], torch.full_like(d[:, 2:4], -9))
+        crowd.append(_capsules(seed, other, figures, View(view.distance, scale, place), "photo"))
+        for depth in ("za", "zb"):
+            crowd[-1][depth] = crowd[-1][depth] - 8 * (n + 1)                             # behind all of the figure
+    return crowd
 
 
 def _distractors(seed, index, view, colours):
@@ -753,17 +837,20 @@ def _paint_capsules(canvas, capsules, light, salt, size):
         depth[n, y, x] = torch.where(cover > 0.5, z, depth[n, y, x])
 
 
-def _paint_shapes(canvas, draws, present, extent, size):
+def _paint_shapes(canvas, draws, present, extent, size, poles=False):
     """Draw flat ellipses, boxes, triangles and thin bars over canvas (B,3,S,S) in place.
 
-    draws (B,P,12) uniform numbers, present (B,P) bool, extent (least, most) half-size in image sides.
+    draws (B,P,12) uniform numbers, present (B,P) bool, extent (least, most) half-size in image sides; poles:
+    nothing but thin bars, two in three of them upright or level.
     """
     d = draws.double()
     centre = d[..., 0:2] * size - 0.5
     turn = math.pi * d[..., 2]
     half = (extent[0] + (extent[1] - extent[0]) * d[..., 3]) * size
-    bar = d[..., 5] < 0.3
+    bar = d[..., 5] < (1 if poles else 0.3)
     aspect = torch.where(bar, 0.06 + 0.10 * d[..., 4], 0.4 + 0.6 * d[..., 4])
+    if poles:
+        turn, aspect = torch.where(d[..., 6] < 0.67, (2 * d[..., 2]).round() * (math.pi / 2), turn), 0.2 * aspect
     long = torch.where(bar, half * 1.8, half)
     kind = torch.where(bar, torch.ones_like(half), (d[..., 6] * 3).floor())  # 0 ellipse, 1 box, 2 triangle
     reach = torch.where(present, long * 1.5, torch.full_like(long, -1e4))
@@ -814,10 +901,44 @@ def _backgrounds(seed, index, domain, size):
         canvas += WILD["value_noise"] * 2 * noise / (1 + 0.5 * octave)
     draws = hash_uniform(seed, index, WILD["clutter"] * 12, CLUTTER).view(len(index), -1, 12)
     _paint_shapes(canvas, draws, draws[..., 0] >= 0, (0.05, 0.24), size)
-    grey = (canvas[:, 0:1] + canvas[:, 1:2] + canvas[:, 2:3]) / 3
+    grey = _grey(canvas)
     canvas = grey + WILD["saturation"] * (canvas - grey)
     level = d[:, 6:7]
     return level + WILD["background"] * (canvas - level)
+
+
+def _photo_backgrounds(seed, index, size):
+    """Backgrounds (B,3,S,S) float32 of a 'photo': ground and what stands behind it, either with noise of its own
+    spectrum, from mats and sky to gravel and leaves; windows, fences or stands; flat things; poles."""
+    d = hash_uniform(seed, index, 26, GROUND)[..., None, None]
+    place = (torch.arange(size, device=index.device).float() + 0.5) / size
+    x, y = place[None, None, None, :], place[None, None, :, None]
+    horizon = 0.25 + 0.7 * d[:, 0:1]
+    above = (((horizon + (d[:, 1:2] - 0.5) * 0.3 * d[:, 2:3] * (x - 0.5)) - y) * size + 0.5).clamp(0, 1)
+    fields = []
+    for part, column in enumerate((3, 10)):
+        colour, e = d[:, column:column + 3], d[:, column + 3:column + 7]
+        grey = _grey(colour)
+        field = grey + 0.5 * e[:, 0:1] * (colour - grey) + (e[:, 1:2] - 0.5) * 0.4 * (y - 0.5)
+        weight = 0.30 * e[:, 2:3] * e[:, 2:3]
+        for octave, cells in enumerate((3, 6, 12, 24, 48)):
+            noise = _value_noise(seed, index, min(cells, size), 1, size, GROUND + 10 + 10 * part + octave) - 0.5
+            tint = 1 + 0.5 * (d[:, 23:26] - 0.5)
+            field = field + 2 * weight * tint * noise
+            weight = weight * (0.45 + 0.65 * e[:, 3:4])              # from smooth shading to rough surfaces
+        fields.append(field)
+    across, down = (_triangle_wave(axis * (2 + 14 * e)) for axis, e in ((x, d[:, 17:18]), (y, d[:, 18:19])))
+    wide, high = d[:, 19:20], d[:, 20:21]
+    grid = ((across - wide) * 4).clamp(0, 1) * ((down - high) * 4).clamp(0, 1)
+    built = (d[:, 21:22] < PHOTO["structure"]).float() * (d[:, 22:23] - 0.5)
+    canvas = fields[0] + above * (fields[1] + built * grid - fields[0])
+    draws = hash_uniform(seed, index, 4 * 12, CLUTTER).view(len(index), -1, 12)
+    draws = torch.cat((draws[..., :7], 0.3 * draws[..., 7:10] + 0.7 * draws[..., 7:8], draws[..., 10:]), -1)
+    _paint_shapes(canvas, draws, draws[..., 0] < 0.6, (0.04, 0.30), size)
+    draws = hash_uniform(seed, index, PHOTO["poles"] * 13, DISTRACTORS).view(len(index), -1, 13)
+    draws[..., 7:10] = 0.3 * draws[..., 7:10] + 0.7 * draws[..., 7:8]                     # mostly grey
+    _paint_shapes(canvas, draws[..., :12], draws[..., 12] < 0.5, (0.15, 0.5), size, poles=True)
+    return canvas
 
 
 def _blur(images, sigma):
@@ -860,16 +981,32 @@ def _photograph(seed, index, images):
     return images + (WILD["grain"] * d[:, 8] * d[:, 8])[:, None, None, None] * grain
 
 
+def _expose(seed, index, images):
+    """A 'photo' from images (B,3,S,S): exposure, now and then grey, black beside the photograph."""
+    size, d = images.shape[-1], hash_uniform(seed, index, 2, EXPOSURE)[..., None, None]
+    low, high = PHOTO["exposure"]
+    images = images * (low + (high - low) * d[:, 0:1])
+    images = torch.where(d[:, 1:2] < PHOTO["grey"], _grey(images), images)
+    width, height = (_photo_frame(seed, index) * size / 2).round().float()[..., None, None, None].unbind(1)
+    from_centre = (torch.arange(size, device=index.device).float() + 0.5 - size / 2).abs()
+    return images * (from_centre < width) * (from_centre[:, None] < height)
+
+
 def _render_chunk(seed, index, domain, size):
     """Images (B,3,S,S) uint8 of the samples `index` (B,) int64, on its device."""
     figures = sample_poses(seed, index, domain)
-    view = _frame_figures(seed, index, figures)
+    view = _frame_figures(seed, index, figures, domain)
     capsules = _capsules(seed, index, figures, view, domain)
-    images = _backgrounds(seed, index, domain, size)
+    if domain == "photo":
+        images = _photo_backgrounds(seed, index, size)
+        crowd = [*_company(seed, index, view), capsules]
+        capsules = {name: torch.cat([c[name] for c in crowd], 1) for name in capsules}
+    else:
+        images = _backgrounds(seed, index, domain, size)
     images = images.expand(-1, 3, size, size).contiguous()
     lamp = torch.tensor([[-0.35, -0.60, 0.72]], dtype=torch.float64, device=index.device)
     lamp = lamp.repeat(len(index), 1)
-    if domain == "target":
+    if domain != "source":
         d = hash_uniform(seed, index, 2, POST + 10).double()
         lamp = lamp + torch.stack((1.2 * (d[:, 0] - 0.5), 0.8 * (d[:, 1] - 0.5), 0 * d[:, 0]), 1)
         lamp = lamp / (lamp * lamp).sum(1, keepdim=True).sqrt()
@@ -878,13 +1015,17 @@ def _render_chunk(seed, index, domain, size):
         d = hash_uniform(seed, index, WILD["occluders"] * 13, OCCLUDERS).view(len(index), -1, 13)
         _paint_shapes(images, d[..., :12], d[..., 12] < WILD["occluder"], (0.05, 0.13), size)
         images = _photograph(seed, index, images)
+    if domain == "photo":
+        d = hash_uniform(seed, index, 13, OCCLUDERS).view(len(index), 1, 13)
+        _paint_shapes(images, d[..., :12], d[..., 12] < PHOTO["bar"], (0.15, 0.5), size, poles=True)
+        images = _expose(seed, index, _photograph(seed, index, images))
     return (images * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8)
 
 
 class Mannequin:
     """The built-in benchmark: figures on plain ground ('source') or in the wild ('target'), BODY16.
 
-    domain 'source' or 'target'; split 'train', 'val' or 'test' (the splits and domains draw from disjoint
+    domain 'source', 'target', or 'photo', a labelled source that resembles photographs of sports; split 'train', 'val' or 'test' (the splits and domains draw from disjoint
     ranges of counters); size S in pixels; count samples (default: DEFAULT_COUNTS). Poses and keypoints are
     computed at once; the images are rendered together when the first one is asked for and kept as uint8.
     `cache` is a directory for them (created if missing, safe to delete): one .npy file whose name carries
@@ -896,13 +1037,14 @@ class Mannequin:
     Raises ValueError for an unknown domain or split, or a size or count below 1.
     """
     DEFAULT_COUNTS = {("source", "train"): 6000, ("source", "val"): 500, ("source", "test"): 1000,
-                      ("target", "train"): 2000, ("target", "val"): 500, ("target", "test"): 1000}
+                      ("target", "train"): 2000, ("target", "val"): 500, ("target", "test"): 1000,
+                      ("photo", "train"): 6000}
     CHUNK_PIXELS = 25 * 64 * 64
 
     def __init__(self, domain, split, size=64, count=None, seed=0, cache=None, progress=None):
         if (domain, split) not in self.DEFAULT_COUNTS:
             raise ValueError(f"Mannequin: no domain {domain!r} with split {split!r}; "
-                             "use 'source' or 'target' with 'train', 'val' or 'test'.")
+                             "use 'source' or 'target' with 'train', 'val' or 'test', or 'photo' with 'train'.")
         count = self.DEFAULT_COUNTS[domain, split] if count is None else count
         if size < 1 or count < 1:
             raise ValueError(f"Mannequin: size {size} and count {count} must be at least 1.")
@@ -914,7 +1056,7 @@ class Mannequin:
         self.counters = torch.arange(count) + (block << 32)
         figures = sample_poses(self.seed, self.counters, domain)
         self.joints3d = figures.joints.float()
-        view = _frame_figures(self.seed, self.counters, figures)
+        view = _frame_figures(self.seed, self.counters, figures, domain)
         self.keypoints = (view.project(figures.joints) * self.size - 0.5).float()
         inside = (self.keypoints >= 0) & (self.keypoints <= self.size - 1)
         self.visible = inside.all(-1).float()
@@ -947,8 +1089,8 @@ class Mannequin:
         """Path of the cache file, or None without a cache directory."""
         if self.cache is None:
             return None
-        settings = (RENDERER_VERSION, self.domain, self.split, self.size, len(self), self.seed, WILD, PLAIN,
-                    POSES, SEGMENTS)
+        settings = (RENDERER_VERSION, self.domain, self.split, self.size, len(self), self.seed, WILD,
+                    PHOTO if self.domain == "photo" else PLAIN, POSES, SEGMENTS)
         digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
         return self.cache / f"mannequin-{self.domain}-{self.split}-{self.size}px-{len(self)}-{digest}.npy"
 

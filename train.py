@@ -74,6 +74,8 @@ IMAGENET_FILES = {"resnet18": "resnet18-f37072fd.pth", "resnet34": "resnet34-b62
                   "resnet50": "resnet50-0676ba61.pth", "resnet101": "resnet101-63fe2227.pth"}
 
 
+# Rendered datasets: the domain of data.Mannequin.
+RENDERED = {"mannequin": "source", "mannequin-wild": "target", "mannequin-photo": "photo"}
 # Datasets on disk: their loaders.
 SOURCES = {"surreal": data.SURREAL, "rhd": data.RenderedHandPose}
 TARGETS = {"lsp": data.LSP, "human36m": data.Human36M, "h3d": data.Hand3DStudio}
@@ -88,7 +90,7 @@ def option(default, group, text, paper=None, choices=None):
 class Settings:
     """Everything that decides a run's result. Defaults are the demo's; `paper` values the paper's (§4)."""
     method: str = option("actupose", "task", "which of the paper's rows to train", choices=tuple(METHODS))
-    source: str = option("mannequin", "task", "labelled source domain", choices=("mannequin", "mannequin-wild", *SOURCES))
+    source: str = option("mannequin", "task", "labelled source domain", choices=(*RENDERED, *SOURCES))
     source_root: str = option("", "task", "directory of the source dataset, for sources on disk")
     target: str = option("mannequin-wild", "task", "unlabelled target domain", choices=("mannequin-wild", *TARGETS))
     target_root: str = option("", "task", "directory of the target dataset, for targets on disk")
@@ -267,8 +269,8 @@ def open_domains(settings):
         except FileNotFoundError as e:
             raise UserError(f"--{role}-root: {e}") from None
 
-    if settings.source in ("mannequin", "mannequin-wild"):
-        source = mannequin("source" if settings.source == "mannequin" else "target", "train", settings.source_count)
+    if settings.source in RENDERED:
+        source = mannequin(RENDERED[settings.source], "train", settings.source_count)
     else:
         options = {}
         if settings.source == "surreal":

@@ -39,7 +39,7 @@ def test_hash_uniform_is_uniform_and_streams_differ():
     assert (torch.corrcoef(columns) - torch.eye(5)).abs().max() < 0.03
 
 
-@pytest.mark.parametrize("domain", ["source", "target"])
+@pytest.mark.parametrize("domain", ["source", "target", "photo"])
 @pytest.mark.parametrize("size", [33, 64])
 def test_a_sample_is_a_function_of_seed_and_index(domain, size):
     """Bit-equal alone, in any batch and in a longer dataset; another seed gives another picture."""
@@ -60,6 +60,7 @@ def test_a_sample_is_a_function_of_seed_and_index(domain, size):
 def test_splits_and_domains_share_no_sample():
     """All splits draw from disjoint counters, and no pose occurs in two of them."""
     sets = [Mannequin(d, s, count=300) for d in ("source", "target") for s in ("train", "val", "test")]
+    sets.append(Mannequin("photo", "train", count=300))
     counters = torch.cat([s.counters for s in sets])
     assert len(counters.unique()) == len(counters)
     poses = torch.cat([s.joints3d.flatten(1) for s in sets])
@@ -74,7 +75,7 @@ def test_default_counts_and_names():
     assert len(set(names)) == 20 and all(isinstance(n, str) for n in names)
 
 
-@pytest.mark.parametrize("domain", ["source", "target"])
+@pytest.mark.parametrize("domain", ["source", "target", "photo"])
 def test_figures_keep_their_bones_and_fill_the_crop(domain):
     """Segments keep the figure's lengths in every pose; pelvis and thorax are midpoints; all is visible."""
     index = torch.arange(400)
@@ -95,7 +96,8 @@ def test_figures_keep_their_bones_and_fill_the_crop(domain):
         assert angle.min() > 34.9
     view = Mannequin(domain, "train", 100, count=400)
     box = view.keypoints.amax(1) - view.keypoints.amin(1)
-    assert box.amax(1).min() > 55 and box.amax(1).max() < 82
+    least, most = (19, 82) if domain == "photo" else (55, 82)
+    assert box.amax(1).min() > least and box.amax(1).max() < most
     assert view.visible.mean() > 0.99
     assert torch.equal(view.visible, ((view.keypoints >= 0) & (view.keypoints <= 99)).all(-1).float())
 
@@ -129,6 +131,54 @@ def test_the_front_is_seen_and_tells_left_from_right():
     front = torch.linalg.cross(across, up)  # left x up = front
     assert (front[:, 2] > 0).float().mean() > 0.95
     assert (figures.keypoints[figures.upright][:, 3, 0] > figures.keypoints[figures.upright][:, 2, 0]).all()
+
+
+def test_photo_figures_are_seen_from_every_side_inside_a_letterbox():
+    """Keypoints lie in the photograph; the margins beside it, of the aspects' size, are black, it is not; chests face
+    both ways, heads point in every direction, and sizes spread as PHOTO says."""
+    figures = Mannequin("photo", "train", 120, count=600)
+    frame = data._photo_frame(0, figures.counters)
+    assert {round(w / h, 2) for w, h in frame.tolist()} == set(data.PHOTO["aspects"]) and (frame.amax(1) == 1).all()
+    margin = (1 - frame[:, None]) / 2 * 120 - 0.5
+    assert (figures.keypoints >= margin).all() and (figures.keypoints <= 119 - margin).all()
+    assert (figures.visible == 1).all()
+
+    images = figures.render(torch.arange(60))
+    for image, (width, height) in zip(images.amax(1), frame.tolist()):
+        x, y = round(60 - 60 * width), round(60 - 60 * height)
+        assert not image[:y].any() and not image[120 - y:].any() and not image[:, :x].any() and not image[:, 120 - x:].any()
+        inside = image[y:120 - y, x:120 - x]
+        assert inside.float().std() > 3 and (inside[:2] > 0).any() and (inside[:, :2] > 0).any()
+
+    j = figures.joints3d.double()
+    front = torch.linalg.cross(j[:, 13] - j[:, 12], j[:, 7] - j[:, 6])[:, 2] > 0
+    assert 0.4 < front.float().mean() < 0.6
+    up = figures.keypoints[:, 8] - figures.keypoints[:, 6]
+    direction = torch.rad2deg(torch.atan2(up[:, 0], -up[:, 1]))
+    share = torch.histc(direction, 8, -180, 180) / len(direction)
+    assert share.min() > 0.03 and (direction.abs() < 45).float().mean() > 0.4
+    extent = (figures.keypoints.amax(1) - figures.keypoints.amin(1)).amax(1) / 120
+    assert 0.3 < extent.median() < 0.5 and (extent < 0.25).float().mean() > 0.08 and (extent > 0.6).float().mean() > 0.1
+
+
+def test_photo_company_stands_behind_and_is_not_labelled(monkeypatch):
+    """On black ground, with company in every picture, there is more to see than without, and the labelled figure is
+    drawn where and as it was: the company is behind it."""
+    monkeypatch.setattr(data, "_photo_backgrounds", lambda seed, index, size: torch.zeros(len(index), 3, size, size))
+    monkeypatch.setattr(data, "_photograph", lambda seed, index, images: images)
+    monkeypatch.setitem(data.PHOTO, "bar", 0.0)
+    pictures = {}
+    for company in ((0.0, 0.0), (1.0, 1.0)):
+        monkeypatch.setitem(data.PHOTO, "company", company)
+        pictures[company] = Mannequin("photo", "train", 96, count=30).render(torch.arange(30))
+    alone, together = pictures.values()
+    lit = (alone.amax(1) > 0)
+    assert (together.amax(1) > 0).sum() > 1.15 * lit.sum()
+    same = (alone == together).all(1)
+    figures = Mannequin("photo", "train", 96, count=30)
+    at = figures.keypoints.round().long()
+    assert same[torch.arange(30)[:, None], at[..., 1], at[..., 0]].float().mean() > 0.97
+    assert same[lit].float().mean() > 0.85                    # but for soft edges, which mix with what is behind
 
 
 def test_limbs_are_drawn_where_the_keypoints_are(monkeypatch):
