@@ -16,6 +16,7 @@ import concurrent.futures
 import dataclasses
 import difflib
 import functools
+import inspect
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import actupose
@@ -113,7 +115,10 @@ class Settings:
     epochs: int = option(70, "schedule", "epochs in all")
     pretrain_epochs: int = option(40, "schedule", "epochs on the source before the teacher joins")
     iters_per_epoch: int = option(30, "schedule", "iterations an epoch", 500)
-    batch_size: int = option(32, "schedule", "images of each domain in a batch")
+    batch_size: int = option(32, "schedule", "images of each domain in a batch, that of all processes together")
+    accumulate: int = option(1, "schedule", "parts of a batch that are computed one after the other, for less memory; "
+                             "BatchNorm, confidence mask and pairs are then those of a part")
+    clip: float = option(0.0, "schedule", "longest gradient (2-norm) that the optimiser is given; 0: any")
     workers: int = option(0, "schedule", "threads that decode the batches to come (0: none)", 8)
     lr: float = option(1e-3, "schedule", "learning rate of Adam", 1e-4)
     lr_drops: str = option("45,60", "schedule", "epochs at which it drops")
@@ -159,6 +164,8 @@ class Settings:
 
     amp: str = option("off", "speed", "precision of the pose networks in training steps; losses and evaluation stay in "
                       "float32", choices=("off", "bf16"))
+    sync_batchnorm: bool = option(True, "speed", "with several processes: BatchNorm over the whole batch, as with one; off: "
+                                  "over each process's share, which is faster")
     compile: bool = option(False, "speed", "compile the pose networks (torch.compile): minutes at the start, worth it on a "
                            "GPU")
 
@@ -180,6 +187,10 @@ class Settings:
         if self.weights == "imagenet" and self.architecture not in IMAGENET_FILES:
             raise UserError(f"--weights imagenet: there are none for --architecture {self.architecture}; use one of "
                             f"{', '.join(IMAGENET_FILES)}")
+        if self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise UserError(f"--accumulate: must be a divisor of --batch-size ({self.batch_size}), got {self.accumulate}")
+        if not 0 <= self.clip < math.inf:
+            raise UserError(f"--clip: must be 0 or more, got {self.clip}")
         if self.workers < 0:
             raise UserError(f"--workers: must not be negative, got {self.workers}")
         if self.image_size % 32:
@@ -312,6 +323,83 @@ class Shuffler:
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Processes: `torchrun --nproc-per-node N train.py ...` starts this program N times
+#
+# Each process draws the whole batch (a function of seed and step), computes its share of it and averages gradients
+# with the others. Every term of Eq. 8 is a mean over samples, so that this is the gradient of the whole batch; what
+# looks at several samples at once (the mask's median, the pairs of Eq. 6, BatchNorm) is gathered. The exception is style
+# transfer, which pairs images within a share. All without effect in a single process.
+# ----------------------------------------------------------------------------------------------------------
+
+
+def processes():
+    """How many processes take part in this run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank():
+    """Which of them this one is; 0 writes all files."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def share(rows):
+    """This process's rows of what all processes hold alike; `processes()` divides their number."""
+    count = len(rows) // processes()
+    return rows[rank() * count:(rank() + 1) * count]
+
+
+def gather(rows):
+    """The inverse of `share`: the rows (N, ...) of every process, by rank -> (N * processes(), ...). No gradient."""
+    if processes() == 1:
+        return rows
+    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(processes())]
+    dist.all_gather(parts, rows.detach().contiguous())
+    return torch.cat(parts)
+
+
+def agree(*tensors):
+    """Give all processes the values of process 0, in place: what each has computed may differ in the last bits."""
+    if processes() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+class SumOfProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, values):
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOfProcesses.forward(ctx, gradient)
+
+
+class SyncBatchNorm(torch.nn.BatchNorm2d):
+    """BatchNorm over the batches of all processes, all of one size; on CPUs too, where torch has none.
+
+    Same parameters and buffers as BatchNorm2d, so that a network changes over by its modules' class alone.
+    """
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        moments = torch.stack([x.mean((0, 2, 3), dtype=torch.float32), (x.float() ** 2).mean((0, 2, 3))])
+        mean, square = SumOfProcesses.apply(moments) / processes()
+        variance = (square - mean ** 2).clamp(min=0)
+        with torch.no_grad():
+            count = x.numel() // x.shape[1] * processes()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+
+
+# ----------------------------------------------------------------------------------------------------------
 # The step
 # ----------------------------------------------------------------------------------------------------------
 
@@ -335,9 +423,22 @@ class Trainer:
         # A function of the network, not the network, is compiled: its parameters keep their names in checkpoints.
         self.call = torch.compile(_call) if settings.compile else _call
         self.student.to(memory_format=torch.channels_last)
+        self.replica = None                            # of the student in each process, which averages gradients
+        if processes() > 1:
+            if settings.sync_batchnorm:
+                for module in self.student.modules():
+                    if type(module) is torch.nn.BatchNorm2d:
+                        module.__class__ = SyncBatchNorm
+            # Buffers stay each process's own: synchronised they are equal, else process 0's are those that are kept.
+            replicate = torch.nn.parallel.DistributedDataParallel
+            synchronise = "forward_sync_buffers"                  # torch 2.12's name for broadcast_buffers
+            if synchronise not in inspect.signature(replicate).parameters:
+                synchronise = "broadcast_buffers"
+            self.replica = replicate(self.student, device_ids=[device] if device.type == "cuda" else None,
+                                     **{synchronise: False})
         self.teacher = None
         self.style_transfer = style_transfer
-        self.optimiser = torch.optim.Adam(self.student.parameters(), lr=settings.lr)
+        self.optimiser = torch.optim.Adam(self.student.parameters(), lr=settings.lr, fused=device.type == "cuda")
         self.stride = self.student.stride
         self.cells = settings.image_size // self.stride
         # Decision: the terms of Eq. 8 are sums over the body, averaged over samples: heatmap errors are summed over
@@ -346,6 +447,12 @@ class Trainer:
         self.limbs = torch.tensor(skeleton.limbs, device=device)
         self.triplets = torch.tensor(skeleton.triplets, device=device)
         self.zoom, self.crop = settings.numbers("zoom", 2), settings.numbers("crop", 2)
+        self.watch = None                                         # a Stopwatch in `profile`
+
+    def now(self, part):
+        """From here on the time goes to `part` of the step; nothing but in `profile`."""
+        if self.watch is not None:
+            self.watch.turn_to(part)
 
     def learning_rate(self, epoch):
         """Set and return the epoch's learning rate: --lr, times --lr-factor at each of --lr-drops."""
@@ -364,15 +471,32 @@ class Trainer:
         """With probability --style-prob, the content batch in the style batch's look, strength alpha ~ U(0, 1)."""
         if self.style_transfer is None or self.coin.random() >= self.settings.style_prob:
             return content
+        self.now("style")
         with torch.no_grad():
             return self.style_transfer(content, style.roll(1, 0), u)
 
     def forward(self, network, images):
         """Heatmaps and features of a pose network in a training step, float32 whatever --amp says of its inside."""
+        self.now("student" if network is self.student else "teacher")
         amp = torch.autocast(self.device.type, torch.bfloat16) if self.settings.amp == "bf16" else nullcontext()
         with amp:
-            heatmaps, features = self.call(network, images)
+            heatmaps, features = self.call(self.replica if self.replica and network is self.student else network, images)
+        if self.watch is not None and network is self.student:
+            self.watch.outputs += [heatmaps, features]
+        self.now("losses")
         return heatmaps.float(), features.float()
+
+    def backward(self, loss):
+        """loss.backward(); in `profile` in two parts, down to the student's outputs and through the student."""
+        if self.watch is None:
+            loss.backward()
+            return
+        self.now("losses, backward")
+        outputs, self.watch.outputs = self.watch.outputs, []
+        gradients = torch.autograd.grad(loss, outputs, allow_unused=True)
+        self.now("student, backward")
+        used = [(output, gradient) for output, gradient in zip(outputs, gradients) if gradient is not None]
+        torch.autograd.backward(*zip(*used))
 
     def random(self, indices, stream, step):
         """40 uniform numbers for each sample of a step: (B, 40), a function of (seed, sample, step)."""
@@ -386,7 +510,7 @@ class Trainer:
         (B, 2, 3), and the samples' uniform numbers (B, 40).
         """
         s = self.settings
-        indices, images, keypoints, visible = (t.to(self.device) for t in batch)
+        indices, images, keypoints, visible = (t.to(self.device, non_blocking=True) for t in batch)
         u = self.random(indices, SOURCE_STREAM, step)
         view = compose_views(self.affine(u[:, 3:8]), random_crop_view(u[:, :3], s.image_size, self.crop))
         images = colour_jitter(warp(normalise(images), view), u[:, 8:11], s.jitter)
@@ -416,11 +540,34 @@ class Trainer:
         Returns a dictionary of scalars on the device and the source samples' confidences (B,).
         """
         s = self.settings
-        self.coin = np.random.default_rng((s.seed, 7, step))
         self.student.train()
+        self.optimiser.zero_grad()
+        parts = []
+        for part in range(s.accumulate):
+            batches = [batch and [t.chunk(s.accumulate)[part] for t in batch] for batch in (source_batch, target_batch)]
+            last = part + 1 == s.accumulate                       # gradients are averaged over processes once
+            with nullcontext() if last or processes() == 1 else self.replica.no_sync():
+                loss, terms, confidence = self.losses(step, *batches)
+                self.backward(loss / s.accumulate)
+            parts.append((confidence, {name: value.detach() for name, value in terms.items()}))
+        self.now("optimiser")
+        if s.clip:
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), s.clip, foreach=True)
+        self.optimiser.step()
+        if self.teacher is not None:
+            actupose.update_teacher(self.teacher, self.student, s.ema)
+        confidences, terms = zip(*parts)
+        return {name: sum(t[name] for t in terms) / s.accumulate for name in terms[0]}, torch.cat(confidences)
+
+    def losses(self, step, source_batch, target_batch):
+        """Loss of a batch, or of this process's or this part's share of it: Eq. 8's L, its terms and the source samples'
+        confidences (B,). Arguments as in `step`."""
+        s = self.settings
+        self.coin = np.random.default_rng((s.seed, 7, step))
+        self.now("augmentation")
         indices = target_images = base = None
         if target_batch is not None:
-            indices, target_images = (t.to(self.device) for t in target_batch[:2])
+            indices, target_images = (t.to(self.device, non_blocking=True) for t in target_batch[:2])
             target_images = normalise(target_images)
             u = self.random(indices, TARGET_STREAM, step)
             base = random_crop_view(u[:, :3], s.image_size, self.crop)   # the common frame of both views
@@ -429,17 +576,13 @@ class Trainer:
             loss, terms = s.w_udape * self.summed * source["loss"], dict(mse=self.summed * source["loss"])
         else:
             loss, terms = self.adapt(source, target_images, base, indices, u, step)
-        self.optimiser.zero_grad()
-        loss.backward()
-        self.optimiser.step()
-        if self.teacher is not None:
-            actupose.update_teacher(self.teacher, self.student, s.ema)
         terms["confidence"] = source["confidence"].mean()
-        return {name: value.detach() for name, value in terms.items()}, source["confidence"]
+        return loss, terms, source["confidence"]
 
     def adapt(self, source, target_images, base, indices, u, step):
         """The target's part of the step: teacher, pseudo-labels, consistency, Eq. 5-8. Returns loss and its terms."""
         s = self.settings
+        self.now("augmentation")
         u_teacher = self.random(indices, TEACHER_STREAM, step)
         student_view, teacher_view = self.affine(u[:, 3:8]), self.affine(u_teacher[:, 3:8])
 
@@ -450,8 +593,12 @@ class Trainer:
             maps, teacher_features = self.forward(self.teacher, images)
             maps = warp(maps, invert_view(teacher_view), self.stride)     # into the common frame
             pseudo, cells, confidence = actupose.rectify(maps, s.sigma, s.subcell)
-            sure = actupose.confidence_mask(confidence, s.mask_ratio)
+            # Of all processes: the median is the batch's, and pairs are sought among all its targets, as with one process.
+            everyones = [gather(values) for values in (cells, confidence, teacher_features)]
+            everyones.append(actupose.confidence_mask(everyones[1], s.mask_ratio))
+            sure = share(everyones[-1])
             # Decision: what the student's view does not show, it is not asked to predict.
+            self.now("augmentation")
             in_view = map_keypoints(cells * self.stride, student_view)
             mask = sure & ((in_view >= 0) & (in_view <= s.image_size - 1)).all(-1)
             images = colour_jitter(warp(target_images, compose_views(student_view, base)), u[:, 8:11], s.jitter)
@@ -470,16 +617,19 @@ class Trainer:
             evalpose = (actupose.evalpose(on_source, source["keypoints"] / self.stride, self.limbs, source["weight"])
                         + actupose.evalpose(on_target, cells, self.limbs, mask))
         if s.w_cross:
-            pairs = actupose.mine_pairs(source["pose"], cells, self.triplets, s.gamma, source["weight"] > 0, sure,
-                                        capacity=len(cells) * len(source["pose"]))
-            cross = actupose.cross_domain_loss(source["features"], teacher_features, pairs)
+            targets, _, features, sure_targets = everyones
+            pairs = actupose.mine_pairs(source["pose"], targets, self.triplets, s.gamma, source["weight"] > 0, sure_targets,
+                                        capacity=len(targets) * len(source["pose"]))
+            # Eq. 6 is a sum over pairs; losses are averaged over the shares of a batch, so a share's sum is scaled up.
+            shares = processes() * s.accumulate
+            cross = shares * actupose.cross_domain_loss(source["features"], features, pairs)
         loss = actupose.total_loss(udape, evalpose, cross, (s.w_udape, s.w_evalpose, s.w_cross))       # Eq. 8
         terms = dict(mse=self.summed * source["loss"], consistency=self.summed * consistency, kept=mask.float().mean(),
                      teacher_confidence=confidence.mean())
         if s.w_evalpose:
             terms["evalpose"] = evalpose
         if s.w_cross:
-            terms.update(cross_domain=cross, pairs=(pairs[:, 0] >= 0).float().sum())
+            terms.update(cross_domain=cross, pairs=shares * (pairs[:, 0] >= 0).float().sum())
         return loss, terms
 
     @torch.no_grad()
