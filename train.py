@@ -1057,20 +1057,25 @@ def check_memory(settings, domains, trainer):
 PICTURES_BYTES = 20_000_000                                  # figures/ and the text files: ten times the demo's
 
 
-def check_disk(out, run):
-    """UserError where the directory has no room for the run: three checkpoints, for a moment, and the pictures.
-
-    last.pt and previous.pt stand while the next one is written; the size is that of the tensors, those to come included.
-    """
+def checkpoint_bytes(run):
+    """Bytes of the tensors in a run's last checkpoint; at the start, those to come are reckoned from the networks."""
     def size(state):
         return sum(value.nbytes for value in state.values()) if state else 0
 
     state = run.state(-1)
     moments = 2 * sum(p.nbytes for p in run.trainer.student.parameters())
-    checkpoint = (size(state["student"]) * (1 + run.settings.adapt) + moments + size(state["style"]) + size(state["vae"])
-                  + size(state["curriculum"]))
+    return (size(state["student"]) * (1 + run.settings.adapt) + moments + size(state["style"]) + size(state["vae"])
+            + size(state["curriculum"]))
+
+
+def check_disk(out, run):
+    """UserError where the directory has no room for the run: three checkpoints, for a moment, and the pictures.
+
+    last.pt and previous.pt stand while the next one is written.
+    """
     there = sum(file.stat().st_size for file in (out / "last.pt", out / "previous.pt") if file.exists())
-    needed, free = max(3 * checkpoint - there, 0) + PICTURES_BYTES, shutil.disk_usage(out).free
+    needed = max(3 * checkpoint_bytes(run) - there, 0) + PICTURES_BYTES
+    free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(f"{out}: {needed / 1e6:.0f} MB are needed for checkpoints and pictures and {free / 1e6:.0f} MB are "
                         f"free; free some, or give another --out")
