@@ -1135,8 +1135,7 @@ def ahead(jobs, workers):
                 future.cancel()
 
 
-CHECK_EVERY = {"cpu": 1}                                     # steps between looks at the loss; on a GPU each look waits
-CHECK_EVERY_ELSEWHERE = 50
+CHECK_EVERY = {"cpu": 1, "cuda": 50}                         # steps between looks at the loss; on a GPU each look waits
 
 
 def draw_pool(curriculum, epoch, settings):
@@ -1210,7 +1209,7 @@ def train_epoch(run, epoch, progress):
                                 for domain, (dataset, indices) in zip(("labelled", "target"), batches)}})
         unchecked.clear()
 
-    every = CHECK_EVERY.get(trainer.device.type, CHECK_EVERY_ELSEWHERE)
+    every = CHECK_EVERY.get(trainer.device.type, 50)
     jobs = (functools.partial(load, *drawn(i)) for i in range(begin, s.iters_per_epoch))
     for i, (source_batch, target_batch) in enumerate(ahead(jobs, s.workers), begin):
         step = epoch * s.iters_per_epoch + i
@@ -1342,8 +1341,8 @@ def resume_command(out):
 
 def versions():
     """Versions of what computes a run; those that are installed."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "numpy", "pillow", "triton"):
+    found = {"python": platform.python_version(), "torch": torch.__version__}       # which says its build too
+    for name in ("numpy", "pillow", "triton"):
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
@@ -1351,7 +1350,13 @@ def versions():
 
 def machine(device):
     """What a run is computed on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        name = models[0] if models else platform.processor() or platform.machine()
     return {"device": str(device), "device_name": name, "threads": torch.get_num_threads(), "platform": platform.platform()}
 
 
@@ -2508,7 +2513,9 @@ def evaluate_run(out, device):
     result = {**scores["student"], "teacher": scores.get("teacher")}
     print_result(result)
     if not (out / "result.json").exists():
-        print(f"after epoch {checkpoint['epoch'] + 1} of {settings.epochs}; the run is not finished, --resume goes on")
+        steps = f" and {checkpoint['position']['batch']} steps" if checkpoint["position"] else ""
+        print(f"after {checkpoint['epoch'] + 1} of {settings.epochs} epochs{steps}; the run is not finished, "
+              f"`{resume_command(out)}` goes on")
         return
     stored = read_result(out / "result.json")
     if any(stored.get(key) != result[key] for key in result):

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -203,7 +204,7 @@ def test_killed_anywhere_and_resumed_to_the_same_bits(killer, cache, tmp_path):
 @pytest.mark.parametrize("method, number", [("actupose", signal.SIGTERM), ("oracle", signal.SIGINT)])
 def test_a_signal_stops_after_the_step_and_says_how_to_go_on(method, number, cache, tmp_path, monkeypatch, capsys):
     """Inside an epoch of either phase: the step is finished, the state saved, the rest of the epoch draws the same pool."""
-    options = [*TINY, "--cache", cache, "--method", method, "--rescoring", "literal"]
+    options = [*TINY, "--cache", cache, "--method", method, "--rescoring", "literal", "--workers", "2"]
     assert train.main([*options, "--out", str(tmp_path / "whole")]) == 0
     capsys.readouterr()
     whole, out = train.Trainer.step, tmp_path / "a run"
@@ -220,6 +221,7 @@ def test_a_signal_stops_after_the_step_and_says_how_to_go_on(method, number, cac
         error = capsys.readouterr().err
         assert f"`python train.py --resume --out '{out}'` goes on" in error and f"after {batch} of 4 steps" in error
         assert train.load_run(out / "last.pt")["position"]["batch"] == batch
+        assert train.main(["evaluate", str(out)]) == 0 and f"epochs and {batch} steps" in capsys.readouterr().out
         arguments = ["--resume", "--out", str(out)]
     assert train.main(arguments) == 0
     assert_same_run(tmp_path / "whole", out)
@@ -242,6 +244,23 @@ def test_a_second_signal_leaves_at_once(cache, tmp_path):
     done = subprocess.run([sys.executable, "-c", code, *job], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -signal.SIGTERM and "a second signal" in done.stderr
     assert not (tmp_path / "r" / "last.pt").exists()
+
+
+def test_compare_passes_a_signal_on(cache, tmp_path):
+    """Ctrl-C and SIGTERM reach `compare` alone; it tells its runs, each saves, and the same command goes on."""
+    out = tmp_path / "c"
+    options = [*TINY, "--iters-per-epoch", "5000", "--cache", cache]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "compare", "--methods", "source-only", "--seeds", "0",
+                                "--out", str(out), *options], stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not (out / "source-only-s0" / "config.json").exists():            # it trains from here on
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.1)
+    time.sleep(1)
+    process.terminate()
+    assert "the same command goes on" in process.communicate()[1] and process.returncode == 143
+    assert train.load_run(out / "source-only-s0" / "last.pt")["position"] is not None
+    assert "`python train.py --resume" in (out / "source-only-s0" / "output.txt").read_text()
 
 
 def test_pictures_that_failed_are_drawn_by_resume(finished, tmp_path, monkeypatch, capsys):
