@@ -954,17 +954,30 @@ class Run:
         trainer.load_networks(state["student"], state["teacher"], path)
         try:
             check_progress(state, self.settings, len(self.curriculum.score))
-            trainer.optimiser.load_state_dict(state["optimiser"])
-            for parameter in trainer.student.parameters():
-                moments = trainer.optimiser.state.get(parameter, {})
-                if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq") if moments):
-                    raise ValueError("the optimiser's moments have other shapes than the network")
+            check_moments(state["optimiser"]["state"], list(trainer.student.parameters()))
+            # Its settings are this run's; the learning rate is set in each epoch.
+            trainer.optimiser.load_state_dict({**trainer.optimiser.state_dict(), "state": state["optimiser"]["state"]})
             self.curriculum.load_state_dict(state["curriculum"])
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
             raise UserError(f"{path}: {e}; resume with the settings and data that the run was started on") from None
         self.log, self.drawn, self.speed = state["log"], state["drawn"], state["speed"]
         self.seconds, self.position = state["seconds"], position
         return state["epoch"] + 1
+
+
+def is_tensor(value, dtype, *shape):
+    """Whether a value is a plain tensor of this type and shape."""
+    return torch.is_tensor(value) and value.layout == torch.strided and value.dtype == dtype and value.shape == shape
+
+
+def check_moments(moments, parameters):
+    """ValueError where a checkpoint's state of Adam is not that of these parameters."""
+    fits = isinstance(moments, dict) and moments.keys() == set(range(len(parameters))) and all(
+        isinstance(moments[i], dict) and is_tensor(moments[i].get("step"), torch.float32)
+        and all(is_tensor(moments[i].get(name), p.dtype, *p.shape) for name in ("exp_avg", "exp_avg_sq"))
+        for i, p in enumerate(parameters))
+    if not fits:
+        raise ValueError("the optimiser's state is not that of this network")
 
 
 def check_progress(state, settings, samples):
@@ -982,9 +995,6 @@ def check_progress(state, settings, samples):
         return isinstance(state[name], list) and len(state[name]) == finished and all(
             is_row(row, epoch, *keys) for epoch, row in enumerate(state[name]))
 
-    def tensor(value, dtype, *shape):
-        return torch.is_tensor(value) and value.dtype == dtype and value.shape == shape
-
     require(finished < settings.epochs or (finished == settings.epochs and position is None), "epoch")
     require(rows("log", LOG_KEYS), "log")
     require(rows("speed", SPEED_KEYS), "speed")
@@ -994,16 +1004,17 @@ def check_progress(state, settings, samples):
             and all(isinstance(row, list) and len(row) == settings.bins and all(type(n) is int for n in row)
                     for row in state["drawn"]), "drawn")
     curriculum = state["curriculum"]
-    require(isinstance(curriculum, dict) and all(torch.is_tensor(curriculum.get(name)) for name in ("score", "confidence"))
-            and all(tensor(values, torch.float32, len(values)) for values in map(torch.atleast_1d, curriculum.values())),
-            "curriculum")
+    require(isinstance(curriculum, dict) and torch.is_tensor(curriculum.get("score"))
+            and all(is_tensor(curriculum.get(name), torch.float32, curriculum["score"].numel())
+                    for name in ("score", "confidence")), "curriculum")
     if position is not None:
         require(isinstance(position, dict) and type(position.get("batch")) is int
                 and 0 < position["batch"] < settings.iters_per_epoch and number(position.get("seconds")), "position")
         seen = position["batch"] * settings.batch_size
-        require(is_state_dict(position.get("sums")) and all(tensor(v, torch.float32) for v in position["sums"].values()),
+        require(is_state_dict(position.get("sums")) and all(is_tensor(v, torch.float32) for v in position["sums"].values()),
                 "sums")
-        require(tensor(position.get("indices"), torch.int64, seen) and tensor(position.get("confidence"), torch.float32, seen)
+        require(is_tensor(position.get("indices"), torch.int64, seen)
+                and is_tensor(position.get("confidence"), torch.float32, seen)
                 and (settings.curriculum != "active"
                      or (position["indices"].min() >= 0 and position["indices"].max() < samples)), "indices")
 

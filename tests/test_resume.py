@@ -89,7 +89,7 @@ def assert_same_run(one, two):
 # Imports the project once, then forks a process for each start of a run and has it killed at a moment that a job names:
 # at the n-th event of a kind, or after some seconds. Exit statuses go to stdout, one JSON list.
 KILLER = QUICK + """
-import json, os, signal, sys, time
+import json, os, sys, threading
 
 def armed(owner, name, number, which, sides=("before", "after")):
     function, count = getattr(owner, name), [0]
@@ -123,12 +123,11 @@ def start(job, log):
                 armed(train, "draw_bins", number, which)
             elif kind in ("replace", "fsync"):
                 armed(os, kind, number, which)
+            elif kind == "seconds":
+                threading.Timer(which, os.kill, (os.getpid(), number)).start()
             status = train.main(job["arguments"])
         finally:
             os._exit(status)
-    if job["kind"] == "seconds":
-        time.sleep(job["which"])
-        os.kill(child, job["signal"])
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 for line in sys.stdin:
@@ -188,7 +187,8 @@ def test_killed_anywhere_and_resumed_to_the_same_bits(killer, cache, tmp_path):
             which = choice.uniform(0.2, LARGEST[kind]) if kind == "seconds" else choice.randint(1, LARGEST[kind])
             number = choice.choice([signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT])
             status = killer(arguments, kind, which, number)
-            assert status in (0, -9, 143, 130), (status, kind, which, killer.log.read_text())
+            # SIGTERM in the first moments, before the run listens to it, ends the process as by default.
+            assert status in (0, -9, 143, 130) or (kind, status) == ("seconds", -15), (status, kind, which, killer.log.read_text())
             if status == 0:
                 break
             kills += 1
@@ -197,7 +197,7 @@ def test_killed_anywhere_and_resumed_to_the_same_bits(killer, cache, tmp_path):
                 state, _ = train.newest_checkpoint(out)                     # never without a good one
                 assert state["epoch"] >= -1
         assert_same_run(tmp_path / "whole", out)
-    assert {kind for kind, _ in kinds} >= {"step", "write", "replace", "fsync"} and {s for _, s in kinds} == {-9, 143, 130}
+    assert {kind for kind, _ in kinds} >= {"step", "write", "replace", "fsync"} and {s for _, s in kinds} >= {-9, 143, 130}
     assert "Traceback" not in killer.log.read_text()
 
 
@@ -421,17 +421,15 @@ def test_checkpoints_of_another_form_are_refused_or_go_on(finished, tmp_path):
     states.append(copy.deepcopy(run.state(3)))
     run.stopping.asked = None
     choice, path, outcomes = random.Random(3), tmp_path / "last.pt", {"refused": 0, "accepted": 0}
-    for i in range(150):
+    for i in range(120):
         state = mutate(states[i % 2], choice) if i > 1 else states[i]
         train.save_checkpoint(path, state)
         try:
             loaded = train.load_run(path)
-            if (loaded["teacher"] is None) or loaded["style"] is None:      # of another method: set up otherwise
+            if loaded["teacher"] is None:                                   # of before the third epoch
                 continue
-            epoch = run.load(loaded, path)
-            if i < 2 or i % 10 == 0:
-                train.train_epoch(run, epoch, lambda *a: None)
-                outcomes["accepted"] += 1
+            train.train_epoch(run, run.load(loaded, path), lambda *a: None)
+            outcomes["accepted"] += 1
         except train.UserError as e:
             assert i > 1 and str(path) in str(e)
             outcomes["refused"] += 1
