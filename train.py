@@ -16,17 +16,23 @@ import concurrent.futures
 import dataclasses
 import difflib
 import functools
+import hashlib
+import importlib.metadata
 import inspect
 import json
 import math
 import os
 import platform
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -45,6 +51,26 @@ from data import (colour_jitter, compose_views, denormalise, hash_uniform, inver
 
 class UserError(Exception):
     """A mistake that the user can mend: printed as one line, exit status 2."""
+
+
+class Damaged(UserError):
+    """A checkpoint that is missing, cut short, changed or of another kind."""
+
+
+class NotFinite(Exception):
+    """A step whose loss is NaN or infinite. record: what `nonfinite.json` is to hold."""
+
+    def __init__(self, record):
+        super().__init__(record)
+        self.record = record
+
+
+class Stopped(BaseException):
+    """A signal ended the run: one line, exit status 128 + the signal's number. No Exception: it may be raised anywhere."""
+
+    def __init__(self, number, message):
+        super().__init__(message)
+        self.number = number
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -168,12 +194,17 @@ class Settings:
                                   "over each process's share, which is faster")
     compile: bool = option(False, "speed", "compile the pose networks (torch.compile): minutes at the start, worth it on a "
                            "GPU")
+    deterministic: bool = option(False, "speed", "algorithms that give the same bits every time, slower; on a CPU they do "
+                                 "anyway; what remains on a GPU is the gradient of warping heatmaps (grid_sample, from "
+                                 "--pretrain-epochs on), which torch has in no such form and warns of")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 raise UserError(f"--{f.name.replace('_', '-')}: {value!r} is not one of {', '.join(choices)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{f.name.replace('_', '-')}: must be a finite number, got {value}")
         positive = ("epochs", "iters_per_epoch", "batch_size", "lr", "sigma", "bins", "pace", "spread", "image_size",
                     "source_count", "target_count", "beta", "vae_steps", "style_iters")
         for name in positive:
@@ -454,6 +485,11 @@ class Trainer:
         if self.watch is not None:
             self.watch.turn_to(part)
 
+    @property
+    def uses_target(self):
+        """Whether a step takes target images: for their style, or for the teacher."""
+        return self.style_transfer is not None or self.teacher is not None
+
     def learning_rate(self, epoch):
         """Set and return the epoch's learning rate: --lr, times --lr-factor at each of --lr-drops."""
         s = self.settings
@@ -576,7 +612,7 @@ class Trainer:
             loss, terms = s.w_udape * self.summed * source["loss"], dict(mse=self.summed * source["loss"])
         else:
             loss, terms = self.adapt(source, target_images, base, indices, u, step)
-        terms["confidence"] = source["confidence"].mean()
+        terms.update(loss=loss, confidence=source["confidence"].mean())
         return loss, terms, source["confidence"]
 
     def adapt(self, source, target_images, base, indices, u, step):
@@ -737,11 +773,44 @@ def complain(message):
     Progress.unfinished = False
 
 
-def write_text(path, text):
-    """Write a file so that a crash leaves either the old one or the new one."""
+@contextmanager
+def replacing(path, keep=None):
+    """A binary file to write, which takes the place of `path` when the block ends well and is removed otherwise.
+
+    It is on the disk before it is renamed, so that a crash or a full disk leaves the old file or the new one, whole.
+    keep: the name that the old file is given. OSError names `path`.
+    """
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except BaseException as e:
+        with suppress(OSError):                  # in a directory that became read-only it stays; the next write takes it
+            temporary.unlink(missing_ok=True)
+        if isinstance(e, OSError):
+            raise OSError(e.errno, e.strerror or str(e), str(path)) from e
+        raise
+
+
+def sync_directory(folder):
+    """Wait until renames in a directory are on the disk; where directories cannot be opened (Windows) nothing is needed."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_text(path, text):
+    """Write a text file so that a crash leaves either the old one or the new one."""
+    with replacing(path) as f:
+        f.write(text.encode())
 
 
 def write_json(path, value):
@@ -749,19 +818,47 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def write_log(path, log):
-    """log.jsonl: one line an epoch."""
-    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in log))
+def write_lines(path, rows):
+    """log.jsonl and speed.jsonl: one line an epoch."""
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 def read_json(path):
     """A run's JSON file. UserError when it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        value = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file; is {path.parent} the directory of a run?") from None
     except ValueError as e:
         raise UserError(f"{path}: damaged ({e}); remove {path.parent} and run again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged (no object of JSON); remove {path.parent} and run again")
+    return value
+
+
+def is_row(row, epoch, *keys):
+    """Whether a value is a line of log.jsonl or speed.jsonl: numbers by name, `keys` among them."""
+    return (isinstance(row, dict) and row.get("epoch") == epoch and all(isinstance(name, str) for name in row)
+            and all(value is None or (type(value) in (int, float) and math.isfinite(value)) for value in row.values())
+            and all(row.get(key) is not None for key in keys))
+
+
+LOG_KEYS, SPEED_KEYS = ("lr", "loss"), ("seconds", "images_per_second", "total_seconds")
+
+
+def read_lines(path, *keys):
+    """The rows of log.jsonl or speed.jsonl, with `keys` in each; none before the first epoch is finished. UserError when
+    damaged."""
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+    except FileNotFoundError:
+        return []
+    except ValueError as e:
+        raise UserError(f"{path}: damaged ({e}); --resume writes it anew") from None
+    for epoch, row in enumerate(rows):
+        if not is_row(row, epoch, *keys):
+            raise UserError(f"{path}: damaged (line {epoch + 1} is not that of an epoch); --resume writes it anew")
+    return rows
 
 
 def peak_memory_gb():
@@ -774,14 +871,41 @@ def peak_memory_gb():
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
 
+DIGEST_BYTES = 32                                            # of SHA-256
+
+
+class _HashingWriter:
+    """What torch.save writes to: the file, with a SHA-256 of all that passes."""
+
+    def __init__(self, file):
+        self.file, self.digest, self.error = file, hashlib.sha256(), None
+
+    def write(self, piece):
+        try:
+            self.digest.update(piece)
+            return self.file.write(piece)
+        except OSError as e:                                 # torch reports any failure as its own RuntimeError
+            self.error = e
+            raise
+
+    def flush(self):
+        self.file.flush()
+
+
 def save_checkpoint(path, state):
-    """torch.save to a temporary file, synced, then renamed."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    """torch.save, followed by the SHA-256 of its bytes, in place of `path`; what was there becomes previous.pt.
+
+    torch.load looks for the end of its archive from the back and opens the file all the same. At every moment last.pt
+    or previous.pt is whole. OSError when it cannot be written, both as they were.
+    """
+    with replacing(path, path.with_name("previous.pt")) as f:
+        writer = _HashingWriter(f)
+        try:
+            torch.save(state, writer)
+        except RuntimeError as e:
+            raise (writer.error or e) from None
+        f.write(writer.digest.digest())
+    sync_directory(path.parent)
 
 
 def load_checkpoint(path, *keys):
@@ -790,20 +914,68 @@ def load_checkpoint(path, *keys):
     keys: what it must hold. UserError when it is missing, unreadable or holds something else.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as f:
+            return _read_state(f, path, keys)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+
+
+def _read_state(f, path, keys):
+    """`load_checkpoint` of an open file."""
+    try:
+        state = torch.load(f, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise UserError(f"{path}: not a readable file of tensors and plain values ({type(e).__name__}); replace it, or "
-                        f"start anew") from None
+        raise Damaged(f"{path}: not a readable file of tensors and plain values ({type(e).__name__}); replace it, or "
+                      f"start anew") from None
     if not isinstance(state, dict) or any(key not in state for key in keys):
-        raise UserError(f"{path}: not what was expected, a dictionary with {', '.join(keys) or 'tensors'}")
+        raise Damaged(f"{path}: not what was expected, a dictionary with {', '.join(keys) or 'tensors'}")
     return state
+
+
+def load_run(path):
+    """A checkpoint that `save_checkpoint` wrote. Nothing of it is parsed before its checksum is found right.
+
+    Damaged, with the file and what to do, when it is missing, cut short, changed or of another kind.
+    """
+    try:
+        with open(path, "rb") as f:
+            if not _checksum_fits(f):
+                raise Damaged(f"{path}: damaged or not written by this version (its checksum does not fit); remove it, and "
+                              f"--resume goes on from previous.pt beside it, or starts anew without one")
+            f.seek(0)
+            state = _read_state(f, path, CHECKPOINT)
+    except (FileNotFoundError, NotADirectoryError):
+        raise Damaged(f"{path}: no such file; is {path.parent} the directory of a run that has saved something?") from None
+    for name in ("student", "teacher", "style", "vae"):
+        weights = state[name]
+        if not (is_state_dict(weights) or (weights is None and name != "student")):
+            raise Damaged(f"{path}: {name} is no dictionary of tensors; remove the file, and --resume goes on from previous.pt")
+    if type(state["epoch"]) is not int or state["epoch"] < -1:
+        raise Damaged(f"{path}: epoch is {state['epoch']!r}; remove the file, and --resume goes on from previous.pt")
+    return state
+
+
+def _checksum_fits(f):
+    """Whether an open file ends with the SHA-256 of what stands before."""
+    left, digest = os.fstat(f.fileno()).st_size - DIGEST_BYTES, hashlib.sha256()
+    if left <= 0:
+        return False
+    while left > 0 and (piece := f.read(min(left, 1 << 20))):
+        digest.update(piece)
+        left -= len(piece)
+    return f.read() == digest.digest()
+
+
+def is_state_dict(value):
+    """Whether a value is a dictionary of tensors by name."""
+    return isinstance(value, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in value.items())
 
 
 def load_weights(module, state, path):
     """module.load_state_dict with an error that names the file and the first thing that does not fit."""
     own = module.state_dict()
+    if not is_state_dict(state):
+        raise UserError(f"{path}: no dictionary of tensors where those of a network were expected; give another file")
     for name in sorted(own.keys() ^ state.keys()):
         where = "lacks" if name in own else "has an unknown"
         raise UserError(f"{path}: the checkpoint {where} {name}; is it of another --architecture or skeleton?")
@@ -811,7 +983,10 @@ def load_weights(module, state, path):
         if value.shape != state[name].shape:
             raise UserError(f"{path}: {name} has shape {tuple(state[name].shape)}, this network {tuple(value.shape)}; "
                             f"use the --architecture and data of the run that wrote it")
-    module.load_state_dict(state)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as e:                                # tensors of a kind that cannot be copied
+        raise UserError(f"{path}: {str(e).splitlines()[-1].strip()}; give another file") from None
 
 
 def choose_device(name):
@@ -867,8 +1042,8 @@ def read_weights(settings):
             raise UserError(f"--weights imagenet: {url} could not be fetched or read ({e}); fetch it by other means and give "
                             f"the file, or remove a damaged one from {torch.hub.get_dir()}/checkpoints") from None
     path = Path(settings.weights)
-    if path.is_dir():
-        path = path / "last.pt"
+    if path.is_dir():                            # of a run
+        return load_run(path / "last.pt"), path / "last.pt"
     # UDAPE's and RegDA's files hold the options they were written with, an argparse.Namespace: plain values.
     with torch.serialization.safe_globals([argparse.Namespace]):
         return load_checkpoint(path), path
@@ -892,7 +1067,8 @@ def load_initial_weights(network, weights, path):
         print(f"  not in it, left at the initialisation: {parts(left)}")
 
 
-CHECKPOINT = ("epoch", "student", "teacher", "style", "optimiser", "vae", "curriculum", "log", "drawn", "seconds")
+CHECKPOINT = ("epoch", "student", "teacher", "style", "optimiser", "vae", "curriculum", "log", "drawn", "speed", "seconds",
+              "position")
 
 
 @dataclass
@@ -905,27 +1081,167 @@ class Run:
     trainer: Trainer
     log: list
     drawn: list                                              # per epoch, samples drawn from each bin (Fig. 5)
+    speed: list = field(default_factory=list)                # per epoch, the line of speed.jsonl
+    seconds: float = 0.0                                     # that the run had taken when it was saved
+    position: dict = None                                    # where inside an epoch it was stopped: see train_epoch
+    stopping: object = None                                  # `asked`: a signal asks to stop after the present step
 
     def state(self, epoch):
-        """Checkpoint after `epoch`: tensors and plain values only, so that it loads without unpickling code."""
+        """Checkpoint after `epoch`: tensors and plain values only, so that it loads without unpickling code.
+
+        With a position, it is of a moment within `epoch` + 1. Random numbers need no state: each is a function of the
+        seed, the step and the sample.
+        """
         trainer = self.trainer
         return dict(epoch=epoch, student=trainer.student.state_dict(),
                     teacher=trainer.teacher.state_dict() if trainer.teacher is not None else None,
                     style=trainer.style_transfer.state_dict() if trainer.style_transfer is not None else None,
                     optimiser=trainer.optimiser.state_dict(), vae=self.vae.state_dict(),
-                    curriculum=self.curriculum.state_dict(), log=self.log, drawn=self.drawn)
+                    curriculum=self.curriculum.state_dict(), log=self.log, drawn=self.drawn, speed=self.speed,
+                    seconds=self.seconds, position=self.position)
 
     def load(self, state, path):
-        """Restore a checkpoint. Returns the next epoch."""
-        trainer = self.trainer
+        """Restore a checkpoint of `load_run`. Returns the next epoch; UserError where it does not belong to this run."""
+        trainer, position = self.trainer, state["position"]
         trainer.load_networks(state["student"], state["teacher"], path)
-        trainer.optimiser.load_state_dict(state["optimiser"])
         try:
+            check_progress(state, self.settings, len(self.curriculum.score))
+            check_moments(state["optimiser"]["state"], list(trainer.student.parameters()))
+            # Its settings are this run's; the learning rate is set in each epoch.
+            trainer.optimiser.load_state_dict({**trainer.optimiser.state_dict(), "state": state["optimiser"]["state"]})
             self.curriculum.load_state_dict(state["curriculum"])
-        except ValueError as e:
-            raise UserError(f"{path}: {e}; resume with the data that the run was started on") from None
-        self.log, self.drawn = state["log"], state["drawn"]
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
+            raise UserError(f"{path}: {e}; resume with the settings and data that the run was started on") from None
+        self.log, self.drawn, self.speed = state["log"], state["drawn"], state["speed"]
+        self.seconds, self.position = state["seconds"], position
         return state["epoch"] + 1
+
+
+def is_tensor(value, dtype, *shape):
+    """Whether a value is a plain tensor of this type and shape."""
+    return torch.is_tensor(value) and value.layout == torch.strided and value.dtype == dtype and value.shape == shape
+
+
+def check_moments(moments, parameters):
+    """ValueError where a checkpoint's state of Adam is not that of these parameters."""
+    fits = isinstance(moments, dict) and moments.keys() == set(range(len(parameters))) and all(
+        isinstance(moments[i], dict) and is_tensor(moments[i].get("step"), torch.float32)
+        and all(is_tensor(moments[i].get(name), p.dtype, *p.shape) for name in ("exp_avg", "exp_avg_sq"))
+        for i, p in enumerate(parameters))
+    if not fits:
+        raise ValueError("the optimiser's state is not that of this network")
+
+
+def check_progress(state, settings, samples):
+    """ValueError where what a checkpoint says of the run's course is not what `Run.state` writes."""
+    finished, position = state["epoch"] + 1, state["position"]
+
+    def require(fits, what):
+        if not fits:
+            raise ValueError(f"{what} of another form than this version writes")
+
+    def number(value):
+        return type(value) in (int, float) and math.isfinite(value)
+
+    def rows(name, keys):
+        return isinstance(state[name], list) and len(state[name]) == finished and all(
+            is_row(row, epoch, *keys) for epoch, row in enumerate(state[name]))
+
+    require(finished < settings.epochs or (finished == settings.epochs and position is None), "epoch")
+    require(rows("log", LOG_KEYS), "log")
+    require(rows("speed", SPEED_KEYS), "speed")
+    require(number(state["seconds"]), "seconds")
+    drawn = (finished + (position is not None)) if settings.curriculum == "active" else 0
+    require(isinstance(state["drawn"], list) and len(state["drawn"]) == drawn
+            and all(isinstance(row, list) and len(row) == settings.bins and all(type(n) is int for n in row)
+                    for row in state["drawn"]), "drawn")
+    curriculum = state["curriculum"]
+    require(isinstance(curriculum, dict) and torch.is_tensor(curriculum.get("score"))
+            and all(is_tensor(curriculum.get(name), torch.float32, curriculum["score"].numel())
+                    for name in ("score", "confidence")), "curriculum")
+    if position is not None:
+        require(isinstance(position, dict) and type(position.get("batch")) is int
+                and 0 < position["batch"] < settings.iters_per_epoch and number(position.get("seconds")), "position")
+        seen = position["batch"] * settings.batch_size
+        require(is_state_dict(position.get("sums")) and all(is_tensor(v, torch.float32) for v in position["sums"].values()),
+                "sums")
+        require(is_tensor(position.get("indices"), torch.int64, seen)
+                and is_tensor(position.get("confidence"), torch.float32, seen)
+                and (settings.curriculum != "active"
+                     or (position["indices"].min() >= 0 and position["indices"].max() < samples)), "indices")
+
+
+def memory_available():
+    """Bytes of main memory that can still be taken, the limit of a container included; None where Linux does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+    for folder, limit, used in (("/sys/fs/cgroup", "memory.max", "memory.current"),
+                                ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes")):
+        try:
+            taken = int(Path(folder, used).read_text())
+            statistics = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+            taken -= int(statistics["inactive_file"]) + int(statistics["active_file"])       # given back when asked for
+            free = min(free, int(Path(folder, limit).read_text()) - taken)
+        except (OSError, ValueError, KeyError):              # no such control group, or "max": no limit
+            continue
+    return free
+
+
+def check_memory(settings, domains, trainer):
+    """UserError where what a run is certain to take is more than what is free.
+
+    Counted: the crops that the datasets keep, as many as the run will ask for; teacher, gradient and the two moments
+    of Adam, each the size of the network. Not counted, since it is not known beforehand: activations, the decoding.
+    """
+    crop, drawn = 3 * settings.image_size ** 2, settings.epochs * settings.iters_per_epoch * settings.batch_size
+    on_target = settings.adapt or settings.style != "off" or settings.supervise == "target"
+    crops = 0
+    for dataset, used in ((domains.source, drawn if settings.supervise == "source" else 8),
+                          (domains.target, drawn if on_target else 0), (domains.val, math.inf), (domains.test, math.inf)):
+        if isinstance(dataset, data.Mannequin) and used:
+            crops += len(dataset) * crop                     # rendered all together
+        elif len(dataset) * crop <= data.MAX_CROPS_BYTES:
+            crops += min(len(dataset), used) * crop
+    networks = (3 + settings.adapt) * sum(p.nbytes for p in trainer.student.parameters())
+    gpu = trainer.device.type == "cuda"
+    checks = [(crops + networks * (not gpu), memory_available(), "memory")]
+    if gpu:
+        checks.append((networks, torch.cuda.mem_get_info(trainer.device)[0], "memory of the GPU"))
+    for needed, free, what in checks:
+        if free is not None and needed > free:
+            raise UserError(f"--image-size {settings.image_size}, --architecture {settings.architecture}: images and networks "
+                            f"take at least {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB of {what} are free; make them "
+                            f"smaller, or free some")
+
+
+PICTURES_BYTES = 20_000_000                                  # figures/ and the text files: ten times the demo's
+
+
+def checkpoint_bytes(run):
+    """Bytes of the tensors in a run's last checkpoint; at the start, those to come are reckoned from the networks."""
+    def size(state):
+        return sum(value.nbytes for value in state.values()) if state else 0
+
+    state = run.state(-1)
+    moments = 2 * sum(p.nbytes for p in run.trainer.student.parameters())
+    return (size(state["student"]) * (1 + run.settings.adapt) + moments + size(state["style"]) + size(state["vae"])
+            + size(state["curriculum"]))
+
+
+def check_disk(out, run):
+    """UserError where the directory has no room for the run: three checkpoints, for a moment, and the pictures.
+
+    last.pt and previous.pt stand while the next one is written.
+    """
+    there = sum(file.stat().st_size for file in (out / "last.pt", out / "previous.pt") if file.exists())
+    needed = max(3 * checkpoint_bytes(run) - there, 0) + PICTURES_BYTES
+    free = shutil.disk_usage(out).free
+    if needed > free:
+        raise UserError(f"{out}: {needed / 1e6:.0f} MB are needed for checkpoints and pictures and {free / 1e6:.0f} MB are "
+                        f"free; free some, or give another --out")
 
 
 def set_up(settings, device, checkpoint=None, path=None):
@@ -935,6 +1251,7 @@ def set_up(settings, device, checkpoint=None, path=None):
     source = domains.source
     root = source.skeleton.root
     trainer = Trainer(settings, source.skeleton, None, device)
+    check_memory(settings, domains, trainer)
     if weights is not None:
         load_initial_weights(trainer.student, *weights)
     if checkpoint is None:
@@ -969,31 +1286,67 @@ def ahead(jobs, workers):
         return
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         waiting = collections.deque()
-        for job in jobs:
-            waiting.append(pool.submit(job))
-            if len(waiting) > 2 * workers:
+        try:
+            for job in jobs:
+                waiting.append(pool.submit(job))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        finally:
+            for future in waiting:                # a run that stops does not wait for what it will not use
+                future.cancel()
+
+
+CHECK_EVERY = {"cpu": 1, "cuda": 50}                         # steps between looks at the loss; on a GPU each look waits
+
+
+def draw_pool(curriculum, epoch, settings):
+    """Eq. 3: the epoch's source samples (n,). UserError where the settings leave none."""
+    try:
+        pool = curriculum.sample(epoch)
+    except ValueError:                                       # shares of the bins that are no numbers
+        pool = ()
+    if len(pool) < 1:
+        raise UserError(f"epoch {epoch}: the curriculum draws no sample with --spread {settings.spread}, --pace "
+                        f"{settings.pace}, --bins {settings.bins} and --scale {settings.scale}; a larger --spread draws more")
+    return pool
 
 
 def train_epoch(run, epoch, progress):
-    """One epoch: re-rank and draw (Eq. 3-4), iterate. Returns the epoch's line for log.jsonl."""
+    """One epoch: re-rank and draw (Eq. 3-4), iterate. Returns the epoch's line for log.jsonl.
+
+    Where `run.stopping` asks for it, it stops after a step, returns None and leaves in `run.position` what the rest of
+    the epoch needs: the number of steps done, the sums of their terms, and the samples with their confidences. The
+    curriculum is then as it was after this epoch's re-ranking, so that the same pool is drawn again.
+    The line holds: epoch, lr (of Adam), pool (samples that the epoch may draw from), the means over the steps of mse
+    (L_mse), consistency, evalpose (Eq. 5), cross_domain (Eq. 6), each unweighted, and loss (Eq. 8, weighted); kept
+    (share of the target's keypoints that count), pairs (similar pairs of a batch), confidence and teacher_confidence
+    (mean maximum of the source's and the target's heatmaps); peak_bin (g of Eq. 3). `train` adds val_student and
+    val_teacher (PCK@0.05 in percent on the validation split) every tenth epoch and after the last.
+    Raises NotFinite at the first step that is not.
+    """
     s, trainer, curriculum = run.settings, run.trainer, run.curriculum
-    if s.adapt and epoch == s.pretrain_epochs:
+    position, run.position = run.position, None
+    if s.adapt and epoch == s.pretrain_epochs and position is None:
         trainer.teacher = actupose.make_teacher(trainer.student)
     labelled = run.domains.target if s.supervise == "target" else run.domains.source
-    needs_target = trainer.style_transfer is not None or trainer.teacher is not None
+    needs_target = trainer.uses_target
     active = s.curriculum == "active"
     if active:
-        curriculum.rerank()                                              # Eq. 4
-        pool = curriculum.sample(epoch)                                  # Eq. 3
-        run.drawn.append(curriculum.drawn_per_bin.tolist())
+        if position is None:
+            curriculum.rerank()                                          # Eq. 4
+        pool = draw_pool(curriculum, epoch, s)                           # Eq. 3
+        if position is None:
+            run.drawn.append(curriculum.drawn_per_bin.tolist())
     else:
         pool = curriculum.hardest(s.hard_bins) if s.curriculum == "hardest" else np.arange(len(labelled))
     source_order, target_order = Shuffler(s.seed, len(pool)), Shuffler(s.seed + 1, len(run.domains.target))
     lr = trainer.learning_rate(epoch)
-    sums, seen = {}, []
+    begin, sums, seen, unchecked = 0, {}, [], []
+    if position is not None:
+        begin, seen = position["batch"], [(position["indices"], position["confidence"].to(trainer.device))]
+        sums = {name: value.to(trainer.device) for name, value in position["sums"].items()}
 
     def drawn(i):
         """Indices of the source's and the target's batch i of this epoch."""
@@ -1006,14 +1359,36 @@ def train_epoch(run, epoch, progress):
         return ((indices, *labelled[indices]),
                 (target_indices, *run.domains.target[target_indices]) if needs_target else None)
 
-    jobs = (functools.partial(load, *drawn(i)) for i in range(s.iters_per_epoch))
-    for i, (source_batch, target_batch) in enumerate(ahead(jobs, s.workers)):
+    def check():
+        """NotFinite with the first step whose terms are not, of those not looked at before."""
+        values = torch.stack([torch.stack(tuple(terms.values())) for _, terms in unchecked])
+        finite = torch.isfinite(values).all(1).tolist()
+        if not all(finite):
+            i, terms = unchecked[finite.index(False)]
+            batches = [(dataset, indices.tolist()) for dataset, indices in zip((labelled, run.domains.target), drawn(i))
+                       if indices is not None]
+            raise NotFinite({"epoch": epoch, "step": i, "terms": {name: str(value.item()) for name, value in terms.items()},
+                             **{domain: {"indices": indices, "names": dataset.names(indices)}
+                                for domain, (dataset, indices) in zip(("labelled", "target"), batches)}})
+        unchecked.clear()
+
+    every = CHECK_EVERY.get(trainer.device.type, 50)
+    jobs = (functools.partial(load, *drawn(i)) for i in range(begin, s.iters_per_epoch))
+    for i, (source_batch, target_batch) in enumerate(ahead(jobs, s.workers), begin):
         step = epoch * s.iters_per_epoch + i
         terms, confidence = trainer.step(step, source_batch, target_batch)
         seen.append((source_batch[0], confidence))
+        unchecked.append((i, terms))
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value
+        stop = run.stopping is not None and run.stopping.asked and i + 1 < s.iters_per_epoch
+        if len(unchecked) == every or stop or i + 1 == s.iters_per_epoch:
+            check()
         progress(step + 1, s.epochs * s.iters_per_epoch, f"epoch {epoch + 1}/{s.epochs}")
+        if stop:
+            run.position = {"batch": i + 1, "sums": sums, "indices": torch.cat([indices for indices, _ in seen]),
+                            "confidence": torch.cat([confidence for _, confidence in seen]).cpu()}
+            return None
     row = {"epoch": epoch, "lr": lr, "pool": len(pool)}
     row.update((name, value.item() / s.iters_per_epoch) for name, value in sums.items())
     if active:
@@ -1050,57 +1425,266 @@ def check_out(out):
         raise UserError(f"--out: {out} cannot be made, {parent} is not a writable directory; give another")
 
 
-def train(settings, out, device="auto", resume=False):
-    """One run, from data to result.json and figures/ in the directory `out`. Returns the result."""
-    out, device = Path(out), choose_device(device)
-    last, checkpoint = out / "last.pt", None
+LAST_PICTURE = "complexity.png"                              # with result.json there, the run is finished
+
+
+def finished(out):
+    """Whether a run has its result and its pictures, which are drawn after it."""
+    return (out / "result.json").exists() and (out / "figures" / LAST_PICTURE).exists()
+
+
+def has_checkpoint(out):
+    """Whether there is something to go on from. Between two renames previous.pt is alone."""
+    return (out / "last.pt").exists() or (out / "previous.pt").exists()
+
+
+def newest_checkpoint(out):
+    """The checkpoint to go on from and its file: last.pt, or previous.pt when that is damaged, which is said.
+
+    (None, None) for a run that was ended before it saved anything. UserError when neither can be read.
+    """
+    last, previous = out / "last.pt", out / "previous.pt"
+    if not has_checkpoint(out) and not (out / "log.jsonl").exists():
+        return None, None
+    try:
+        return load_run(last), last
+    except Damaged as damage:
+        try:
+            state = load_run(previous)
+        except Damaged as other:
+            raise UserError(f"{damage}. Nor can previous.pt be used: {other}. Bring back one of them from a copy, or remove "
+                            f"{out} and run again") from None
+        complain(f"{damage}. Going on from {previous}, {state['epoch'] + 1} epochs done, to the same result")
+        return state, previous
+
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Stopping:
+    """What Ctrl-C, SIGTERM and a closed terminal do: a context. hint: a function that says how to go on.
+
+    At first, and whenever `hold` is False, they end the command at once. With `hold` True the first one only sets `asked`
+    to its number, for the loop to finish the step and save; a second one then ends the process as the system does.
+    """
+
+    def __init__(self, hint):
+        self.hint, self.hold, self.asked, self.before = hint, False, None, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():          # elsewhere Python takes no handlers
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:             # nohup and the like
+                    self.before[number] = signal.signal(number, self.handle) or signal.SIG_DFL
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        """The signals' handler."""
+        if not self.hold:
+            raise self.stopped(number)
+        self.asked = number
+        for each in self.before:
+            signal.signal(each, signal.SIG_DFL)
+        with suppress(OSError):                                            # a terminal that is gone
+            os.write(2, b"\ntrain.py: finishing this step to save it; a second signal ends the run at once\n")
+
+    def stopped(self, number, where="interrupted"):
+        """The exception that ends the command."""
+        return Stopped(number, f"{where}; {self.hint()}")
+
+
+def resume_command(out):
+    """How to go on with a run."""
+    return f"python train.py --resume --out {shlex.quote(str(out))}"
+
+
+def versions():
+    """Versions of what computes a run; those that are installed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}       # which says its build too
+    for name in ("numpy", "pillow", "triton"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def machine(device):
+    """What a run is computed on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        name = models[0] if models else platform.processor() or platform.machine()
+    return {"device": str(device), "device_name": name, "threads": torch.get_num_threads(), "platform": platform.platform()}
+
+
+def commit():
+    """The git commit of this code, "+changes" where files differ from it; None without git or a repository."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=Path(__file__).resolve().parent, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + "+changes" * bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def record_start(out, settings, device, arguments, epoch, resumed):
+    """config.json: settings and origin of a run; where it is resumed, a line in its list "resumed" and no other change."""
+    path = out / "config.json"
+    if resumed:
+        config = read_json(path)
+        config["resumed"] = [*config.get("resumed", ()), {"epoch": epoch, **machine(device), **versions()}]
+    else:
+        config = {**dataclasses.asdict(settings), **versions(), **machine(device), "commit": commit(),
+                  "arguments": list(arguments), "resumed": []}
+    write_json(path, config)
+
+
+def train(settings, out, device="auto", resume=False, arguments=()):
+    """One run, from data to result.json and figures/ in the directory `out`. Returns the result.
+
+    arguments: the command line's, for config.json. Killed at any moment and called again with `resume` it writes the same
+    result.json, log.jsonl and weights, to the bit on a CPU with the same number of threads. Raises Stopped on Ctrl-C and
+    SIGTERM, after saving; UserError for what the user can mend, a full disk included.
+    """
+    out = Path(out)
+    # cuBLAS reads this when it starts; it is one of the two values under which it repeats itself.
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
+    torch.backends.cudnn.deterministic = settings.deterministic
+    device = choose_device(device)
     if settings.amp == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"--amp bf16: {torch.cuda.get_device_name(device)} does not compute in it; use --amp off")
     check_out(out)
-    if (out / "result.json").exists():
+    if finished(out) and resume:
+        print(f"{out}: the run is finished")
+        return read_result(out / "result.json")
+    if (out / "result.json").exists() and not resume:
         raise UserError(f"{out}: holds a finished run; give another --out, or `evaluate {out}`")
-    if resume:
-        checkpoint = load_checkpoint(last, *CHECKPOINT)
-    elif last.exists():
+    if has_checkpoint(out) and not resume:
         raise UserError(f"{out}: holds an unfinished run; add --resume to go on with it, or give another --out")
+
+    def hint():
+        return f"`{resume_command(out)}` goes on" if has_checkpoint(out) else "nothing was saved yet; give the command again"
+
+    with Stopping(hint) as stopping:
+        return _train(settings, out, device, resume, arguments, stopping)
+
+
+def _train(settings, out, device, resume, arguments, stopping):
+    """`train`, once it is clear that there is something to do."""
+    last = out / "last.pt"
     started = time.time()
-    run = set_up(settings, device, checkpoint, last)
-    first, spent = 0, 0.0
-    if checkpoint is not None:
-        first, spent = run.load(checkpoint, last), checkpoint["seconds"]
+    checkpoint, file = newest_checkpoint(out) if resume else (None, None)
+    run = set_up(settings, device, checkpoint, file)
+    first = run.load(checkpoint, file) if checkpoint is not None else 0
+    started -= run.seconds
+    run.stopping = stopping
     out.mkdir(parents=True, exist_ok=True)      # only now: a mistake in the settings leaves no directory behind
-    write_json(out / "config.json", {**dataclasses.asdict(settings), "torch": torch.__version__,
-                                     "python": platform.python_version(), "device": str(device),
-                                     "threads": torch.get_num_threads()})
+    check_disk(out, run)
+    record_start(out, settings, device, arguments, first, resume)
+    if file is not None and file != last:
+        os.replace(file, last)                  # or the damaged one would become the new previous.pt
     progress = Progress(settings.method)
-    for epoch in range(first, settings.epochs):
-        row = train_epoch(run, epoch, progress)
-        bad = [name for name, value in row.items() if not math.isfinite(value)]
-        if bad:
-            kept = f"the epoch before is kept in {last}" if last.exists() else "nothing was saved yet"
-            raise UserError(f"epoch {epoch}: {', '.join(bad)} not finite; lower --lr, or the weights --w-evalpose and "
-                            f"--w-cross; {kept}")
-        if (epoch + 1) % 10 == 0 or epoch + 1 == settings.epochs:
-            row.update(validate(run))
-        run.log.append(row)
-        seconds = spent + time.time() - started
-        save_checkpoint(last, {**run.state(epoch), "seconds": seconds})
-        write_log(out / "log.jsonl", run.log)
-    write_log(out / "log.jsonl", run.log)       # again: a run stopped between the two files above resumes here
-    scores, predictions = evaluate(run)
-    best = max((row for row in run.log if "val_student" in row), key=lambda row: row["val_student"] or 0.0)
-    result = {"method": settings.method, "source": settings.source, "target": settings.target, "seed": settings.seed,
-              **scores["student"], "teacher": scores.get("teacher"), "val": run.log[-1]["val_student"],
-              "best_val": best["val_student"], "best_val_epoch": best["epoch"], "epochs": settings.epochs,
-              "seconds": round(spent + time.time() - started, 1), "peak_memory_gb": peak_memory_gb()}
-    write_json(out / "result.json", result)     # before the pictures: a failing picture must not lose the figures
-    draw_figures(run, scores, predictions, out / "figures")
+    try:
+        stopping.hold = True
+        for epoch in range(first, settings.epochs):
+            one_epoch(run, epoch, progress, out, started)
+        stopping.hold = False
+        if stopping.asked:                                # while the last epoch was saved
+            raise stopping.stopped(stopping.asked)
+        write_lines(out / "log.jsonl", run.log)           # again: a run stopped between the files resumes here
+        write_lines(out / "speed.jsonl", run.speed)
+        scores, predictions = evaluate(run)
+        best = max((row for row in run.log if "val_student" in row), key=lambda row: row["val_student"] or 0.0)
+        result = {"method": settings.method, "source": settings.source, "target": settings.target, "seed": settings.seed,
+                  **scores["student"], "teacher": scores.get("teacher"), "val": run.log[-1]["val_student"],
+                  "best_val": best["val_student"], "best_val_epoch": best["epoch"], "epochs": settings.epochs}
+        write_json(out / "result.json", result)           # before the pictures: a failing picture must not lose the figures
+        draw_figures(run, scores, predictions, out / "figures")
+    except OSError as e:
+        kept = f"; what was saved before is whole, and `{resume_command(out)}` goes on from it" if has_checkpoint(out) else ""
+        raise UserError(f"{e.filename or out}: {e.strerror or e}{kept}") from e
     return result
+
+
+def one_epoch(run, epoch, progress, out, started):
+    """Train an epoch and save it, or as much of it as a signal leaves time for. started: the clock when the run had taken
+    no time."""
+    last, done = out / "last.pt", run.position["seconds"] if run.position else 0.0
+    kept = f"the last good state is kept in {last}" if last.exists() else "nothing was saved yet"
+    advice = f"lower --lr, or the weights --w-evalpose and --w-cross; {kept}"
+    began = time.time() - done
+    try:
+        row = train_epoch(run, epoch, progress)
+    except NotFinite as e:
+        write_json(out / "nonfinite.json", e.record)
+        bad = [name for name, value in e.record["terms"].items() if not math.isfinite(float(value))]
+        raise UserError(f"epoch {epoch}, step {e.record['step']}: {', '.join(bad)} not finite, for "
+                        f"{', '.join(e.record['labelled']['names'][:4])} and others, all in {out / 'nonfinite.json'}; {advice}"
+                        ) from None
+    seconds = time.time() - began
+    bad = [name for name, value in run.trainer.student.state_dict().items() if not value.isfinite().all()]
+    bad += [name for name, value in (row or {}).items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(f"epoch {epoch}: {bad[0]} not finite after a step; {advice}")
+    if row is None:
+        run.position["seconds"], run.seconds = seconds, time.time() - started
+        save_checkpoint(last, run.state(epoch - 1))
+        raise run.stopping.stopped(run.stopping.asked, f"stopped in epoch {epoch + 1} of {run.settings.epochs} after "
+                                   f"{run.position['batch']} of {run.settings.iters_per_epoch} steps")
+    if (epoch + 1) % 10 == 0 or epoch + 1 == run.settings.epochs:
+        row.update(validate(run))
+    run.log.append(row)
+    run.seconds = time.time() - started
+    images = run.settings.iters_per_epoch * run.settings.batch_size * (1 + run.trainer.uses_target)
+    run.speed.append({"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(images / seconds, 1),
+                      "total_seconds": round(run.seconds, 3), **peak_memory(run.trainer.device)})
+    save_checkpoint(last, run.state(epoch))
+    write_lines(out / "log.jsonl", run.log)
+    write_lines(out / "speed.jsonl", run.speed)
+    if run.stopping.asked:
+        raise run.stopping.stopped(run.stopping.asked, f"stopped after epoch {epoch + 1} of {run.settings.epochs}")
+
+
+def peak_memory(device):
+    """Peak memory of this process, in GB, for speed.jsonl; on a GPU its tensors' too."""
+    on_gpu = {"peak_gpu_memory_gb": round(torch.cuda.max_memory_allocated(device) / 1e9, 2)} if device.type == "cuda" else {}
+    return {"peak_memory_gb": peak_memory_gb(), **on_gpu}
+
+
+def speed_text(speed):
+    """What speed.jsonl says of a run, in a few words. Its lines: epoch, seconds (of the epoch's steps, what they waited for
+    included), images_per_second (of both domains), total_seconds (of the run till then, the set-up included), peak memory."""
+    if not speed:
+        return "no epoch timed"
+    last = speed[-1]
+    memory = [row["peak_memory_gb"] for row in speed if row.get("peak_memory_gb") is not None]
+    return (f"{last['total_seconds']:.0f} s, {last['images_per_second']:.0f} images/s"
+            + (f", {max(memory):.2f} GB" if memory else ""))
 
 
 def shown(value, digits=1):
     """A score as text, a dash where nothing is labelled."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def read_result(path):
+    """A run's result.json. UserError when it is missing, damaged or no result."""
+    result = read_json(path)
+    teacher = result.get("teacher")
+    for scores in (result, *([teacher] if teacher else [])):
+        if not (isinstance(scores, dict) and isinstance(scores.get("pck"), dict) and "all" in scores["pck"]
+                and isinstance(scores.get("bins"), list) and type(scores.get("evalpose")) in (int, float)):
+            raise UserError(f"{path}: damaged (scores are missing); remove it, and --resume writes it anew")
+    return result
 
 
 def print_result(result):
@@ -1172,7 +1756,8 @@ class Canvas:
     def save(self, path):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.image.reduce(self.SCALE).save(path, format="PNG", optimize=True)
+        with replacing(path) as f:
+            self.image.reduce(self.SCALE).save(f, format="PNG", optimize=True)
 
 
 def _array(values):
@@ -1521,7 +2106,7 @@ def bin_spread(keypoints, visible, skeleton, bins, num_bins, per_bin=100):
 
 
 def draw_figures(run, scores, predictions, folder):
-    """All pictures of a finished run, into `folder`.
+    """All pictures of a finished run, into `folder`, LAST_PICTURE last.
 
     scores: of student and teacher, as `evaluate` gives them; predictions: the student's keypoints (N, K, 2) in pixels
     and confidences (N, K) on the test split. The samples shown are the first of each split.
@@ -1562,7 +2147,7 @@ def draw_figures(run, scores, predictions, folder):
         of_bin = torch.from_numpy(np.flatnonzero(bins == j)[:8])
         rows.append((int(j), domains.source.keypoints[of_bin], domains.source.visible[of_bin]))
     spread = bin_spread(domains.source.keypoints, domains.source.visible, skeleton, bins, s.bins)
-    draw_complexity(folder / "complexity.png", rows, spread, skeleton)
+    draw_complexity(folder / LAST_PICTURE, rows, spread, skeleton)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1725,7 +2310,7 @@ def predict_run(run, inputs, out, box, network, batch_size, device):
     """`predict`: the last checkpoint of a run on photographs. Returns the exit status, 1 when one failed."""
     if not (run / "last.pt").exists():
         raise UserError(f"{run}: holds no last.pt; give the directory of a run that has finished an epoch")
-    settings, checkpoint = saved_settings(run), load_checkpoint(run / "last.pt", *CHECKPOINT)
+    settings, checkpoint = saved_settings(run), load_run(run / "last.pt")
     # The data may be on another machine: the number of heatmaps tells the skeleton.
     keypoints = len(checkpoint["student"].get("head.bias", ()))
     skeleton = {len(skeleton): skeleton for skeleton in (data.BODY16, data.HAND21)}.get(keypoints)
@@ -1774,30 +2359,39 @@ def compare(names, seeds, root, jobs, preset, device, given):
                 if getattr(saved, key) != value and key not in WITHOUT_EFFECT:
                     raise UserError(f"{out}: was run with --{key.replace('_', '-')} {getattr(saved, key)}, now {value} is "
                                     f"asked for; give another --out")
-        if not (out / "result.json").exists():
+        if not finished(out):
             command = [sys.executable, __file__, "--preset", preset, "--device", device, "--out", str(out)]
             for key, value in values.items():
                 command += [f"--{key.replace('_', '-')}", str(value)]
-            todo.append((out, command + (["--resume"] if (out / "last.pt").exists() else [])))
+            todo.append((out, command + (["--resume"] if has_checkpoint(out) else [])))
     progress, running, failed = Progress("runs"), [], []
     total = len(todo)
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
-    while todo or running:
-        while todo and len(running) < jobs:
-            out, command = todo.pop(0)
-            out.mkdir(parents=True, exist_ok=True)
-            with open(out / "output.txt", "a") as f:
-                running.append((out, subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=environment)))
-        time.sleep(0.5)
-        for out, process in [r for r in running if r[1].poll() is not None]:
-            running.remove((out, process))
-            if process.returncode:
-                failed.append(f"{out}: exit status {process.returncode}, see {out / 'output.txt'}")
-            progress(total - len(todo) - len(running), total, out.name)
+    try:
+        while todo or running:
+            while todo and len(running) < jobs:
+                out, command = todo.pop(0)
+                out.mkdir(parents=True, exist_ok=True)
+                with open(out / "output.txt", "a") as f:
+                    # A session of its own: Ctrl-C reaches this process alone, which tells the others below, once.
+                    running.append((out, subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=environment,
+                                                          start_new_session=True)))
+            time.sleep(0.5)
+            for out, process in [r for r in running if r[1].poll() is not None]:
+                running.remove((out, process))
+                if process.returncode:
+                    failed.append(f"{out}: exit status {process.returncode}, see {out / 'output.txt'}")
+                progress(total - len(todo) - len(running), total, out.name)
+    except BaseException:
+        for _, process in running:
+            process.terminate()                              # each saves where it is
+        for _, process in running:
+            process.wait()
+        raise
     results = {}
     for name, seed, out in wanted:
         if (out / "result.json").exists():
-            results.setdefault(name, []).append(read_json(out / "result.json"))
+            results.setdefault(name, []).append(read_result(out / "result.json"))
     print(comparison_table(results))
     if results:
         draw_bins(root / "bins.png", {name: np.mean(np.array([r["bins"] for r in rows], dtype=float), 0).tolist()
@@ -1913,7 +2507,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(arguments):
-    """The command line: train (with no word), evaluate RUN, predict RUN IMAGE..., compare. Returns the exit status."""
+    """The command line: train (with no word), status RUN, evaluate RUN, predict RUN IMAGE..., compare. Returns the exit
+    status."""
     verb = arguments[0] if arguments and not arguments[0].startswith("-") else "train"
     rest = arguments[1:] if arguments[:1] == [verb] else arguments
     describe = argparse.RawDescriptionHelpFormatter
@@ -1924,14 +2519,19 @@ def command(arguments):
         add_settings(parser)
         given = vars(parser.parse_args(rest))
         preset, out, device, resume = (given.pop(name) for name in ("preset", "out", "device", "resume"))
-        settings = make_settings(preset, **given)
-        source = "" if settings.source == "mannequin" else f"{settings.source}-"
-        out = Path(out or f"runs/{settings.method}-{source}{settings.target}-s{settings.seed}")
+        settings = None if resume and out else make_settings(preset, **given)
+        if not out:
+            source = "" if settings.source == "mannequin" else f"{settings.source}-"
+            out = f"runs/{settings.method}-{source}{settings.target}-s{settings.seed}"
+        out = Path(out)
         if resume:
-            settings = resumed_settings(out, given)
-        result = train(settings, out, device, resume)
-        print_result(result)
-        print(f"{result['seconds']:.0f} s, {shown(result['peak_memory_gb'], 2)} GB; pictures in {out / 'figures'}")
+            settings, device = resumed_settings(out, given), resumed_device(out, device)
+        print_result(train(settings, out, device, resume, arguments))
+        print(f"{speed_text(read_lines(out / 'speed.jsonl', *SPEED_KEYS))}; pictures in {out / 'figures'}")
+    elif verb == "status":
+        parser = Parser(prog="train.py status", description="Say where a run stands and draw its curves.")
+        parser.add_argument("run", help="directory of the run, which may be going on")
+        print_status(Path(parser.parse_args(rest).run))
     elif verb == "evaluate":
         parser = Parser(prog="train.py evaluate", description="Repeat the evaluation of a run's last checkpoint.")
         parser.add_argument("run", help="directory of the run")
@@ -1970,33 +2570,43 @@ def command(arguments):
             raise UserError(f"--seeds: comma-separated whole numbers, got {seeds!r}") from None
         if jobs < 1:
             raise UserError(f"--jobs: must be at least 1, got {jobs}")
-        compare(names.split(","), seeds, out or "runs/compare", jobs, preset, device, given)
+        with Stopping(lambda: "the same command goes on"):
+            compare(names.split(","), seeds, out or "runs/compare", jobs, preset, device, given)
     else:
-        raise UserError(f"unknown command {verb!r}; use train (the default), evaluate RUN, predict RUN IMAGE... or compare")
+        raise UserError(f"unknown command {verb!r}; use train (the default), status RUN, evaluate RUN, "
+                        f"predict RUN IMAGE... or compare")
     return 0
 
 
 def main(arguments):
     """`command`, with an error in one line: exit status 0, 1 when some photographs failed, 2 for a mistake that the user
-    can mend, 130 for Ctrl-C."""
+    can mend or a full disk, 130 for Ctrl-C, 143 for SIGTERM."""
     try:
         return command(arguments)
     except (UserError, data.DataError) as e:
         complain(e)
     except OSError as e:
         complain(f"{e.filename or 'system'}: {e.strerror or e}")
+    except Stopped as e:
+        complain(e)
+        return 128 + e.number
     except KeyboardInterrupt:
-        training = arguments[:1] not in (["evaluate"], ["predict"])
-        complain("interrupted" + ("; --resume goes on from the last epoch that was finished" if training else ""))
+        training = arguments[:1] not in (["evaluate"], ["predict"], ["status"])
+        complain("interrupted" + ("; --resume goes on from what was saved last" if training else ""))
         return 130
     return 2
 
 
 def saved_settings(out):
-    """Settings from a run's config.json."""
-    config = read_json(out / "config.json")
-    names = {f.name for f in dataclasses.fields(Settings)}
-    return Settings(**{name: value for name, value in config.items() if name in names})
+    """Settings from a run's config.json; what an older version did not have takes its default."""
+    path, known = out / "config.json", {f.name: f for f in dataclasses.fields(Settings)}
+    values = {name: value for name, value in read_json(path).items() if name in known}
+    for name, value in values.items():
+        kind = type(known[name].default)
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UserError(f"{path}: damaged ({name} is {value!r}, not a {kind.__name__}); mend it, or remove {out} and run "
+                            f"again")
+    return Settings(**values)
 
 
 def resumed_settings(out, given):
@@ -2009,20 +2619,69 @@ def resumed_settings(out, given):
     return settings
 
 
+def resumed_device(out, name):
+    """The device to go on with: the one that the run was started on, where none is asked for and it is there."""
+    if name == "auto":
+        with suppress(UserError):
+            return str(choose_device(str(read_json(out / "config.json").get("device"))))
+    return name
+
+
+def print_status(out):
+    """Where a run stands, from its files alone, so also while it goes on; draws figures/curves.png."""
+    settings = saved_settings(out)
+    log, speed = read_lines(out / "log.jsonl", *LOG_KEYS), read_lines(out / "speed.jsonl", *SPEED_KEYS)
+    print(f"{out}: {settings.method}, {settings.source} -> {settings.target}, seed {settings.seed}")
+    over = finished(out)
+    print(f"{len(log)} of {settings.epochs} epochs done" + (", finished" if over else ""))
+    if log:
+        terms = {name: value for name, value in log[-1].items() if name != "epoch" and isinstance(value, (int, float))}
+        print(f"epoch {log[-1]['epoch'] + 1}: " + ", ".join(f"{name} {value:.4g}" for name, value in terms.items()))
+    validated = [row for row in log if "val_student" in row]
+    if validated:
+        row = validated[-1]
+        print(f"validation PCK@0.05 after epoch {row['epoch'] + 1}: student {shown(row['val_student'])}"
+              + (f", teacher {shown(row['val_teacher'])}" if "val_teacher" in row else ""))
+    if (out / "result.json").exists():
+        print_result(read_result(out / "result.json"))
+    if speed:
+        recent = speed[-6:]
+        pace = recent[-1]["seconds"]
+        if len(recent) > 1:                                 # from end to end: validation and saving included
+            pace = (recent[-1]["total_seconds"] - recent[0]["total_seconds"]) / (len(recent) - 1)
+        left = pace * (settings.epochs - len(speed))
+        print(speed_text(speed) + ("" if over else f", about {left // 60:.0f}:{left % 60:02.0f} left"))
+    for name in ("last.pt", "previous.pt"):
+        if name == "last.pt" and has_checkpoint(out) or (out / name).exists():
+            with suppress(FileNotFoundError):
+                with open(out / name, "rb") as f:
+                    if _checksum_fits(f):
+                        continue
+            print(f"{name}: missing or damaged")
+    written = max(file.stat().st_mtime for file in out.iterdir() if file.is_file())
+    print(f"last wrote {max(time.time() - written, 0):.0f} s ago"
+          + ("" if over else f"; if nothing runs, `{resume_command(out)}` goes on"))
+    if log:
+        draw_curves(out / "figures" / "curves.png", log, settings.pretrain_epochs if settings.adapt else None)
+        print(f"curves in {out / 'figures' / 'curves.png'}")
+
+
 def evaluate_run(out, device):
     """Score a run's last checkpoint again and say whether the figures are those of result.json."""
     settings = saved_settings(out)
-    checkpoint = load_checkpoint(out / "last.pt", *CHECKPOINT)
+    checkpoint = load_run(out / "last.pt")
     run = set_up(settings, device, checkpoint, out / "last.pt")
     run.load(checkpoint, out / "last.pt")
     scores, _ = evaluate(run)
     result = {**scores["student"], "teacher": scores.get("teacher")}
     print_result(result)
     if not (out / "result.json").exists():
-        print(f"after epoch {checkpoint['epoch'] + 1} of {settings.epochs}; the run is not finished, --resume goes on")
+        steps = f" and {checkpoint['position']['batch']} steps" if checkpoint["position"] else ""
+        print(f"after {checkpoint['epoch'] + 1} of {settings.epochs} epochs{steps}; the run is not finished, "
+              f"`{resume_command(out)}` goes on")
         return
-    stored = read_json(out / "result.json")
-    if any(stored[key] != result[key] for key in result):
+    stored = read_result(out / "result.json")
+    if any(stored.get(key) != result[key] for key in result):
         raise UserError(f"{out / 'result.json'}: other figures (all {shown(stored['pck']['all'], 3)}, now "
                         f"{shown(result['pck']['all'], 3)}); the last digits depend on the machine, the device and the "
                         f"number of threads, anything more means that the run's files do not belong together")
@@ -2035,6 +2694,8 @@ TRAIN_HELP = """Train ACTUPose or a baseline. With no option: ACTUPose on the bu
   python train.py --method udape --seed 1                  a baseline, another seed
   python train.py --target lsp --target-root DIR           adapt to real photographs
   python train.py --architecture resnet18 --image-size 128 --weights imagenet
+  python train.py --resume --out RUN                       go on with a run that was stopped or killed, to the same bits
+  python train.py status RUN                               where a run stands, also while it goes on
   python train.py evaluate RUN                             score a finished run again
   python train.py predict RUN IMAGE_OR_FOLDER... --out DIR draw skeletons on photographs
   python train.py compare --methods udape,actupose         several runs, one table

@@ -221,7 +221,7 @@ def make_run(folder, skeleton=data.BODY16, teacher=True, **changes):
                             for name, value in trainer.student.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
     train.write_json(folder / "config.json", train.dataclasses.asdict(settings))
-    torch.save(state, folder / "last.pt")
+    train.save_checkpoint(folder / "last.pt", state)
     return folder
 
 
