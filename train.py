@@ -23,6 +23,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -363,6 +364,35 @@ class Shuffler:
 # ----------------------------------------------------------------------------------------------------------
 
 
+def started_by_torchrun():
+    """Whether this is one of several processes that torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+@contextmanager
+def joined(device):
+    """Within: connected with the other processes that torchrun started, if it did, by NCCL on GPUs and gloo on CPUs.
+
+    A connection that breaks, as it does when another process ends, is a UserError.
+    """
+    if not started_by_torchrun():
+        yield
+        return
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        yield
+    except (RuntimeError, dist.DistError) as e:
+        if isinstance(e, dist.DistError) or re.search("gloo|NCCL|onnection", str(e)):
+            raise UserError(f"the connection with the other processes broke ({str(e).splitlines()[0][:100]}); one of them has "
+                            f"ended, its message says why") from e
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 def processes():
     """How many processes take part in this run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -388,11 +418,26 @@ def gather(rows):
     return torch.cat(parts)
 
 
+def mean_of_processes(values):
+    """Scalars by name, averaged over the processes."""
+    if processes() == 1:
+        return values
+    stacked = gather(torch.stack([value.float() for value in values.values()])[None]).mean(0)
+    return dict(zip(values, stacked))
+
+
+def any_process(condition, device):
+    """Whether the condition holds in any process."""
+    return bool(gather(torch.tensor([bool(condition)], dtype=torch.float32, device=device)).any())
+
+
 def agree(*tensors):
     """Give all processes the values of process 0, in place: what each has computed may differ in the last bits."""
     if processes() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, 0)
+            there = tensor.cuda() if dist.get_backend() == "nccl" else tensor
+            dist.broadcast(there, 0)
+            tensor.copy_(there)
 
 
 class SumOfProcesses(torch.autograd.Function):
@@ -676,10 +721,21 @@ class Trainer:
         return cells.cpu() * self.stride, confidence.cpu()
 
     def predict(self, model, dataset, batch_size=64):
-        """Keypoints (N, K, 2) in pixels and confidences (N, K) of a whole dataset, on the CPU."""
-        batches = [self.decode(model, dataset[torch.arange(start, min(start + batch_size, len(dataset)))][0])
-                   for start in range(0, len(dataset), batch_size)]
-        return tuple(torch.cat(parts) for parts in zip(*batches))
+        """Keypoints (N, K, 2) in pixels and confidences (N, K) of a whole dataset, on the CPU.
+
+        Each process takes a range of the samples; every sample is predicted once.
+        """
+        bounds = [len(dataset) * r // processes() for r in range(processes() + 1)]
+        counts = [end - begin for begin, end in zip(bounds, bounds[1:])]
+        begin, end, most = bounds[rank()], bounds[rank() + 1], max(counts)
+        found = torch.zeros(most, len(self.skeleton), 3)          # the same shape everywhere, so that it can be gathered
+        for start in range(begin, end, batch_size):
+            stop = min(start + batch_size, end)
+            keypoints, confidence = self.decode(model, dataset[torch.arange(start, stop)][0])
+            found[start - begin:stop - begin] = torch.cat([keypoints, confidence[..., None]], -1)
+        parts = gather(found.to(self.device)).cpu().split(most)
+        found = torch.cat([part[:count] for part, count in zip(parts, counts)])
+        return found[..., :2], found[..., 2]
 
     def load_networks(self, student, teacher, path):
         """Restore student and teacher (None before it joins) from a checkpoint's state dicts; path: for errors."""
@@ -751,7 +807,7 @@ class Progress:
 
     def __init__(self, title):
         self.title, self.start, self.first, self.shown = title, None, 0, 0.0
-        self.live = sys.stderr.isatty()
+        self.live = sys.stderr.isatty() and rank() == 0
 
     def __call__(self, done, total, note=""):
         """Show that `done` of `total` is finished. The time left is reckoned from the first call on."""
@@ -768,8 +824,9 @@ class Progress:
 
 
 def complain(message):
-    """One line on stderr, below a progress line that may stand there."""
-    print(("\n" if Progress.unfinished else "") + f"train.py: {message}", file=sys.stderr)
+    """One line on stderr, below a progress line that may stand there; of several processes it says which one."""
+    process = f" (process {os.environ['RANK']})" if started_by_torchrun() else ""
+    print(("\n" if Progress.unfinished else "") + f"train.py{process}: {message}", file=sys.stderr)
     Progress.unfinished = False
 
 
@@ -990,9 +1047,11 @@ def load_weights(module, state, path):
 
 
 def choose_device(name):
-    """auto, cpu or cuda -> torch.device; UserError when it is not there."""
+    """auto, cpu or cuda -> torch.device; UserError when it is not there. Processes of torchrun get a GPU each."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and started_by_torchrun():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -1060,6 +1119,8 @@ def load_initial_weights(network, weights, path):
         counts = Counter(name.split(".")[0] for name in names)
         return ", ".join(f"{part} ({count})" for part, count in counts.items())
 
+    if rank() > 0:
+        return
     print(f"weights from {path}:\n  loaded: {parts(loaded)}")
     for reason in dict.fromkeys(ignored.values()):
         print(f"  ignored, {reason}: {', '.join(name for name in ignored if ignored[name] == reason)}")
@@ -1259,9 +1320,11 @@ def set_up(settings, device, checkpoint=None, path=None):
     else:
         vae = actupose.PoseVAE(len(source.skeleton)).eval()
         load_weights(vae, checkpoint["vae"], path)
-    complexity = actupose.pose_complexity(vae, source.keypoints, source.visible, root).numpy()
+    agree(*vae.state_dict().values())
+    complexity = actupose.pose_complexity(vae, source.keypoints, source.visible, root)
+    agree(complexity)
     try:
-        curriculum = actupose.ActiveCurriculum(complexity, settings.epochs, settings.bins, settings.pace, settings.spread,
+        curriculum = actupose.ActiveCurriculum(complexity.numpy(), settings.epochs, settings.bins, settings.pace, settings.spread,
                                                settings.scale, settings.rescoring, settings.seed)
     except ValueError as e:
         raise UserError(f"--bins: {e}") from None
@@ -1269,6 +1332,7 @@ def set_up(settings, device, checkpoint=None, path=None):
         raise UserError(f"--hard-bins: {settings.hard_bins} bins hold fewer samples than a batch ({settings.batch_size})")
     if checkpoint is None:
         trainer.style_transfer = prepare_style(settings, domains, device)      # last: it can take an hour
+        agree(*(trainer.style_transfer.state_dict().values() if trainer.style_transfer is not None else ()))
     elif checkpoint["style"] is not None:
         trainer.style_transfer = actupose.StyleTransfer(settings.style).to(device).requires_grad_(False).eval()
         load_weights(trainer.style_transfer, checkpoint["style"], path)
@@ -1319,6 +1383,8 @@ def train_epoch(run, epoch, progress):
     Where `run.stopping` asks for it, it stops after a step, returns None and leaves in `run.position` what the rest of
     the epoch needs: the number of steps done, the sums of their terms, and the samples with their confidences. The
     curriculum is then as it was after this epoch's re-ranking, so that the same pool is drawn again.
+    Several processes draw the same epoch and take their share of each batch; confidences and sums are gathered, so that
+    all of them re-rank alike and return the same.
     The line holds: epoch, lr (of Adam), pool (samples that the epoch may draw from), the means over the steps of mse
     (L_mse), consistency, evalpose (Eq. 5), cross_domain (Eq. 6), each unweighted, and loss (Eq. 8, weighted); kept
     (share of the target's keypoints that count), pairs (similar pairs of a batch), confidence and teacher_confidence
@@ -1343,9 +1409,10 @@ def train_epoch(run, epoch, progress):
         pool = curriculum.hardest(s.hard_bins) if s.curriculum == "hardest" else np.arange(len(labelled))
     source_order, target_order = Shuffler(s.seed, len(pool)), Shuffler(s.seed + 1, len(run.domains.target))
     lr = trainer.learning_rate(epoch)
-    begin, sums, seen, unchecked = 0, {}, [], []
+    begin, sums, seen, confidences, unchecked = 0, {}, [], [], []
+    before = torch.zeros(0)
     if position is not None:
-        begin, seen = position["batch"], [(position["indices"], position["confidence"].to(trainer.device))]
+        begin, seen, before = position["batch"], [position["indices"]], position["confidence"]
         sums = {name: value.to(trainer.device) for name, value in position["sums"].items()}
 
     def drawn(i):
@@ -1356,13 +1423,23 @@ def train_epoch(run, epoch, progress):
         return torch.from_numpy(pool[at]), (torch.from_numpy(target_order.batch(s.batch_size, step)) if needs_target else None)
 
     def load(indices, target_indices):
-        return ((indices, *labelled[indices]),
-                (target_indices, *run.domains.target[target_indices]) if needs_target else None)
+        batches = [(dataset, share(rows)) for dataset, rows in ((labelled, indices), (run.domains.target, target_indices))
+                   if rows is not None]
+        batches = [(rows, *dataset[rows]) for dataset, rows in batches]
+        if trainer.device.type == "cuda":                     # pinned: the copy to the GPU waits for nothing
+            batches = [tuple(tensor.pin_memory() for tensor in batch) for batch in batches]
+        return (*batches, None)[:2]
+
+    def everyones():
+        """All processes' confidences of the steps done, in the order of `seen`."""
+        done = torch.stack(confidences) if confidences else torch.zeros(0, s.batch_size // processes())
+        count = len(done)
+        return torch.cat([before, gather(done).view(processes(), count, -1).transpose(0, 1).flatten().cpu()])
 
     def check():
-        """NotFinite with the first step whose terms are not, of those not looked at before."""
-        values = torch.stack([torch.stack(tuple(terms.values())) for _, terms in unchecked])
-        finite = torch.isfinite(values).all(1).tolist()
+        """NotFinite with the first step whose terms are not, in any process, of those not looked at before."""
+        values = torch.stack([torch.stack(tuple(terms.values())) for _, terms in unchecked], 1)       # terms x steps
+        finite = torch.isfinite(gather(values)).all(0).tolist()
         if not all(finite):
             i, terms = unchecked[finite.index(False)]
             batches = [(dataset, indices.tolist()) for dataset, indices in zip((labelled, run.domains.target), drawn(i))
@@ -1377,23 +1454,26 @@ def train_epoch(run, epoch, progress):
     for i, (source_batch, target_batch) in enumerate(ahead(jobs, s.workers), begin):
         step = epoch * s.iters_per_epoch + i
         terms, confidence = trainer.step(step, source_batch, target_batch)
-        seen.append((source_batch[0], confidence))
+        seen.append(drawn(i)[0])
+        confidences.append(confidence)
         unchecked.append((i, terms))
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value
-        stop = run.stopping is not None and run.stopping.asked and i + 1 < s.iters_per_epoch
-        if len(unchecked) == every or stop or i + 1 == s.iters_per_epoch:
+        asked = run.stopping is not None and run.stopping.asked
+        if len(unchecked) == every or i + 1 == s.iters_per_epoch or (asked and processes() == 1):
             check()
+            asked = any_process(asked, trainer.device)               # they stop at the same step or wait for each other
+        stop = asked and not unchecked and i + 1 < s.iters_per_epoch
         progress(step + 1, s.epochs * s.iters_per_epoch, f"epoch {epoch + 1}/{s.epochs}")
         if stop:
-            run.position = {"batch": i + 1, "sums": sums, "indices": torch.cat([indices for indices, _ in seen]),
-                            "confidence": torch.cat([confidence for _, confidence in seen]).cpu()}
+            run.position = {"batch": i + 1, "sums": mean_of_processes(sums), "indices": torch.cat(seen),
+                            "confidence": everyones()}
             return None
     row = {"epoch": epoch, "lr": lr, "pool": len(pool)}
-    row.update((name, value.item() / s.iters_per_epoch) for name, value in sums.items())
+    row.update((name, value.item() / s.iters_per_epoch) for name, value in mean_of_processes(sums).items())
     if active:
         row["peak_bin"] = curriculum.peak_bin(epoch)
-        curriculum.observe(torch.cat([i for i, _ in seen]), torch.cat([c for _, c in seen]).cpu())
+        curriculum.observe(torch.cat(seen), everyones())
     return row
 
 
@@ -1520,7 +1600,8 @@ def machine(device):
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
         models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
         name = models[0] if models else platform.processor() or platform.machine()
-    return {"device": str(device), "device_name": name, "threads": torch.get_num_threads(), "platform": platform.platform()}
+    return {"device": str(device), "device_name": name, "processes": processes(),
+            "threads": torch.get_num_threads(), "platform": platform.platform()}
 
 
 def commit():
@@ -1559,6 +1640,9 @@ def train(settings, out, device="auto", resume=False, arguments=()):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
     torch.backends.cudnn.deterministic = settings.deterministic
+    if settings.batch_size % (max(1, int(os.environ.get("WORLD_SIZE", 1))) * settings.accumulate):
+        raise UserError(f"--batch-size: {settings.batch_size} cannot be shared by {os.environ['WORLD_SIZE']} processes and "
+                        f"--accumulate {settings.accumulate}; use a multiple of both")
     device = choose_device(device)
     if settings.amp == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"--amp bf16: {torch.cuda.get_device_name(device)} does not compute in it; use --amp off")
@@ -1574,7 +1658,7 @@ def train(settings, out, device="auto", resume=False, arguments=()):
     def hint():
         return f"`{resume_command(out)}` goes on" if has_checkpoint(out) else "nothing was saved yet; give the command again"
 
-    with Stopping(hint) as stopping:
+    with Stopping(hint) as stopping, joined(device):
         return _train(settings, out, device, resume, arguments, stopping)
 
 
@@ -1587,11 +1671,13 @@ def _train(settings, out, device, resume, arguments, stopping):
     first = run.load(checkpoint, file) if checkpoint is not None else 0
     started -= run.seconds
     run.stopping = stopping
-    out.mkdir(parents=True, exist_ok=True)      # only now: a mistake in the settings leaves no directory behind
-    check_disk(out, run)
-    record_start(out, settings, device, arguments, first, resume)
-    if file is not None and file != last:
-        os.replace(file, last)                  # or the damaged one would become the new previous.pt
+    agree(torch.zeros(1))                       # all have read the checkpoint before it may be renamed
+    if rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)  # only now: a mistake in the settings leaves no directory behind
+        check_disk(out, run)
+        record_start(out, settings, device, arguments, first, resume)
+        if file is not None and file != last:
+            os.replace(file, last)              # or the damaged one would become the new previous.pt
     progress = Progress(settings.method)
     try:
         stopping.hold = True
@@ -1600,13 +1686,15 @@ def _train(settings, out, device, resume, arguments, stopping):
         stopping.hold = False
         if stopping.asked:                                # while the last epoch was saved
             raise stopping.stopped(stopping.asked)
-        write_lines(out / "log.jsonl", run.log)           # again: a run stopped between the files resumes here
-        write_lines(out / "speed.jsonl", run.speed)
         scores, predictions = evaluate(run)
         best = max((row for row in run.log if "val_student" in row), key=lambda row: row["val_student"] or 0.0)
         result = {"method": settings.method, "source": settings.source, "target": settings.target, "seed": settings.seed,
                   **scores["student"], "teacher": scores.get("teacher"), "val": run.log[-1]["val_student"],
                   "best_val": best["val_student"], "best_val_epoch": best["epoch"], "epochs": settings.epochs}
+        if rank() > 0:
+            return result
+        write_lines(out / "log.jsonl", run.log)           # again: a run stopped between the files resumes here
+        write_lines(out / "speed.jsonl", run.speed)
         write_json(out / "result.json", result)           # before the pictures: a failing picture must not lose the figures
         draw_figures(run, scores, predictions, out / "figures")
     except OSError as e:
@@ -1625,20 +1713,25 @@ def one_epoch(run, epoch, progress, out, started):
     try:
         row = train_epoch(run, epoch, progress)
     except NotFinite as e:
+        if rank() > 0:
+            raise Stopped(0, "") from None                # process 0 says it
         write_json(out / "nonfinite.json", e.record)
         bad = [name for name, value in e.record["terms"].items() if not math.isfinite(float(value))]
         raise UserError(f"epoch {epoch}, step {e.record['step']}: {', '.join(bad)} not finite, for "
                         f"{', '.join(e.record['labelled']['names'][:4])} and others, all in {out / 'nonfinite.json'}; {advice}"
                         ) from None
     seconds = time.time() - began
+    for network in (run.trainer.student, run.trainer.teacher):
+        agree(*(network.buffers() if network is not None else ()))      # BatchNorm's statistics, where each has its own
     bad = [name for name, value in run.trainer.student.state_dict().items() if not value.isfinite().all()]
     bad += [name for name, value in (row or {}).items() if not math.isfinite(value)]
     if bad:
         raise UserError(f"epoch {epoch}: {bad[0]} not finite after a step; {advice}")
     if row is None:
         run.position["seconds"], run.seconds = seconds, time.time() - started
-        save_checkpoint(last, run.state(epoch - 1))
-        raise run.stopping.stopped(run.stopping.asked, f"stopped in epoch {epoch + 1} of {run.settings.epochs} after "
+        if rank() == 0:
+            save_checkpoint(last, run.state(epoch - 1))
+        raise run.stopping.stopped(run.stopping.asked or signal.SIGTERM, f"stopped in epoch {epoch + 1} of {run.settings.epochs} after "
                                    f"{run.position['batch']} of {run.settings.iters_per_epoch} steps")
     if (epoch + 1) % 10 == 0 or epoch + 1 == run.settings.epochs:
         row.update(validate(run))
@@ -1647,11 +1740,12 @@ def one_epoch(run, epoch, progress, out, started):
     images = run.settings.iters_per_epoch * run.settings.batch_size * (1 + run.trainer.uses_target)
     run.speed.append({"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(images / seconds, 1),
                       "total_seconds": round(run.seconds, 3), **peak_memory(run.trainer.device)})
-    save_checkpoint(last, run.state(epoch))
-    write_lines(out / "log.jsonl", run.log)
-    write_lines(out / "speed.jsonl", run.speed)
-    if run.stopping.asked:
-        raise run.stopping.stopped(run.stopping.asked, f"stopped after epoch {epoch + 1} of {run.settings.epochs}")
+    if rank() == 0:
+        save_checkpoint(last, run.state(epoch))
+        write_lines(out / "log.jsonl", run.log)
+        write_lines(out / "speed.jsonl", run.speed)
+    if any_process(run.stopping.asked, run.trainer.device):
+        raise run.stopping.stopped(run.stopping.asked or signal.SIGTERM, f"stopped after epoch {epoch + 1} of {run.settings.epochs}")
 
 
 def peak_memory(device):
@@ -2526,7 +2620,10 @@ def command(arguments):
         out = Path(out)
         if resume:
             settings, device = resumed_settings(out, given), resumed_device(out, device)
-        print_result(train(settings, out, device, resume, arguments))
+        result = train(settings, out, device, resume, arguments)
+        if int(os.environ.get("RANK", 0)) > 0:                   # of several processes the first one speaks
+            return 0
+        print_result(result)
         print(f"{speed_text(read_lines(out / 'speed.jsonl', *SPEED_KEYS))}; pictures in {out / 'figures'}")
     elif verb == "status":
         parser = Parser(prog="train.py status", description="Say where a run stands and draw its curves.")
@@ -2588,7 +2685,8 @@ def main(arguments):
     except OSError as e:
         complain(f"{e.filename or 'system'}: {e.strerror or e}")
     except Stopped as e:
-        complain(e)
+        if int(os.environ.get("RANK", 0)) == 0:
+            complain(e)
         return 128 + e.number
     except KeyboardInterrupt:
         training = arguments[:1] not in (["evaluate"], ["predict"], ["status"])
