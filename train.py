@@ -954,11 +954,11 @@ class Run:
         trainer.load_networks(state["student"], state["teacher"], path)
         try:
             check_progress(state, self.settings, len(self.curriculum.score))
-            check_moments(state["optimiser"]["state"], list(trainer.student.parameters()))
+            check_moments(state["optimiser"], list(trainer.student.parameters()))
             # Its settings are this run's; the learning rate is set in each epoch.
             trainer.optimiser.load_state_dict({**trainer.optimiser.state_dict(), "state": state["optimiser"]["state"]})
             self.curriculum.load_state_dict(state["curriculum"])
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
+        except (ValueError, RuntimeError) as e:
             raise UserError(f"{path}: {e}; resume with the settings and data that the run was started on") from None
         self.log, self.drawn, self.speed = state["log"], state["drawn"], state["speed"]
         self.seconds, self.position = state["seconds"], position
@@ -970,8 +970,9 @@ def is_tensor(value, dtype, *shape):
     return torch.is_tensor(value) and value.layout == torch.strided and value.dtype == dtype and value.shape == shape
 
 
-def check_moments(moments, parameters):
+def check_moments(optimiser, parameters):
     """ValueError where a checkpoint's state of Adam is not that of these parameters."""
+    moments = optimiser.get("state") if isinstance(optimiser, dict) else None
     fits = isinstance(moments, dict) and moments.keys() == set(range(len(parameters))) and all(
         isinstance(moments[i], dict) and is_tensor(moments[i].get("step"), torch.float32)
         and all(is_tensor(moments[i].get(name), p.dtype, *p.shape) for name in ("exp_avg", "exp_avg_sq"))
