@@ -691,7 +691,7 @@ def is_row(row, epoch, *keys):
             and all(row.get(key) is not None for key in keys))
 
 
-LOG_KEYS, SPEED_KEYS = ("lr", "loss"), ("seconds", "images_per_second", "total_seconds")
+LOG_KEYS, SPEED_KEYS = ("lr",), ("seconds", "images_per_second", "total_seconds")
 
 
 def read_lines(path, *keys):
@@ -788,8 +788,8 @@ def load_run(path):
     try:
         with open(path, "rb") as f:
             if not _checksum_fits(f):
-                raise Damaged(f"{path}: damaged or not written by this version (its checksum does not fit); remove it, and "
-                              f"--resume goes on from previous.pt beside it, or starts anew without one")
+                raise Damaged(f"{path}: damaged, or written by an earlier version (its checksum does not fit); --resume goes on "
+                              f"from previous.pt beside it, and --weights {path} takes an earlier version's network")
             f.seek(0)
             state = _read_state(f, path, CHECKPOINT)
     except (FileNotFoundError, NotADirectoryError):
@@ -797,9 +797,9 @@ def load_run(path):
     for name in ("student", "teacher", "style", "vae"):
         weights = state[name]
         if not (is_state_dict(weights) or (weights is None and name != "student")):
-            raise Damaged(f"{path}: {name} is no dictionary of tensors; remove the file, and --resume goes on from previous.pt")
+            raise Damaged(f"{path}: {name} is no dictionary of tensors; --resume goes on from previous.pt beside it")
     if type(state["epoch"]) is not int or state["epoch"] < -1:
-        raise Damaged(f"{path}: epoch is {state['epoch']!r}; remove the file, and --resume goes on from previous.pt")
+        raise Damaged(f"{path}: epoch is {state['epoch']!r}; --resume goes on from previous.pt beside it")
     return state
 
 
@@ -2506,7 +2506,7 @@ def print_status(out):
                 with open(out / name, "rb") as f:
                     if _checksum_fits(f):
                         continue
-            print(f"{name}: missing or damaged")
+            print(f"{name}: missing or damaged (no checksum that fits)")
     written = max(file.stat().st_mtime for file in out.iterdir() if file.is_file())
     print(f"last wrote {max(time.time() - written, 0):.0f} s ago"
           + ("" if over else f"; if nothing runs, `{resume_command(out)}` goes on"))
