@@ -900,7 +900,7 @@ def is_row(row, epoch, *keys):
             and all(row.get(key) is not None for key in keys))
 
 
-LOG_KEYS, SPEED_KEYS = ("lr", "loss"), ("seconds", "images_per_second", "total_seconds")
+LOG_KEYS, SPEED_KEYS = ("lr",), ("seconds", "images_per_second", "total_seconds")
 
 
 def read_lines(path, *keys):
@@ -997,8 +997,8 @@ def load_run(path):
     try:
         with open(path, "rb") as f:
             if not _checksum_fits(f):
-                raise Damaged(f"{path}: damaged or not written by this version (its checksum does not fit); remove it, and "
-                              f"--resume goes on from previous.pt beside it, or starts anew without one")
+                raise Damaged(f"{path}: damaged, or written by an earlier version (its checksum does not fit); --resume goes on "
+                              f"from previous.pt beside it, and --weights {path} takes an earlier version's network")
             f.seek(0)
             state = _read_state(f, path, CHECKPOINT)
     except (FileNotFoundError, NotADirectoryError):
@@ -1006,9 +1006,9 @@ def load_run(path):
     for name in ("student", "teacher", "style", "vae"):
         weights = state[name]
         if not (is_state_dict(weights) or (weights is None and name != "student")):
-            raise Damaged(f"{path}: {name} is no dictionary of tensors; remove the file, and --resume goes on from previous.pt")
+            raise Damaged(f"{path}: {name} is no dictionary of tensors; --resume goes on from previous.pt beside it")
     if type(state["epoch"]) is not int or state["epoch"] < -1:
-        raise Damaged(f"{path}: epoch is {state['epoch']!r}; remove the file, and --resume goes on from previous.pt")
+        raise Damaged(f"{path}: epoch is {state['epoch']!r}; --resume goes on from previous.pt beside it")
     return state
 
 
@@ -1167,11 +1167,11 @@ class Run:
         trainer.load_networks(state["student"], state["teacher"], path)
         try:
             check_progress(state, self.settings, len(self.curriculum.score))
-            check_moments(state["optimiser"]["state"], list(trainer.student.parameters()))
+            check_moments(state["optimiser"], list(trainer.student.parameters()))
             # Its settings are this run's; the learning rate is set in each epoch.
             trainer.optimiser.load_state_dict({**trainer.optimiser.state_dict(), "state": state["optimiser"]["state"]})
             self.curriculum.load_state_dict(state["curriculum"])
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
+        except (ValueError, RuntimeError) as e:
             raise UserError(f"{path}: {e}; resume with the settings and data that the run was started on") from None
         self.log, self.drawn, self.speed = state["log"], state["drawn"], state["speed"]
         self.seconds, self.position = state["seconds"], position
@@ -1183,8 +1183,9 @@ def is_tensor(value, dtype, *shape):
     return torch.is_tensor(value) and value.layout == torch.strided and value.dtype == dtype and value.shape == shape
 
 
-def check_moments(moments, parameters):
+def check_moments(optimiser, parameters):
     """ValueError where a checkpoint's state of Adam is not that of these parameters."""
+    moments = optimiser.get("state") if isinstance(optimiser, dict) else None
     fits = isinstance(moments, dict) and moments.keys() == set(range(len(parameters))) and all(
         isinstance(moments[i], dict) and is_tensor(moments[i].get("step"), torch.float32)
         and all(is_tensor(moments[i].get(name), p.dtype, *p.shape) for name in ("exp_avg", "exp_avg_sq"))
@@ -2755,7 +2756,7 @@ def print_status(out):
                 with open(out / name, "rb") as f:
                     if _checksum_fits(f):
                         continue
-            print(f"{name}: missing or damaged")
+            print(f"{name}: missing or damaged (no checksum that fits)")
     written = max(file.stat().st_mtime for file in out.iterdir() if file.is_file())
     print(f"last wrote {max(time.time() - written, 0):.0f} s ago"
           + ("" if over else f"; if nothing runs, `{resume_command(out)}` goes on"))
