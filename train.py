@@ -483,6 +483,30 @@ class SyncBatchNorm(torch.nn.BatchNorm2d):
 SOURCE_STREAM, TARGET_STREAM, TEACHER_STREAM, STREAMS = 0, 1, 2, 3
 
 
+class Stopwatch:
+    """Seconds that each part of a step takes, for `profile`; the parts are named ranges in torch's trace, too.
+
+    On a GPU each change of part waits for it, so that a part's time is its own: the sum is more than an undisturbed step.
+    """
+
+    def __init__(self, device):
+        self.device, self.part, self.seconds = device, None, Counter()
+        self.outputs = []                                         # of the student, where its backward pass begins
+
+    def turn_to(self, part):
+        """The time from now on is that of `part`; None stops."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        if self.part is not None:
+            self.seconds[self.part] += now - self.since
+            self.range.__exit__(None, None, None)
+        self.part, self.since = part, now
+        if part is not None:
+            self.range = torch.profiler.record_function(part)
+            self.range.__enter__()
+
+
 def _call(network, images):
     return network(images)
 
@@ -1452,9 +1476,11 @@ def train_epoch(run, epoch, progress):
 
     every = CHECK_EVERY.get(trainer.device.type, 50)
     jobs = (functools.partial(load, *drawn(i)) for i in range(begin, s.iters_per_epoch))
+    trainer.now("data")
     for i, (source_batch, target_batch) in enumerate(ahead(jobs, s.workers), begin):
         step = epoch * s.iters_per_epoch + i
         terms, confidence = trainer.step(step, source_batch, target_batch)
+        trainer.now("log")
         seen.append(drawn(i)[0])
         confidences.append(confidence)
         unchecked.append((i, terms))
@@ -1470,6 +1496,7 @@ def train_epoch(run, epoch, progress):
             run.position = {"batch": i + 1, "sums": mean_of_processes(sums), "indices": torch.cat(seen),
                             "confidence": everyones()}
             return None
+        trainer.now("data")
     row = {"epoch": epoch, "lr": lr, "pool": len(pool)}
     row.update((name, value.item() / s.iters_per_epoch) for name, value in mean_of_processes(sums).items())
     if active:
@@ -1747,6 +1774,59 @@ def one_epoch(run, epoch, progress, out, started):
         write_lines(out / "speed.jsonl", run.speed)
     if any_process(run.stopping.asked, run.trainer.device):
         raise run.stopping.stopped(run.stopping.asked or signal.SIGTERM, f"stopped after epoch {epoch + 1} of {run.settings.epochs}")
+
+
+NETWORKS = ("student", "student, backward", "teacher", "style")      # the parts of a step that are networks at work
+PROFILE_STEPS = 20
+
+
+def profile(settings, out, device):
+    """Where a step's time goes, before and after the teacher joins: a table on stdout, and profile.json.gz in `out`, a trace
+    for chrome://tracing or ui.perfetto.dev. Trains a few steps with networks that are thrown away.
+
+    Returns {phase: {part: seconds a step}}. The parts: data (waiting for decoded images), augmentation (views, warps,
+    colours, target heatmaps), the networks forward and backward, losses (pseudo-labels and Eq. 5-8) and their backward pass
+    down to the networks' outputs, optimiser (Adam and the teacher's average), log.
+    """
+    device = choose_device(device)
+    check_out(out)
+    # Three epochs of each phase: one to warm up, one timed, one traced. Time does not depend on what networks have learned.
+    settings = dataclasses.replace(settings, epochs=6 if settings.adapt else 3, pretrain_epochs=3 if settings.adapt else 0,
+                                   iters_per_epoch=PROFILE_STEPS, vae_steps=1, style_iters=1)
+    with joined(device):
+        run = set_up(settings, device)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        activities += [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
+        found, tracer = {}, torch.profiler.profile(activities=activities)
+        for first, phase in ((0, "pretraining"), (3, "adaptation"))[:1 + settings.adapt]:
+            train_epoch(run, first, Progress(phase))
+            run.trainer.watch = Stopwatch(device)
+            train_epoch(run, first + 1, Progress(phase))
+            run.trainer.now(None)
+            found[phase] = {part: seconds / PROFILE_STEPS for part, seconds in run.trainer.watch.seconds.items()}
+            run.trainer.watch = Stopwatch(device)
+            if first + 3 == settings.epochs:
+                with tracer:
+                    train_epoch(run, first + 2, Progress(phase))
+                    run.trainer.now(None)
+            run.trainer.watch = None
+        if rank() > 0:
+            return found
+    out.mkdir(parents=True, exist_ok=True)
+    tracer.export_chrome_trace(str(out / "profile.json.gz"))
+    parts = list(dict.fromkeys(part for times in found.values() for part in times))
+    totals = {phase: sum(times.values()) for phase, times in found.items()}
+    print(f"{'ms a step':20}" + "".join(f"{phase:>20}" for phase in found))
+    for part in parts:
+        print(f"{part:20}" + "".join(f"{1e3 * times.get(part, 0):12.2f}{100 * times.get(part, 0) / totals[phase]:6.1f} %"
+                                     for phase, times in found.items()))
+    outside = {phase: sum(seconds for part, seconds in times.items() if part not in NETWORKS) for phase, times in found.items()}
+    for name, sums in (("outside the networks", outside), ("in all", totals)):
+        print(f"{name:20}" + "".join(f"{1e3 * sums[phase]:12.2f}{100 * sums[phase] / totals[phase]:6.1f} %" for phase in found))
+    print(f"{settings.batch_size} images of each domain, {settings.image_size // run.trainer.stride} cells a side, "
+          f"{machine(device)['device_name']}, {torch.get_num_threads()} threads; trace of the last phase in "
+          f"{out / 'profile.json.gz'}")
+    return found
 
 
 def peak_memory(device):
@@ -2611,14 +2691,21 @@ def command(arguments):
         parser = Parser(prog="train.py", formatter_class=describe, allow_abbrev=False, description=TRAIN_HELP)
         group = add_run_options(parser, "runs/METHOD-[SOURCE-]TARGET-sSEED")
         group.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
+        group.add_argument("--profile", action="store_true", help="do not train; measure where a step's time goes, and write a "
+                           "trace into --out")
         add_settings(parser)
         given = vars(parser.parse_args(rest))
-        preset, out, device, resume = (given.pop(name) for name in ("preset", "out", "device", "resume"))
+        preset, out, device, resume, measure = (given.pop(name) for name in ("preset", "out", "device", "resume", "profile"))
+        if resume and measure:
+            raise UserError("--profile: measures a run from its settings, not an unfinished one; leave out --resume")
         settings = None if resume and out else make_settings(preset, **given)
         if not out:
             source = "" if settings.source == "mannequin" else f"{settings.source}-"
             out = f"runs/{settings.method}-{source}{settings.target}-s{settings.seed}"
         out = Path(out)
+        if measure:
+            profile(settings, out, device)
+            return 0
         if resume:
             settings, device = resumed_settings(out, given), resumed_device(out, device)
         result = train(settings, out, device, resume, arguments)
