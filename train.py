@@ -1,9 +1,11 @@
 """Train, evaluate, predict and compare: `python train.py` runs ACTUPose on the built-in benchmark.
 
     settings     one dataclass; the command line, the presets and config.json come from it
-    data         which datasets a run uses, batches on the device
+    data         which datasets a run uses, and in which order
+    processes    what the processes of one run, if it has several, do together
     the step     one iteration of the method (Fig. 4 of the paper), assembled from actupose.py
-    a run        epochs, checkpoints, evaluation, result.json
+    evaluation   the published scores
+    a run        files and checkpoints, set-up, epochs, resume, result.json; where a step's time goes
     pictures     drawn with Pillow into figures/
     photographs  skeletons for any pictures
     compare      many runs -> one table
@@ -1643,15 +1645,16 @@ def commit():
         return None
 
 
-def record_start(out, settings, device, arguments, epoch, resumed):
-    """config.json: settings and origin of a run; where it is resumed, a line in its list "resumed" and no other change."""
+def record_start(out, settings, skeleton, device, arguments, epoch, resumed):
+    """config.json: settings, skeleton and origin of a run; where it is resumed, a line in its list "resumed" and no other
+    change."""
     path = out / "config.json"
     if resumed:
         config = read_json(path)
         config["resumed"] = [*config.get("resumed", ()), {"epoch": epoch, **machine(device), **versions()}]
     else:
         config = {**dataclasses.asdict(settings), **versions(), **machine(device), "commit": commit(),
-                  "arguments": list(arguments), "resumed": []}
+                  "arguments": list(arguments), "skeleton": dataclasses.asdict(skeleton), "resumed": []}
     write_json(path, config)
 
 
@@ -1703,7 +1706,7 @@ def _train(settings, out, device, resume, arguments, stopping):
     if rank() == 0:
         out.mkdir(parents=True, exist_ok=True)  # only now: a mistake in the settings leaves no directory behind
         check_disk(out, run)
-        record_start(out, settings, device, arguments, first, resume)
+        record_start(out, settings, run.domains.source.skeleton, device, arguments, first, resume)
         if file is not None and file != last:
             os.replace(file, last)              # or the damaged one would become the new previous.pt
     progress = Progress(settings.method)
@@ -2486,11 +2489,7 @@ def predict_run(run, inputs, out, box, network, batch_size, device):
     if not (run / "last.pt").exists():
         raise UserError(f"{run}: holds no last.pt; give the directory of a run that has finished an epoch")
     settings, checkpoint = saved_settings(run), load_run(run / "last.pt")
-    # The data may be on another machine: the number of heatmaps tells the skeleton.
-    keypoints = len(checkpoint["student"].get("head.bias", ()))
-    skeleton = {len(skeleton): skeleton for skeleton in (data.BODY16, data.HAND21)}.get(keypoints)
-    if skeleton is None:
-        raise UserError(f"{run / 'last.pt'}: a network of {keypoints} keypoints; there are skeletons of 16 and 21")
+    skeleton = saved_skeleton(run)
     if network == "teacher" and checkpoint["teacher"] is None:
         raise UserError(f"--network teacher: the run in {run} has none ({settings.method}, after epoch "
                         f"{checkpoint['epoch'] + 1}); use the student")
@@ -2793,6 +2792,23 @@ def saved_settings(out):
             raise UserError(f"{path}: damaged ({name} is {value!r}, not a {kind.__name__}); mend it, or remove {out} and run "
                             f"again")
     return Settings(**values)
+
+
+def saved_skeleton(out):
+    """The skeleton of a run's data, which may not be here, from its config.json."""
+    saved = read_json(out / "config.json").get("skeleton")
+    try:
+        names, limbs, triplets, root = (tuple(saved[name]) for name in ("names", "limbs", "triplets", "root"))
+        groups = {name: tuple(keypoints) for name, keypoints in saved["groups"].items()}
+        skeleton = data.Skeleton(names, tuple(map(tuple, limbs)), tuple(map(tuple, triplets)), groups, root)
+        keypoints = {k for rows in (limbs, triplets, groups.values(), [root]) for row in rows for k in row}
+        if not (keypoints <= set(range(len(names))) and all(isinstance(name, str) for name in names)
+                and {len(row) for row in limbs} <= {2} and {len(row) for row in triplets} <= {3}):
+            raise ValueError("keypoints that it does not name")
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{out / 'config.json'}: holds no skeleton that can be used ({type(e).__name__}: {e}); give a run of "
+                        f"this version") from None
+    return skeleton
 
 
 def resumed_settings(out, given):

@@ -220,7 +220,7 @@ def make_run(folder, skeleton=data.BODY16, teacher=True, **changes):
         state["teacher"] = {name: value * 1.5 if value.is_floating_point() else value
                             for name, value in trainer.student.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
-    train.write_json(folder / "config.json", train.dataclasses.asdict(settings))
+    train.write_json(folder / "config.json", {**train.dataclasses.asdict(settings), "skeleton": train.dataclasses.asdict(skeleton)})
     train.save_checkpoint(folder / "last.pt", state)
     return folder
 
@@ -279,6 +279,25 @@ def test_batches_and_networks(runs, photographs):
     assert outs["hand"]["1"].shape == (21, 3)
     names = [k["name"] for k in read_all(photographs / "hand")["1"]["keypoints"]]
     assert names == list(data.HAND21.names)
+
+
+def test_a_skeleton_of_ones_own(photographs, capsys):
+    """The skeleton is the run's, read from config.json; one that cannot be is refused in one line."""
+    own = data.Skeleton(names=("nose", "l-ear", "r-ear"), limbs=((0, 1), (0, 2)), triplets=((1, 0, 2),), groups={"all": (0, 1, 2)},
+                        root=(0,))
+    run = make_run(photographs / "own", own)
+    assert predict(run, photographs / "a", "--out", photographs / "out") == 0
+    assert [k["name"] for k in read_all(photographs / "out")["1"]["keypoints"]] == ["nose", "l-ear", "r-ear"]
+    assert train.saved_skeleton(run) == own
+    config = json.loads((run / "config.json").read_text())
+    good = config["skeleton"]
+    for bad in (None, [], {**good, "limbs": [[0, 7]]}, {**good, "limbs": [[0]]}, {**good, "groups": 3}, {**good, "names": 5},
+                {**good, "triplets": [[0, "1", 2]]}, {name: value for name, value in good.items() if name != "root"}):
+        (run / "config.json").write_text(json.dumps({**config, "skeleton": bad}))
+        assert predict(run, photographs / "a", "--out", photographs / "never") == 2
+        error = capsys.readouterr().err
+        assert "config.json: holds no skeleton" in error and error.count("\n") == 1
+    assert not (photographs / "never").exists()
 
 
 def damaged_files(folder):
