@@ -90,7 +90,6 @@ def vae_loss(poses, reconstruction, mean, log_var, kl_weight, weight=None):
 
 def train_pose_vae(keypoints, visible, root, steps=1500, batch_size=256, lr=2e-3, kl_weight=1e-3, latent=8, seed=0):
     """Fit a PoseVAE to poses (N, K, 2) with `visible` (N, K); deterministic by seed. Returns it in eval mode."""
-    poses, weight = normalise_poses(keypoints, visible, root)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -98,8 +97,9 @@ def train_pose_vae(keypoints, visible, root, steps=1500, batch_size=256, lr=2e-3
     optimiser = torch.optim.Adam(vae.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(steps):
-        index = torch.randint(len(poses), (min(batch_size, len(poses)),), generator=generator)
-        loss = vae_loss(poses[index], *vae(poses[index], generator), kl_weight, weight[index])
+        index = torch.randint(len(keypoints), (min(batch_size, len(keypoints)),), generator=generator)
+        poses, weight = normalise_poses(keypoints[index], visible[index], root)         # of millions only these
+        loss = vae_loss(poses, *vae(poses, generator), kl_weight, weight)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
