@@ -1036,6 +1036,7 @@ class Mannequin:
     index into POSE_NAMES, upright (N,) bool.
     Raises ValueError for an unknown domain or split, or a size or count below 1.
     """
+    skeleton = BODY16
     DEFAULT_COUNTS = {("source", "train"): 6000, ("source", "val"): 500, ("source", "test"): 1000,
                       ("target", "train"): 2000, ("target", "val"): 500, ("target", "test"): 1000,
                       ("photo", "train"): 6000}
@@ -1048,7 +1049,6 @@ class Mannequin:
         count = self.DEFAULT_COUNTS[domain, split] if count is None else count
         if size < 1 or count < 1:
             raise ValueError(f"Mannequin: size {size} and count {count} must be at least 1.")
-        self.skeleton = BODY16
         self.domain, self.split, self.size, self.seed = domain, split, int(size), int(seed)
         self.cache = None if cache is None else Path(cache)
         self.progress = progress
@@ -1481,6 +1481,7 @@ class LSP(_CropsOnDisk):
     Raises FileNotFoundError for a missing root, joints.mat or image, ValueError for files or arguments that
     are not as described, IndexError / TypeError for bad indices; each names the file or argument.
     """
+    skeleton = BODY16
 
     def __init__(self, root, split="train", size=256, transductive=None):
         _check_arguments(split, size)
@@ -1490,7 +1491,7 @@ class LSP(_CropsOnDisk):
         files = _find_lsp_images(root / "images", len(positions), extended, joints_file)
         chosen = _lsp_split(len(files), split, extended, transductive, root)
 
-        self.skeleton, self.size = BODY16, size
+        self.size = size
         self.files = files[chosen]
         self.keypoints = torch.zeros(len(self.files), 16, 2)
         self.visible = torch.zeros(len(self.files), 16)
@@ -1775,11 +1776,11 @@ def _check_not_empty(order, n, split, where):
 class _SquareCrops(_CropsOnDisk):
     """Images that are square crops already, listed in JSON files: SURREAL, Human3.6M and H3D as prepared."""
 
-    def _index(self, root, skeleton, size, parts, order):
+    def _index(self, root, size, parts, order):
         """Take the samples `order` of the concatenated `parts` (_Annotations, emptied on the way)."""
-        self.root, self.skeleton, self.size = root, skeleton, size
+        self.root, self.size = root, size
         ends = np.cumsum([len(part) for part in parts])
-        keypoints = np.empty((len(order), len(skeleton), 2), np.float32)
+        keypoints = np.empty((len(order), len(self.skeleton), 2), np.float32)
         self._side = np.empty(len(order), np.uint16)
         self._start, self._length = np.empty(len(order), np.int64), np.empty(len(order), np.uint16)
         offset = 0
@@ -1798,7 +1799,7 @@ class _SquareCrops(_CropsOnDisk):
             offset += len(part.text)
         self._text = np.concatenate([part.text for part in parts])
         self.keypoints = torch.from_numpy(keypoints)
-        self.visible = torch.ones(1, 1).expand(len(order), len(skeleton))  # one number, seen N x K times
+        self.visible = torch.ones(1, 1).expand(len(order), len(self.skeleton))  # one number, seen N x K times
         self._make_room()
 
     def _name(self, i):
@@ -1844,6 +1845,7 @@ class SURREAL(_SquareCrops):
     file or image, ValueError for files or arguments that are not as described; each names the file or the
     argument.
     """
+    skeleton = BODY16
 
     def __init__(self, root, split="train", size=256, shoulders="published", progress=None):
         _check_arguments(split, size)
@@ -1864,7 +1866,7 @@ class SURREAL(_SquareCrops):
         if split != "val":
             order = order[held_out:] if split == "train" else order[:held_out]
         _check_not_empty(order, n, split, root / folder)
-        self._index(root, BODY16, size, parts, order)
+        self._index(root, size, parts, order)
 
 
 class Human36M(_SquareCrops):
@@ -1879,6 +1881,7 @@ class Human36M(_SquareCrops):
 
     Attributes and errors as for SURREAL.
     """
+    skeleton = BODY16
     SUBJECTS = {"train": (1, 5, 6, 7, 8), "val": (1, 5, 6, 7, 8), "test": (9, 11)}
 
     def __init__(self, root, split="train", size=256):
@@ -1896,7 +1899,7 @@ class Human36M(_SquareCrops):
         elif split == "val":
             order = np.array(random.Random(42).sample(range(n), min(3200, n)), np.int64)
         _check_not_empty(order, n, split, root / "annotations")
-        self._index(root, BODY16, size, parts, order)
+        self._index(root, size, parts, order)
 
 
 class Hand3DStudio(_SquareCrops):
@@ -1912,6 +1915,7 @@ class Hand3DStudio(_SquareCrops):
 
     Attributes and errors as for SURREAL.
     """
+    skeleton = HAND21
 
     def __init__(self, root, split="train", size=256):
         _check_arguments(split, size)
@@ -1927,7 +1931,7 @@ class Hand3DStudio(_SquareCrops):
         bounds = {"test": (0, held_out), "val": (held_out, 2 * held_out), "train": (held_out, n)}[split]
         order = order[slice(*bounds)]
         _check_not_empty(order, n, split, file)
-        self._index(root, HAND21, size, [part], order)
+        self._index(root, size, [part], order)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2051,6 +2055,7 @@ class RenderedHandPose(_CropsOnDisk):
     float32, left (N,) bool: which hands were not mirrored. Names are those of the images and the hand's.
     Errors as for SURREAL.
     """
+    skeleton = HAND21
     SIDE = 320
 
     def __init__(self, root, split="train", size=256):
@@ -2075,7 +2080,7 @@ class RenderedHandPose(_CropsOnDisk):
             picture, hand = picture[::5], hand[::5]
         _check_not_empty(picture, len(ids), split, file)
 
-        self.root, self.skeleton, self.size = root, HAND21, size
+        self.root, self.size = root, size
         self._folder, self._ids = f"{part}/color", ids[picture]
         self._corner = corner[picture, hand].astype(np.uint16)
         self._box = side[picture, hand].astype(np.uint16)

@@ -238,9 +238,7 @@ class Settings:
             if root and name not in loaders:
                 raise UserError(f"--{role}-root: {name} is rendered, not read; give --{role} "
                                 f"{' or '.join(loaders)} with it, or leave it out")
-        if (self.source == "rhd") != (self.target == "h3d"):
-            raise UserError(f"--source {self.source} --target {self.target}: one has hands and the other bodies; hands are "
-                            f"--source rhd --target h3d")
+        check_skeletons(self, skeleton_of(self.source), skeleton_of(self.target))
         self.numbers("lr_drops")
         for name in ("zoom", "crop"):
             low, high = self.numbers(name, 2)
@@ -273,6 +271,18 @@ class Settings:
         return values
 
 
+def skeleton_of(name):
+    """The skeleton of a --source or --target; None where its class does not say."""
+    return getattr({**SOURCES, **TARGETS}.get(name, data.Mannequin), "skeleton", None)
+
+
+def check_skeletons(settings, source, target):
+    """UserError where two skeletons, those that are known, do not have the same keypoints."""
+    if source and target and source.names != target.names:
+        raise UserError(f"--source {settings.source} --target {settings.target}: their keypoints differ ({source.names[0]}, ..., "
+                        f"{len(source)} in all, and {target.names[0]}, ..., {len(target)}); bodies and hands do not go together")
+
+
 def make_settings(preset="demo", **given):
     """Settings of a preset, then what the method changes, then what was given (the later wins)."""
     values = {}
@@ -281,7 +291,7 @@ def make_settings(preset="demo", **given):
     method = given.get("method", "actupose")
     if method not in METHODS:
         raise UserError(f"--method: unknown {method!r}; one of {', '.join(METHODS)}")
-    if given.get("source") == "rhd":
+    if skeleton_of(given.get("source")) is data.HAND21:
         values["rotation"] = 180.0                         # hands come in every direction, as in the base method
     return Settings(**{**values, **METHODS[method], **given})
 
@@ -327,6 +337,7 @@ def open_domains(settings):
     else:
         target, val, test = (on_disk("target", TARGETS[settings.target], settings.target_root, split)
                              for split in ("train", "val", "test"))
+    check_skeletons(settings, source.skeleton, target.skeleton)
     for name, dataset in (("source", source), ("target", target)):
         if len(dataset) < settings.batch_size:
             raise UserError(f"--batch-size: {settings.batch_size} is more than the {len(dataset)} images of the {name} "

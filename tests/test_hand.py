@@ -83,3 +83,30 @@ def test_every_step_of_adaptation_sees_all_21_keypoints(hands):
     terms, confidence = trainer.step(0, (index, *domains.source[index]), (index, *domains.target[index]))
     assert len(trainer.limbs) == 20 and len(trainer.triplets) == 14 and confidence.shape == (6,)
     assert all(torch.isfinite(value).all() for value in terms.values())
+
+
+def test_bodies_and_hands_do_not_go_together(tmp_path, monkeypatch):
+    """Said before a dataset is read where the classes tell, after that where only the datasets do; hands of one's own are
+    rotated by 180 degrees as RHD's are."""
+    with pytest.raises(train.UserError, match=r"--source surreal --target h3d: their keypoints differ \(r-ankle, ..., 16"):
+        train.make_settings(source="surreal", source_root=str(tmp_path), target="h3d", target_root=str(tmp_path))
+
+    class OwnHands(data.RenderedHandPose):
+        """Found by its class."""
+
+    class Silent:
+        """Its class does not say what it holds."""
+        def __init__(self, root, split, size):
+            self.skeleton, self.size = data.HAND21, size
+
+    monkeypatch.setitem(train.SOURCES, "own", OwnHands)
+    monkeypatch.setitem(train.TARGETS, "silent", Silent)
+    monkeypatch.setattr(train.Settings.__dataclass_fields__["source"], "metadata",
+                        {**train.Settings.__dataclass_fields__["source"].metadata, "choices": None})
+    monkeypatch.setattr(train.Settings.__dataclass_fields__["target"], "metadata",
+                        {**train.Settings.__dataclass_fields__["target"].metadata, "choices": None})
+    settings = train.make_settings(source="own", source_root="r", target="silent", target_root="r")
+    assert settings.rotation == 180.0
+    settings = train.make_settings(source="mannequin", source_count=40, target="silent", target_root="r")
+    with pytest.raises(train.UserError, match="their keypoints differ"):
+        train.open_domains(settings)
