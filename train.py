@@ -16,6 +16,7 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
@@ -33,6 +34,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
@@ -379,14 +381,15 @@ class Shuffler:
 
 def started_by_torchrun():
     """Whether this is one of several processes that torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ
 
 
 @contextmanager
 def joined(device):
     """Within: connected with the other processes that torchrun started, if it did, by NCCL on GPUs and gloo on CPUs.
 
-    A connection that breaks, as it does when another process ends, is a UserError.
+    A connection that breaks, as it does when another process ends, is a UserError. After an error it is left as it is:
+    closing it would wait for the others, and they may wait for this one. `main` then ends the process at once.
     """
     if not started_by_torchrun():
         yield
@@ -396,14 +399,12 @@ def joined(device):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         yield
+        dist.destroy_process_group()
     except (RuntimeError, dist.DistError) as e:
         if isinstance(e, dist.DistError) or re.search("gloo|NCCL|onnection", str(e)):
             raise UserError(f"the connection with the other processes broke ({str(e).splitlines()[0][:100]}); one of them has "
                             f"ended, its message says why") from e
         raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def processes():
@@ -414,6 +415,18 @@ def processes():
 def rank():
     """Which of them this one is; 0 writes all files."""
     return dist.get_rank() if processes() > 1 else 0
+
+
+def said_before(message):
+    """Whether another process has said this. They may not be joined yet, or no more: torchrun itself keeps the record."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    try:
+        record = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                               timeout=datetime.timedelta(seconds=10))
+        return record.add(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {message}", 1) > 1
+    except (RuntimeError, dist.DistError):                        # torchrun is gone
+        return False
 
 
 def share(rows):
@@ -861,7 +874,10 @@ class Progress:
 
 
 def complain(message):
-    """One line on stderr, below a progress line that may stand there; of several processes it says which one."""
+    """One line on stderr, below a progress line that may stand there; of several processes it says which one, and what
+    all of them find wrong is said by the first that does."""
+    if started_by_torchrun() and said_before(str(message)):
+        return
     process = f" (process {os.environ['RANK']})" if started_by_torchrun() else ""
     print(("\n" if Progress.unfinished else "") + f"train.py{process}: {message}", file=sys.stderr)
     Progress.unfinished = False
@@ -1087,13 +1103,28 @@ def choose_device(name):
     """auto, cpu or cuda -> torch.device; UserError when it is not there. Processes of torchrun get a GPU each."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and started_by_torchrun():
+    if started_by_torchrun() and name.startswith("cuda"):
+        if name != "cuda":
+            raise UserError(f"--device: {name!r} is one GPU, and each of {os.environ['WORLD_SIZE']} processes takes its own; "
+                            f"give --device cuda, and CUDA_VISIBLE_DEVICES to say which")
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device: {name!r} cannot be used here ({str(e).splitlines()[0]}); try --device cpu") from None
+    return device
+
+
+def fitting_device(settings, name):
+    """`choose_device`; UserError where a run with these settings cannot use it or these processes cannot share its batches."""
+    count = int(os.environ["WORLD_SIZE"]) if started_by_torchrun() else 1
+    if settings.batch_size % (count * settings.accumulate):
+        raise UserError(f"--batch-size: {settings.batch_size} cannot be shared by {count} processes and --accumulate "
+                        f"{settings.accumulate}; use a multiple of {count * settings.accumulate}")
+    device = choose_device(name)
+    if settings.amp == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"--amp bf16: {torch.cuda.get_device_name(device)} does not compute in it; use --amp off")
     return device
 
 
@@ -1480,6 +1511,7 @@ def train_epoch(run, epoch, progress):
         finite = torch.isfinite(gather(values)).all(0).tolist()
         if not all(finite):
             i, terms = unchecked[finite.index(False)]
+            terms = mean_of_processes(terms)                          # not finite where it is in any process
             batches = [(dataset, indices.tolist()) for dataset, indices in zip((labelled, run.domains.target), drawn(i))
                        if indices is not None]
             raise NotFinite({"epoch": epoch, "step": i, "terms": {name: str(value.item()) for name, value in terms.items()},
@@ -1682,15 +1714,11 @@ def train(settings, out, device="auto", resume=False, arguments=()):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
     torch.backends.cudnn.deterministic = settings.deterministic
-    if settings.batch_size % (max(1, int(os.environ.get("WORLD_SIZE", 1))) * settings.accumulate):
-        raise UserError(f"--batch-size: {settings.batch_size} cannot be shared by {os.environ['WORLD_SIZE']} processes and "
-                        f"--accumulate {settings.accumulate}; use a multiple of both")
-    device = choose_device(device)
-    if settings.amp == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"--amp bf16: {torch.cuda.get_device_name(device)} does not compute in it; use --amp off")
+    device = fitting_device(settings, device)
     check_out(out)
     if finished(out) and resume:
-        print(f"{out}: the run is finished")
+        if not started_by_torchrun() or os.environ["RANK"] == "0":
+            print(f"{out}: the run is finished")
         return read_result(out / "result.json")
     if (out / "result.json").exists() and not resume:
         raise UserError(f"{out}: holds a finished run; give another --out, or `evaluate {out}`")
@@ -1755,9 +1783,9 @@ def one_epoch(run, epoch, progress, out, started):
     try:
         row = train_epoch(run, epoch, progress)
     except NotFinite as e:
-        if rank() > 0:
-            raise Stopped(0, "") from None                # process 0 says it
-        write_json(out / "nonfinite.json", e.record)
+        if rank() == 0:
+            write_json(out / "nonfinite.json", e.record)
+        agree(torch.zeros(1))                             # or torchrun would end process 0 before it has written
         bad = [name for name, value in e.record["terms"].items() if not math.isfinite(float(value))]
         raise UserError(f"epoch {epoch}, step {e.record['step']}: {', '.join(bad)} not finite, for "
                         f"{', '.join(e.record['labelled']['names'][:4])} and others, all in {out / 'nonfinite.json'}; {advice}"
@@ -1802,7 +1830,7 @@ def profile(settings, out, device):
     colours, target heatmaps), the networks forward and backward, losses (pseudo-labels and Eq. 5-8) and their backward pass
     down to the networks' outputs, optimiser (Adam and the teacher's average), log.
     """
-    device = choose_device(device)
+    device = fitting_device(settings, device)
     check_out(out)
     # Three epochs of each phase: one to warm up, one timed, one traced. Time does not depend on what networks have learned.
     settings = dataclasses.replace(settings, epochs=6 if settings.adapt else 3, pretrain_epochs=3 if settings.adapt else 0,
@@ -2697,6 +2725,8 @@ def command(arguments):
     verb = arguments[0] if arguments and not arguments[0].startswith("-") else "train"
     rest = arguments[1:] if arguments[:1] == [verb] else arguments
     describe = argparse.RawDescriptionHelpFormatter
+    if verb in ("status", "evaluate", "predict", "compare") and started_by_torchrun():
+        raise UserError(f"{verb}: takes one process; give `python train.py {verb} ...`, without torchrun")
     if verb == "train":
         parser = Parser(prog="train.py", formatter_class=describe, allow_abbrev=False, description=TRAIN_HELP)
         group = add_run_options(parser, "runs/METHOD-[SOURCE-]TARGET-sSEED")
@@ -2719,7 +2749,7 @@ def command(arguments):
         if resume:
             settings, device = resumed_settings(out, given), resumed_device(out, device)
         result = train(settings, out, device, resume, arguments)
-        if int(os.environ.get("RANK", 0)) > 0:                   # of several processes the first one speaks
+        if started_by_torchrun() and int(os.environ["RANK"]) > 0:      # of several processes the first one speaks
             return 0
         print_result(result)
         print(f"{speed_text(read_lines(out / 'speed.jsonl', *SPEED_KEYS))}; pictures in {out / 'figures'}")
@@ -2775,7 +2805,26 @@ def command(arguments):
 
 def main(arguments):
     """`command`, with an error in one line: exit status 0, 1 when some photographs failed, 2 for a mistake that the user
-    can mend or a full disk, 130 for Ctrl-C, 143 for SIGTERM."""
+    can mend or a full disk, 130 for Ctrl-C, 143 for SIGTERM.
+
+    One of several processes that fails ends here and now: to leave Python in order can wait for the others for ever.
+    """
+    try:
+        status = one_line(arguments)
+    except Exception:
+        if processes() == 1:
+            raise
+        traceback.print_exc()
+        status = 1
+    if processes() > 1:                                      # `joined` was left by an error
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def one_line(arguments):
+    """`command` and its exit status; errors that have a message in one line."""
     try:
         return command(arguments)
     except (UserError, data.DataError) as e:
@@ -2783,7 +2832,7 @@ def main(arguments):
     except OSError as e:
         complain(f"{e.filename or 'system'}: {e.strerror or e}")
     except Stopped as e:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if not started_by_torchrun() or os.environ["RANK"] == "0":
             complain(e)
         return 128 + e.number
     except KeyboardInterrupt:
@@ -2835,8 +2884,12 @@ def resumed_settings(out, given):
 def resumed_device(out, name):
     """The device to go on with: the one that the run was started on, where none is asked for and it is there."""
     if name == "auto":
+        was = str(read_json(out / "config.json").get("device"))
+        if started_by_torchrun():
+            was = was.split(":")[0]                               # process 0 wrote its own GPU's number there
         with suppress(UserError):
-            return str(choose_device(str(read_json(out / "config.json").get("device"))))
+            choose_device(was)
+            return was
     return name
 
 

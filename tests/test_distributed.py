@@ -225,6 +225,7 @@ def test_a_preempted_run_of_two_processes_saves_and_goes_on_to_the_same(together
 def test_a_batch_that_cannot_be_shared(folder, monkeypatch):
     """The number of processes must divide the batch; said before anything is computed."""
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(train.UserError, match="--batch-size: 6 cannot be shared by 4 processes"):
         train.train(train.make_settings("demo", batch_size=6), folder / "never")
     assert not (folder / "never").exists()
