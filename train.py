@@ -18,7 +18,6 @@ import concurrent.futures
 import dataclasses
 import datetime
 import difflib
-import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -39,6 +38,7 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -498,7 +498,7 @@ class SyncBatchNorm(torch.nn.BatchNorm2d):
             self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
             self.num_batches_tracked += 1
         scale = self.weight * (variance + self.eps).rsqrt()
-        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+        return (x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)       # as BatchNorm2d's
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1446,14 +1446,88 @@ def draw_pool(curriculum, epoch, settings):
     return pool
 
 
+class Batches:
+    """What one epoch trains on: the indices of each of its batches, and their loading. Several processes draw the same
+    epoch, and each loads its share."""
+
+    def __init__(self, run, epoch, pool):
+        s = self.settings = run.settings
+        self.first_step, self.pool, self.active = epoch * s.iters_per_epoch, pool, s.curriculum == "active"
+        self.labelled = run.domains.target if s.supervise == "target" else run.domains.source
+        self.target = run.domains.target if run.trainer.uses_target else None
+        self.source_order, self.target_order = Shuffler(s.seed, len(pool)), Shuffler(s.seed + 1, len(run.domains.target))
+        self.pin = run.trainer.device.type == "cuda"              # pinned memory: the copy to the GPU waits for nothing
+
+    def indices(self, i):
+        """Samples of the labelled and, or None, of the target batch i, of all processes."""
+        step, size = self.first_step + i, self.settings.batch_size
+        # An active pool is new each epoch and already in random order; a fixed one is passed over epoch after epoch.
+        at = (np.arange(size) + i * size) % len(self.pool) if self.active else self.source_order.batch(size, step)
+        target = None if self.target is None else torch.from_numpy(self.target_order.batch(size, step))
+        return torch.from_numpy(self.pool[at]), target
+
+    def load(self, i):
+        """This process's share of the two batches: (indices, uint8 images, keypoints, visible), None without a target."""
+        batches = []
+        for dataset, indices in zip((self.labelled, self.target), self.indices(i)):
+            batch = None if indices is None else (share(indices), *dataset[share(indices)])
+            batches.append(tuple(tensor.pin_memory() for tensor in batch) if batch and self.pin else batch)
+        return batches
+
+    def names(self, i):
+        """Indices and names of the samples of batch i, for messages."""
+        return {domain: {"indices": indices.tolist(), "names": dataset.names(indices)}
+                for domain, dataset, indices in zip(("labelled", "target"), (self.labelled, self.target), self.indices(i))
+                if indices is not None}
+
+
+class Account:
+    """What an epoch's steps return, kept on the device: sums of the terms, and the samples with their confidences.
+
+    position: the account of an epoch that was stopped, as `position` gives it, or None.
+    """
+
+    def __init__(self, device, position):
+        position = position or {"batch": 0, "sums": {}, "indices": torch.zeros(0, dtype=torch.int64),
+                                "confidence": torch.zeros(0)}
+        self.steps, self.before = position["batch"], position["confidence"]
+        self.sums = {name: value.to(device) for name, value in position["sums"].items()}
+        self.seen, self.confidences, self.unchecked = [position["indices"]], [], []
+
+    def add(self, indices, terms, confidence):
+        """A step: the indices of its whole batch, this process's terms and confidences."""
+        self.seen.append(indices)
+        self.confidences.append(confidence)
+        self.unchecked.append((self.steps, terms))
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.steps += 1
+
+    def not_finite(self):
+        """The first step, and its terms, that is not finite in any process, of those not looked at before; or None."""
+        values = torch.stack([torch.stack(tuple(terms.values())) for _, terms in self.unchecked], 1)     # terms x steps
+        finite = torch.isfinite(gather(values)).all(0).tolist()
+        found = None if all(finite) else self.unchecked[finite.index(False)]
+        self.unchecked = []
+        return found and (found[0], mean_of_processes(found[1]))
+
+    def observed(self):
+        """Samples and their confidences, of all processes, in the order of the steps."""
+        done = gather(torch.stack(self.confidences))                                   # process by process, steps x share
+        done = done.view(processes(), len(self.confidences), -1).transpose(0, 1).flatten()
+        return torch.cat(self.seen), torch.cat([self.before, done.cpu()])
+
+    def position(self):
+        """What the rest of the epoch needs when it is stopped here."""
+        indices, confidence = self.observed()
+        return {"batch": self.steps, "sums": mean_of_processes(self.sums), "indices": indices, "confidence": confidence}
+
+
 def train_epoch(run, epoch, progress):
     """One epoch: re-rank and draw (Eq. 3-4), iterate. Returns the epoch's line for log.jsonl.
 
-    Where `run.stopping` asks for it, it stops after a step, returns None and leaves in `run.position` what the rest of
-    the epoch needs: the number of steps done, the sums of their terms, and the samples with their confidences. The
-    curriculum is then as it was after this epoch's re-ranking, so that the same pool is drawn again.
-    Several processes draw the same epoch and take their share of each batch; confidences and sums are gathered, so that
-    all of them re-rank alike and return the same.
+    Where `run.stopping` asks for it, it stops after a step, returns None and leaves the epoch's account in `run.position`.
+    The curriculum is then as it was after this epoch's re-ranking, so that the same pool is drawn again.
     The line holds: epoch, lr (of Adam), pool (samples that the epoch may draw from), the means over the steps of mse
     (L_mse), consistency, evalpose (Eq. 5), cross_domain (Eq. 6), each unweighted, and loss (Eq. 8, weighted); kept
     (share of the target's keypoints that count), pairs (similar pairs of a batch), confidence and teacher_confidence
@@ -1462,91 +1536,45 @@ def train_epoch(run, epoch, progress):
     Raises NotFinite at the first step that is not.
     """
     s, trainer, curriculum = run.settings, run.trainer, run.curriculum
-    position, run.position = run.position, None
-    if s.adapt and epoch == s.pretrain_epochs and position is None:
+    begins, account = run.position is None, Account(trainer.device, run.position)
+    run.position = None
+    if s.adapt and epoch == s.pretrain_epochs and begins:
         trainer.teacher = actupose.make_teacher(trainer.student)
-    labelled = run.domains.target if s.supervise == "target" else run.domains.source
-    needs_target = trainer.uses_target
-    active = s.curriculum == "active"
-    if active:
-        if position is None:
+    if s.curriculum == "active":
+        if begins:
             curriculum.rerank()                                          # Eq. 4
         pool = draw_pool(curriculum, epoch, s)                           # Eq. 3
-        if position is None:
+        if begins:
             run.drawn.append(curriculum.drawn_per_bin.tolist())
+    elif s.curriculum == "hardest":
+        pool = curriculum.hardest(s.hard_bins)
     else:
-        pool = curriculum.hardest(s.hard_bins) if s.curriculum == "hardest" else np.arange(len(labelled))
-    source_order, target_order = Shuffler(s.seed, len(pool)), Shuffler(s.seed + 1, len(run.domains.target))
-    lr = trainer.learning_rate(epoch)
-    begin, sums, seen, confidences, unchecked = 0, {}, [], [], []
-    before = torch.zeros(0)
-    if position is not None:
-        begin, seen, before = position["batch"], [position["indices"]], position["confidence"]
-        sums = {name: value.to(trainer.device) for name, value in position["sums"].items()}
+        pool = np.arange(len(run.domains.target if s.supervise == "target" else run.domains.source))
+    batches, lr = Batches(run, epoch, pool), trainer.learning_rate(epoch)
 
-    def drawn(i):
-        """Indices of the source's and the target's batch i of this epoch."""
-        step = epoch * s.iters_per_epoch + i
-        # An active pool is new each epoch and already in random order; a fixed one is passed over epoch after epoch.
-        at = (np.arange(s.batch_size) + i * s.batch_size) % len(pool) if active else source_order.batch(s.batch_size, step)
-        return torch.from_numpy(pool[at]), (torch.from_numpy(target_order.batch(s.batch_size, step)) if needs_target else None)
-
-    def load(indices, target_indices):
-        batches = [(dataset, share(rows)) for dataset, rows in ((labelled, indices), (run.domains.target, target_indices))
-                   if rows is not None]
-        batches = [(rows, *dataset[rows]) for dataset, rows in batches]
-        if trainer.device.type == "cuda":                     # pinned: the copy to the GPU waits for nothing
-            batches = [tuple(tensor.pin_memory() for tensor in batch) for batch in batches]
-        return (*batches, None)[:2]
-
-    def everyones():
-        """All processes' confidences of the steps done, in the order of `seen`."""
-        done = torch.stack(confidences) if confidences else torch.zeros(0, s.batch_size // processes())
-        count = len(done)
-        return torch.cat([before, gather(done).view(processes(), count, -1).transpose(0, 1).flatten().cpu()])
-
-    def check():
-        """NotFinite with the first step whose terms are not, in any process, of those not looked at before."""
-        values = torch.stack([torch.stack(tuple(terms.values())) for _, terms in unchecked], 1)       # terms x steps
-        finite = torch.isfinite(gather(values)).all(0).tolist()
-        if not all(finite):
-            i, terms = unchecked[finite.index(False)]
-            terms = mean_of_processes(terms)                          # not finite where it is in any process
-            batches = [(dataset, indices.tolist()) for dataset, indices in zip((labelled, run.domains.target), drawn(i))
-                       if indices is not None]
-            raise NotFinite({"epoch": epoch, "step": i, "terms": {name: str(value.item()) for name, value in terms.items()},
-                             **{domain: {"indices": indices, "names": dataset.names(indices)}
-                                for domain, (dataset, indices) in zip(("labelled", "target"), batches)}})
-        unchecked.clear()
-
-    every = CHECK_EVERY.get(trainer.device.type, 50)
-    jobs = (functools.partial(load, *drawn(i)) for i in range(begin, s.iters_per_epoch))
+    remaining = range(account.steps, s.iters_per_epoch)
     trainer.now("data")
-    for i, (source_batch, target_batch) in enumerate(ahead(jobs, s.workers), begin):
+    for i, (source_batch, target_batch) in zip(remaining, ahead((partial(batches.load, i) for i in remaining), s.workers)):
         step = epoch * s.iters_per_epoch + i
         terms, confidence = trainer.step(step, source_batch, target_batch)
         trainer.now("log")
-        seen.append(drawn(i)[0])
-        confidences.append(confidence)
-        unchecked.append((i, terms))
-        for name, value in terms.items():
-            sums[name] = sums.get(name, 0) + value
-        asked = run.stopping is not None and run.stopping.asked
-        if len(unchecked) == every or i + 1 == s.iters_per_epoch or (asked and processes() == 1):
-            check()
-            asked = any_process(asked, trainer.device)               # they stop at the same step or wait for each other
-        stop = asked and not unchecked and i + 1 < s.iters_per_epoch
+        account.add(batches.indices(i)[0], terms, confidence)
         progress(step + 1, s.epochs * s.iters_per_epoch, f"epoch {epoch + 1}/{s.epochs}")
-        if stop:
-            run.position = {"batch": i + 1, "sums": mean_of_processes(sums), "indices": torch.cat(seen),
-                            "confidence": everyones()}
-            return None
+        last, asked = i + 1 == s.iters_per_epoch, run.stopping is not None and run.stopping.asked
+        if len(account.unchecked) == CHECK_EVERY.get(trainer.device.type, 50) or last or (asked and processes() == 1):
+            if found := account.not_finite():
+                raise NotFinite({"epoch": epoch, "step": found[0], **batches.names(found[0]),
+                                 "terms": {name: str(value.item()) for name, value in found[1].items()}})
+            # All processes stop at the same step, or they would wait for each other.
+            if any_process(asked, trainer.device) and not last:
+                run.position = account.position()
+                return None
         trainer.now("data")
     row = {"epoch": epoch, "lr": lr, "pool": len(pool)}
-    row.update((name, value.item() / s.iters_per_epoch) for name, value in mean_of_processes(sums).items())
-    if active:
+    row.update((name, value.item() / s.iters_per_epoch) for name, value in mean_of_processes(account.sums).items())
+    if s.curriculum == "active":
         row["peak_bin"] = curriculum.peak_bin(epoch)
-        curriculum.observe(torch.cat(seen), everyones())
+        curriculum.observe(*account.observed())
     return row
 
 
