@@ -65,7 +65,8 @@ class Skeleton:
 
     names: K keypoint names; limbs: pairs (a, b), the vectors of Eq. 5; triplets: (a, b, c), the angles at
     keypoint b of Eq. 7; groups: the columns of the paper's tables, name -> keypoint indices, "all" last;
-    root: the keypoints whose mean stands in for a missing one in the Pose-VAE.
+    root: the keypoints whose mean stands in for a missing one in the Pose-VAE. ValueError where one of these
+    is empty, of another length, or names a keypoint that is not there.
     """
     names: tuple
     limbs: tuple
@@ -73,8 +74,54 @@ class Skeleton:
     groups: dict
     root: tuple
 
+    def __post_init__(self):
+        if not self.names or not all(isinstance(name, str) for name in self.names):
+            raise ValueError("names: must be texts, one a keypoint")
+        if not isinstance(self.groups, dict) or "all" not in self.groups:
+            raise ValueError("groups: must be a dictionary of keypoints by name, with 'all' among the names")
+        for what, rows, length in (("limbs", self.limbs, 2), ("triplets", self.triplets, 3),
+                                   ("groups", self.groups.values(), None), ("root", [self.root], None)):
+            if not rows or not all(isinstance(row, tuple) and len(row) == (length or len(row) or 1) for row in rows):
+                raise ValueError(f"{what}: must be tuples of {length or 'some'} keypoints, at least one of them")
+            for keypoint in (keypoint for row in rows for keypoint in row):
+                if type(keypoint) is not int or not 0 <= keypoint < len(self.names):
+                    raise ValueError(f"{what}: {keypoint!r} is no keypoint, which are 0 ... {len(self.names) - 1}")
+
     def __len__(self):
         return len(self.names)
+
+
+def check_dataset(dataset, name):
+    """DataError, which says what is expected, where `dataset` is not what a dataset must be (the module's docstring).
+
+    Looks at the skeleton, all keypoints, and one sample; name: for the message.
+    """
+    def require(fits, what):
+        if not fits:
+            raise DataError(f"{name}: {type(dataset).__name__} {what}")
+
+    require(isinstance(getattr(dataset, "skeleton", None), Skeleton), "needs a `skeleton`, a data.Skeleton")
+    for method in ("__len__", "__getitem__", "names"):
+        require(hasattr(dataset, method), f"needs the method `{method}`")
+    n, k, size = len(dataset), len(dataset.skeleton), getattr(dataset, "size", None)
+    require(n > 0, "holds no sample")
+    require(type(size) is int, "needs `size`, the side of its images in pixels")
+    for attribute, shape in (("keypoints", (n, k, 2)), ("visible", (n, k))):
+        values = getattr(dataset, attribute, None)
+        require(torch.is_tensor(values) and values.dtype == torch.float32 and tuple(values.shape) == shape,
+                f"needs `{attribute}`, a float32 tensor of shape {shape}")
+    for start in range(0, n, 1 << 20):                        # of millions, a part at a time
+        part = slice(start, start + (1 << 20))
+        bad = ~torch.isfinite(dataset.keypoints[part]).all(-1)
+        if bad.any():
+            sample, keypoint = bad.nonzero()[0].tolist()
+            require(False, f"has a keypoint that is no number: {dataset.skeleton.names[keypoint]} of "
+                           f"{dataset.names([start + sample])[0]}; where it is not labelled, give (0, 0) and visible 0")
+    sample = dataset[torch.tensor([0])]
+    shapes = ((1, 3, size, size), (1, k, 2), (1, k))
+    require(len(sample) == 3 and all(torch.is_tensor(t) and tuple(t.shape) == shape for t, shape in zip(sample, shapes))
+            and sample[0].dtype == torch.uint8,
+            f"must give uint8 images (B, 3, {size}, {size}), keypoints (B, {k}, 2) and visible (B, {k}) for B indices")
 
 
 BODY16 = Skeleton(

@@ -123,7 +123,8 @@ def option(default, group, text, paper=None, choices=None):
 class Settings:
     """Everything that decides a run's result. Defaults are the demo's; `paper` values the paper's (§4)."""
     method: str = option("actupose", "task", "which of the paper's rows to train", choices=tuple(METHODS))
-    source: str = option("mannequin", "task", "labelled source domain", choices=(*RENDERED, *SOURCES))
+    source: str = option("mannequin", "task", "labelled source domain; mannequin-wild is the built-in target with its labels, "
+                         "mannequin-photo resembles photographs of sports", choices=(*RENDERED, *SOURCES))
     source_root: str = option("", "task", "directory of the source dataset, for sources on disk")
     target: str = option("mannequin-wild", "task", "unlabelled target domain", choices=("mannequin-wild", *TARGETS))
     target_root: str = option("", "task", "directory of the target dataset, for targets on disk")
@@ -248,13 +249,14 @@ class Settings:
                 raise UserError(f"--{name}: must be low,high with 0 < low <= high, got {getattr(self, name)}")
         if self.adapt and not 0 <= self.pretrain_epochs < self.epochs:
             raise UserError(f"--pretrain-epochs: must be from 0 to below --epochs ({self.epochs}), or the teacher never "
-                            f"joins; got {self.pretrain_epochs}")
+                            f"joins; got {self.pretrain_epochs}; give it too, {self.epochs * 4 // 7} would be in the demo's "
+                            f"proportion")
         if self.seed < 0:
             raise UserError(f"--seed: must not be negative, got {self.seed}")
         if self.supervise == "target" and self.curriculum != "off":
             raise UserError("--supervise target: the curriculum ranks source samples; also give --curriculum off, or use "
                             "--method oracle")
-        if self.style != "vgg" and self.style_weights:
+        if self.style == "small" and self.style_weights:
             raise UserError(f"--style-weights: are VGG's, and --style is {self.style}; give --style vgg with them, or leave "
                             f"them out")
         if self.style == "vgg" and not self.style_weights:
@@ -339,6 +341,9 @@ def open_domains(settings):
     else:
         target, val, test = (on_disk("target", TARGETS[settings.target], settings.target_root, split)
                              for split in ("train", "val", "test"))
+    for role, name, datasets in (("source", settings.source, [source]), ("target", settings.target, [target, val, test])):
+        for dataset in datasets if name in {**SOURCES, **TARGETS} else ():
+            data.check_dataset(dataset, f"--{role} {name}")
     check_skeletons(settings, source.skeleton, target.skeleton)
     for name, dataset in (("source", source), ("target", target)):
         if len(dataset) < settings.batch_size:
@@ -506,6 +511,7 @@ class SyncBatchNorm(torch.nn.BatchNorm2d):
 # ----------------------------------------------------------------------------------------------------------
 
 # Streams of random numbers of one step, so that they stay apart.
+MIN_TRIPLETS = inspect.signature(actupose.mine_pairs).parameters["min_triplets"].default      # that two poses must share
 SOURCE_STREAM, TARGET_STREAM, TEACHER_STREAM, STREAMS = 0, 1, 2, 3
 
 
@@ -1108,6 +1114,8 @@ def choose_device(name):
             raise UserError(f"--device: {name!r} is one GPU, and each of {os.environ['WORLD_SIZE']} processes takes its own; "
                             f"give --device cuda, and CUDA_VISIBLE_DEVICES to say which")
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps|xpu(:\d+)?", name):
+        raise UserError(f"--device: {name!r} is none; give cpu, cuda or, of several GPUs, cuda:1")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
@@ -1376,10 +1384,19 @@ def check_disk(out, run):
 
 def set_up(settings, device, checkpoint=None, path=None):
     """Data, Pose-VAE, curriculum, style transfer and networks of a run; from a checkpoint where there is one."""
-    weights = read_weights(settings) if settings.weights and checkpoint is None else None
+    weights = None
+    if settings.style_weights and settings.style == "vgg" and not (Path(settings.style_weights) / "vgg_normalised.pth").exists():
+        raise UserError(f"--style-weights: {Path(settings.style_weights) / 'vgg_normalised.pth'} is not there; give the directory "
+                        f"that holds AdaIN's published file, or --style small")
+    if settings.weights not in ("", "imagenet") and checkpoint is None:
+        weights = read_weights(settings)                     # a file: before datasets of minutes are opened
     domains = open_domains(settings)
+    if settings.weights == "imagenet" and checkpoint is None:
+        weights = read_weights(settings)                     # a download: when all else is in order
     source = domains.source
     root = source.skeleton.root
+    if settings.bins > len(source):
+        raise UserError(f"--bins: {settings.bins} are more than the {len(source)} images of the source training set")
     trainer = Trainer(settings, source.skeleton, None, device)
     check_memory(settings, domains, trainer)
     if weights is not None:
@@ -1397,6 +1414,10 @@ def set_up(settings, device, checkpoint=None, path=None):
                                                settings.scale, settings.rescoring, settings.seed)
     except ValueError as e:
         raise UserError(f"--bins: {e}") from None
+    few = len(source.skeleton.triplets) < MIN_TRIPLETS
+    if settings.w_cross and settings.adapt and few and rank() == 0:
+        complain(f"--w-cross: Eq. 6 is without effect, its pairs need {MIN_TRIPLETS} triplets of the skeleton, which has "
+                 f"{len(source.skeleton.triplets)}")
     if settings.curriculum == "hardest" and len(curriculum.hardest(settings.hard_bins)) < settings.batch_size:
         raise UserError(f"--hard-bins: {settings.hard_bins} bins hold fewer samples than a batch ({settings.batch_size})")
     if checkpoint is None:
@@ -2126,9 +2147,10 @@ def draw_predictions(path, images, true, visible, predicted, confidence, skeleto
     cell_width, cell_height = 3 * side + 2 * gap, side + foot
     canvas = Canvas(2 * margin + columns * cell_width + (columns - 1) * margin,
                     head + math.ceil(len(images) / columns) * cell_height + 8)
-    body = any(name.startswith("r-") for name in skeleton.names)
-    sides = [("right", RIGHT), ("left", LEFT), ("centre", CENTRE)] if body else list(FINGERS.items())
-    canvas.legend(margin, 20, sides)
+    used = {_joint_colour(name) for name in skeleton.names}
+    fingers = any(name.split()[0] in FINGERS for name in skeleton.names)
+    meaning = FINGERS if fingers else {"right": RIGHT, "left": LEFT, "centre": CENTRE}
+    canvas.legend(margin, 20, [(name, colour) for name, colour in meaning.items() if colour in used])
     for column in range(min(columns, len(images))):
         for i, name in enumerate(("image", "ground truth", "prediction (faint = unsure)")):
             x = margin + column * (cell_width + margin) + i * (side + gap)
@@ -2711,7 +2733,8 @@ def add_settings(parser, skip=()):
         title = f.metadata["group"]
         group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
         paper = f.metadata["paper"]
-        shown = [f"default {f.default}" if f.default != "" else "", f"paper {paper}" if paper is not None else ""]
+        default, paper = ({True: "on", False: "off"}.get(v, v) if isinstance(v, bool) else v for v in (f.default, paper))
+        shown = [f"default {default}" if default != "" else "", f"paper {paper}" if paper is not None else ""]
         text = f.metadata["help"] + " [" + "; ".join(part for part in shown if part) + "]"
         kind = type(f.default)
         group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, choices=f.metadata["choices"],
@@ -2826,8 +2849,9 @@ def command(arguments):
         with Stopping(lambda: "the same command goes on"):
             compare(names.split(","), seeds, out or "runs/compare", jobs, preset, device, given)
     else:
-        raise UserError(f"unknown command {verb!r}; use train (the default), status RUN, evaluate RUN, "
-                        f"predict RUN IMAGE... or compare")
+        near = difflib.get_close_matches(verb, ("train", "status", "evaluate", "predict", "compare"), 1)
+        raise UserError(f"unknown command {verb!r}{f', did you mean {near[0]}?' if near else ''}; use train "
+                        f"(the default), status RUN, evaluate RUN, predict RUN IMAGE... or compare")
     return 0
 
 
@@ -2857,6 +2881,9 @@ def one_line(arguments):
         return command(arguments)
     except (UserError, data.DataError) as e:
         complain(e)
+    except BrokenPipeError:                                  # `status RUN | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
     except OSError as e:
         complain(f"{e.filename or 'system'}: {e.strerror or e}")
     except Stopped as e:
@@ -2886,13 +2913,9 @@ def saved_skeleton(out):
     """The skeleton of a run's data, which may not be here, from its config.json."""
     saved = read_json(out / "config.json").get("skeleton")
     try:
-        names, limbs, triplets, root = (tuple(saved[name]) for name in ("names", "limbs", "triplets", "root"))
+        limbs, triplets = (tuple(map(tuple, saved[name])) for name in ("limbs", "triplets"))
         groups = {name: tuple(keypoints) for name, keypoints in saved["groups"].items()}
-        skeleton = data.Skeleton(names, tuple(map(tuple, limbs)), tuple(map(tuple, triplets)), groups, root)
-        keypoints = {k for rows in (limbs, triplets, groups.values(), [root]) for row in rows for k in row}
-        if not (keypoints <= set(range(len(names))) and all(isinstance(name, str) for name in names)
-                and {len(row) for row in limbs} <= {2} and {len(row) for row in triplets} <= {3}):
-            raise ValueError("keypoints that it does not name")
+        skeleton = data.Skeleton(tuple(saved["names"]), limbs, triplets, groups, tuple(saved["root"]))
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{out / 'config.json'}: holds no skeleton that can be used ({type(e).__name__}: {e}); give a run of "
                         f"this version") from None
@@ -2975,8 +2998,9 @@ def evaluate_run(out, device):
               f"`{resume_command(out)}` goes on")
         return
     stored = read_result(out / "result.json")
-    if any(stored.get(key) != result[key] for key in result):
-        raise UserError(f"{out / 'result.json'}: other figures (all {shown(stored['pck']['all'], 3)}, now "
+    other = [key for key in result if stored.get(key) != result[key]]
+    if other:
+        raise UserError(f"{out / 'result.json'}: other figures of {', '.join(other)} (all {shown(stored['pck']['all'], 3)}, now "
                         f"{shown(result['pck']['all'], 3)}); the last digits depend on the machine, the device and the "
                         f"number of threads, anything more means that the run's files do not belong together")
     print(f"the same as {out / 'result.json'}")

@@ -94,10 +94,10 @@ def test_bodies_and_hands_do_not_go_together(tmp_path, monkeypatch):
     class OwnHands(data.RenderedHandPose):
         """Found by its class."""
 
-    class Silent:
+    class Silent(Hands):
         """Its class does not say what it holds."""
         def __init__(self, root, split, size):
-            self.skeleton, self.size = data.HAND21, size
+            super().__init__(40, size, 0)
 
     monkeypatch.setitem(train.SOURCES, "own", OwnHands)
     monkeypatch.setitem(train.TARGETS, "silent", Silent)
@@ -110,3 +110,37 @@ def test_bodies_and_hands_do_not_go_together(tmp_path, monkeypatch):
     settings = train.make_settings(source="mannequin", source_count=40, target="silent", target_root="r")
     with pytest.raises(train.UserError, match="their keypoints differ"):
         train.open_domains(settings)
+
+
+def test_a_dataset_of_ones_own_is_looked_at_before_training():
+    """What a dataset must be, each thing wrong in turn: a DataError that names the dataset and says what is expected."""
+    def own(**changes):
+        hands = Hands(4, 32, 0)
+        for name, value in changes.items():
+            setattr(hands, name, value)
+        return hands
+
+    data.check_dataset(own(), "--source own")
+    keypoints = own().keypoints
+    lost = keypoints.clone()
+    lost[2, 4] = torch.nan
+    for changes, message in ((dict(skeleton=None), "needs a `skeleton`"), (dict(size=32.0), "needs `size`"),
+                             (dict(keypoints=keypoints.numpy()), "needs `keypoints`, a float32 tensor of shape"),
+                             (dict(keypoints=keypoints[:, :3]), r"needs `keypoints`, a float32 tensor of shape \(4, 21, 2\)"),
+                             (dict(visible=torch.ones(4, 21, dtype=torch.bool)), "needs `visible`, a float32 tensor"),
+                             (dict(keypoints=lost), "no number: thumb tip of hand 2"),
+                             (dict(images=own().images / 255.0), "must give uint8 images"),
+                             (dict(size=64), r"uint8 images \(B, 3, 64, 64\)")):
+        with pytest.raises(data.DataError, match=f"--source own: Hands .*{message}"):
+            data.check_dataset(own(**changes), "--source own")
+
+
+def test_a_skeleton_that_cannot_be():
+    """ValueError that names the field."""
+    good = dict(names=("a", "b", "c"), limbs=((0, 1),), triplets=((0, 1, 2),), groups={"all": (0, 1, 2)}, root=(1,))
+    data.Skeleton(**good)
+    for field, value in (("names", ()), ("limbs", ()), ("limbs", ((0, 3),)), ("limbs", ((0, 1, 2),)), ("triplets", ()),
+                         ("triplets", ((0, 1),)), ("groups", {"feet": (0,)}), ("groups", {"all": (0, -1)}), ("root", ()),
+                         ("root", (1.0,))):
+        with pytest.raises(ValueError, match=field):
+            data.Skeleton(**{**good, field: value})

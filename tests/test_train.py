@@ -204,7 +204,8 @@ def test_help_names_default_and_papers_value():
                           env=environment).stdout
     assert "[default 0.001; paper 0.0001]" in text and "curriculum (§3.1)" in text and "--preset {demo,paper}" in text
     for field in dataclasses.fields(train.Settings):
-        assert f"--{field.name.replace('_', '-')} " in text and f"default {field.default}" in text
+        default = {True: "on", False: "off"}[field.default] if isinstance(field.default, bool) else field.default
+        assert f"--{field.name.replace('_', '-')} " in text and f"default {default}" in text
 
 
 def test_paper_preset_is_the_papers():
