@@ -1629,6 +1629,8 @@ class Stopping:
         self.asked = number
         for each in self.before:
             signal.signal(each, signal.SIG_DFL)
+        if started_by_torchrun() and os.environ["RANK"] != "0":            # one says it
+            return
         with suppress(OSError):                                            # a terminal that is gone
             os.write(2, b"\ntrain.py: finishing this step to save it; a second signal ends the run at once\n")
 
@@ -2734,7 +2736,11 @@ def command(arguments):
             out = f"runs/{settings.method}-{source}{settings.target}-s{settings.seed}"
         out = Path(out)
         if measure:
-            profile(settings, out, device)
+            try:
+                with Stopping(lambda: "a profile saves nothing before its end"):
+                    profile(settings, out, device)
+            except NotFinite as e:
+                raise UserError(f"--profile: the loss is not finite after {e.record['step']} steps; lower --lr") from None
             return 0
         if resume:
             settings, device = resumed_settings(out, given), resumed_device(out, device)
