@@ -485,7 +485,7 @@ class SyncBatchNorm(torch.nn.BatchNorm2d):
             self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
             self.num_batches_tracked += 1
         scale = self.weight * (variance + self.eps).rsqrt()
-        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+        return (x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)   # bf16 stays bf16
 
 
 # ----------------------------------------------------------------------------------------------------------
