@@ -503,7 +503,7 @@ class SyncBatchNorm(torch.nn.BatchNorm2d):
             self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum)
             self.num_batches_tracked += 1
         scale = self.weight * (variance + self.eps).rsqrt()
-        return (x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)       # as BatchNorm2d's
+        return (x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(x.dtype)   # bf16 stays bf16
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1691,6 +1691,8 @@ class Stopping:
         self.asked = number
         for each in self.before:
             signal.signal(each, signal.SIG_DFL)
+        if started_by_torchrun() and os.environ["RANK"] != "0":            # one says it
+            return
         with suppress(OSError):                                            # a terminal that is gone
             os.write(2, b"\ntrain.py: finishing this step to save it; a second signal ends the run at once\n")
 
@@ -2795,7 +2797,11 @@ def command(arguments):
             out = f"runs/{settings.method}-{source}{settings.target}-s{settings.seed}"
         out = Path(out)
         if measure:
-            profile(settings, out, device)
+            try:
+                with Stopping(lambda: "a profile saves nothing before its end"):
+                    profile(settings, out, device)
+            except NotFinite as e:
+                raise UserError(f"--profile: the loss is not finite after {e.record['step']} steps; lower --lr") from None
             return 0
         if resume:
             settings, device = resumed_settings(out, given), resumed_device(out, device)

@@ -25,10 +25,21 @@ TINY = ["--epochs", "4", "--pretrain-epochs", "2", "--iters-per-epoch", "4", "--
         "--target-count", "30", "--style", "off", "--vae-steps", "5", "--image-size", "32", "--device", "cpu"]
 # Validation and test splits of 19 images, which two processes cannot share evenly.
 MAIN = """
-import sys
+import os, sys
 import data, train
 data.Mannequin.DEFAULT_COUNTS = {key: min(n, 19) for key, n in data.Mannequin.DEFAULT_COUNTS.items()}
 train.draw_figures = lambda run, scores, predictions, folder: folder.mkdir() or (folder / train.LAST_PICTURE).touch()
+fault, whole = os.environ.get("FAULT"), train.Trainer.step       # of process 1, in the second step of the first epoch
+
+def step(trainer, number, *batches):
+    if number == 1 and train.rank() == 1 and fault == "unreadable":
+        raise data.DataError("im1.jpg: cannot be read")
+    terms, confidence = whole(trainer, number, *batches)
+    if number == 1 and train.rank() == 1 and fault == "not finite":
+        terms["mse"] = terms["mse"] * float("nan")
+    return terms, confidence
+
+train.Trainer.step = step
 if __name__ == "__main__":
     sys.exit(train.main(sys.argv[1:]))
 """
@@ -85,9 +96,15 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 ENVIRONMENT.pop("TRITON_INTERPRET", None)
 
 
-def run(command, timeout=100):
+def run(command, timeout=100, **environment):
     """The finished process of a command, its output as text."""
-    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=ROOT, env={**ENVIRONMENT, **environment}, capture_output=True, text=True,
+                          timeout=timeout)
+
+
+def said(errors):
+    """Of what several processes and torchrun wrote on stderr, the lines of train.py."""
+    return [line for line in errors.splitlines() if line.startswith("train.py")]
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +246,48 @@ def test_a_batch_that_cannot_be_shared(folder, monkeypatch):
     with pytest.raises(train.UserError, match="--batch-size: 6 cannot be shared by 4 processes"):
         train.train(train.make_settings("demo", batch_size=6), folder / "never")
     assert not (folder / "never").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_one_process_ends_all(workers, together, folder):
+    """An image that process 1 alone cannot read: its message, and the other does not wait for it for ever."""
+    out = folder / f"unreadable-{workers}"
+    done = run(torchrun(2, folder / "main.py", *TINY, "--cache", folder / "cache", "--workers", workers, "--out", out),
+               FAULT="unreadable")
+    lines = said(done.stderr)
+    assert done.returncode != 0 and "train.py (process 1): im1.jpg: cannot be read" in lines, done.stderr
+    assert all("connection with the other processes broke" in line for line in lines if "im1.jpg" not in line)
+
+
+def test_a_loss_that_is_not_finite_in_one_process(together, folder):
+    """Process 1's alone: one message and the record name the term and the samples of the whole batch."""
+    out = folder / "nonfinite"
+    done = run(torchrun(2, folder / "main.py", *TINY, "--cache", folder / "cache", "--out", out), FAULT="not finite")
+    lines = said(done.stderr)
+    assert done.returncode != 0 and len(lines) == 1 and "epoch 0, step 1: mse not finite" in lines[0], done.stderr
+    record = json.loads((out / "nonfinite.json").read_text())
+    assert record["terms"]["mse"] == "nan" and record["terms"]["confidence"] != "nan"
+    assert len(record["labelled"]["indices"]) == 6
+
+
+@pytest.mark.parametrize("arguments, text", [(["--lrr", "1"], "did you mean --lr?"), (["status", "x"], "without torchrun")])
+def test_a_mistake_is_said_once(arguments, text, folder):
+    """All processes find it; the first says it."""
+    done = run(torchrun(2, folder / "main.py", *arguments))
+    lines = said(done.stderr)
+    assert done.returncode != 0 and len(lines) == 1 and text in lines[0], done.stderr
+
+
+def test_each_process_takes_its_own_gpu(monkeypatch, tmp_path):
+    """Process 0 writes "cuda:0" into config.json; the others do not take that one when the run goes on."""
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: None)
+    (tmp_path / "config.json").write_text('{"device": "cuda:0"}')
+    assert train.resumed_device(tmp_path, "auto") == "cuda:0"
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert str(train.choose_device(train.resumed_device(tmp_path, "auto"))) == "cuda:1"
+    with pytest.raises(train.UserError, match="each of 2 processes takes its own; give --device cuda"):
+        train.choose_device("cuda:0")
 
 
 def small_trainer(**more):
