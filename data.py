@@ -81,8 +81,8 @@ class Skeleton:
             raise ValueError("groups: must be a dictionary of keypoints by name, with 'all' among the names")
         for what, rows, length in (("limbs", self.limbs, 2), ("triplets", self.triplets, 3),
                                    ("groups", self.groups.values(), None), ("root", [self.root], None)):
-            if not rows or not all(isinstance(row, tuple) and len(row) == (length or len(row) or 1) for row in rows):
-                raise ValueError(f"{what}: must be tuples of {length or 'some'} keypoints, at least one of them")
+            if not rows or not all(isinstance(row, tuple) and row and length in (None, len(row)) for row in rows):
+                raise ValueError(f"{what}: must be tuples of {length or 'some'} keypoints, one at least")
             for keypoint in (keypoint for row in rows for keypoint in row):
                 if type(keypoint) is not int or not 0 <= keypoint < len(self.names):
                     raise ValueError(f"{what}: {keypoint!r} is no keypoint, which are 0 ... {len(self.names) - 1}")
@@ -348,7 +348,7 @@ WILD = {
 }
 PLAIN = {"gradient": 0.25, "value_noise": 0.06}  # the source: a smooth gradient, faintly mottled
 
-# The third look, `photo`: a labelled source for real photographs of sports, letterboxed as data.LSP pads them.
+# The third look, `photo`: a labelled source for real photographs of sports, letterboxed as `LSP` pads them.
 # Its poses and what is not named here are the target's.
 PHOTO = {
     "tumbling": 0.45,           # probability of any direction of the body in the image
@@ -1072,9 +1072,10 @@ def _render_chunk(seed, index, domain, size):
 class Mannequin:
     """The built-in benchmark: figures on plain ground ('source') or in the wild ('target'), BODY16.
 
-    domain 'source', 'target', or 'photo', a labelled source that resembles photographs of sports; split 'train', 'val' or 'test' (the splits and domains draw from disjoint
-    ranges of counters); size S in pixels; count samples (default: DEFAULT_COUNTS). Poses and keypoints are
-    computed at once; the images are rendered together when the first one is asked for and kept as uint8.
+    domain 'source', 'target', or 'photo', a labelled source that resembles photographs of sports; split
+    'train', 'val' or 'test' (the splits and domains draw from disjoint ranges of counters); size S in pixels;
+    count samples (default: DEFAULT_COUNTS). Poses and keypoints are computed at once; the images are rendered
+    together when the first one is asked for and kept as uint8.
     `cache` is a directory for them (created if missing, safe to delete): one .npy file whose name carries
     all parameters. `progress(done, total)` is called while rendering.
 
