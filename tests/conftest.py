@@ -6,6 +6,7 @@ as they do for users, except in the tests of the kernels, which set `kernels.com
 With TRITON_INTERPRET=1 in the environment the whole suite goes through the kernels, slowly.
 """
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,15 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     from kernels import common
     common.INTERPRET = False
     del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible():
+    """Ctrl-C is listened to. A shell starts jobs in the background with SIGINT ignored; runs respect that, as under nohup, and
+    tests that interrupt one would wait for ever or fail."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
