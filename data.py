@@ -776,7 +776,7 @@ def _company(seed, index, view):
     for n, probability in enumerate(PHOTO["company"]):
         d = hash_uniform(seed, index, 4, COMPANY + n).double()
         other = _hash(seed, index, COMPANY + 11 + n)
-        figures = sample_poses(seed, other, "target" if n else "source")
+        figures = sample_poses(seed, other, "target" if n else "source")                  # one stands, one is at it
         scale = view.scale * (0.35 + 0.5 * d[:, 1])
         place = torch.where((d[:, 0] < probability)[:, None], 0.1 + 0.8 * d[:, 2:4], torch.full_like(d[:, 2:4], -9))
         crowd.append(_capsules(seed, other, figures, View(view.distance, scale, place), "photo"))
@@ -967,10 +967,9 @@ def _photo_backgrounds(seed, index, size):
         colour, e = d[:, column:column + 3], d[:, column + 3:column + 7]
         grey = _grey(colour)
         field = grey + 0.5 * e[:, 0:1] * (colour - grey) + (e[:, 1:2] - 0.5) * 0.4 * (y - 0.5)
-        weight = 0.30 * e[:, 2:3] * e[:, 2:3]
+        weight, tint = 0.30 * e[:, 2:3] * e[:, 2:3], 1 + 0.5 * (d[:, 23:26] - 0.5)
         for octave, cells in enumerate((3, 6, 12, 24, 48)):
             noise = _value_noise(seed, index, min(cells, size), 1, size, GROUND + 10 + 10 * part + octave) - 0.5
-            tint = 1 + 0.5 * (d[:, 23:26] - 0.5)
             field = field + 2 * weight * tint * noise
             weight = weight * (0.45 + 0.65 * e[:, 3:4])              # from smooth shading to rough surfaces
         fields.append(field)

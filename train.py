@@ -226,7 +226,7 @@ class Settings:
                             f"{', '.join(IMAGENET_FILES)}")
         if self.accumulate < 1 or self.batch_size % self.accumulate:
             raise UserError(f"--accumulate: must be a divisor of --batch-size ({self.batch_size}), got {self.accumulate}")
-        if not 0 <= self.clip < math.inf:
+        if self.clip < 0:
             raise UserError(f"--clip: must be 0 or more, got {self.clip}")
         if self.workers < 0:
             raise UserError(f"--workers: must not be negative, got {self.workers}")
@@ -459,6 +459,8 @@ def mean_of_processes(values):
 
 def any_process(condition, device):
     """Whether the condition holds in any process."""
+    if processes() == 1:
+        return condition                                          # without a look at the GPU
     return bool(gather(torch.tensor([bool(condition)], dtype=torch.float32, device=device)).any())
 
 
@@ -731,9 +733,9 @@ class Trainer:
             maps = warp(maps, invert_view(teacher_view), self.stride)     # into the common frame
             pseudo, cells, confidence = actupose.rectify(maps, s.sigma, s.subcell)
             # Of all processes: the median is the batch's, and pairs are sought among all its targets, as with one process.
-            everyones = [gather(values) for values in (cells, confidence, teacher_features)]
-            everyones.append(actupose.confidence_mask(everyones[1], s.mask_ratio))
-            sure = share(everyones[-1])
+            all_cells, all_features = gather(cells), gather(teacher_features)
+            all_sure = actupose.confidence_mask(gather(confidence), s.mask_ratio)
+            sure = share(all_sure)
             # Decision: what the student's view does not show, it is not asked to predict.
             self.now("augmentation")
             in_view = map_keypoints(cells * self.stride, student_view)
@@ -754,12 +756,11 @@ class Trainer:
             evalpose = (actupose.evalpose(on_source, source["keypoints"] / self.stride, self.limbs, source["weight"])
                         + actupose.evalpose(on_target, cells, self.limbs, mask))
         if s.w_cross:
-            targets, _, features, sure_targets = everyones
-            pairs = actupose.mine_pairs(source["pose"], targets, self.triplets, s.gamma, source["weight"] > 0, sure_targets,
-                                        capacity=len(targets) * len(source["pose"]))
+            pairs = actupose.mine_pairs(source["pose"], all_cells, self.triplets, s.gamma, source["weight"] > 0, all_sure,
+                                        capacity=len(all_cells) * len(source["pose"]))
             # Eq. 6 is a sum over pairs; losses are averaged over the shares of a batch, so a share's sum is scaled up.
             shares = processes() * s.accumulate
-            cross = shares * actupose.cross_domain_loss(source["features"], features, pairs)
+            cross = shares * actupose.cross_domain_loss(source["features"], all_features, pairs)
         loss = actupose.total_loss(udape, evalpose, cross, (s.w_udape, s.w_evalpose, s.w_cross))       # Eq. 8
         terms = dict(mse=self.summed * source["loss"], consistency=self.summed * consistency, kept=mask.float().mean(),
                      teacher_confidence=confidence.mean())
@@ -1223,6 +1224,11 @@ class Run:
     position: dict = None                                    # where inside an epoch it was stopped: see train_epoch
     stopping: object = None                                  # `asked`: a signal asks to stop after the present step
 
+    @property
+    def labelled(self):
+        """The dataset whose labels are used."""
+        return self.domains.target if self.settings.supervise == "target" else self.domains.source
+
     def state(self, epoch):
         """Checkpoint after `epoch`: tensors and plain values only, so that it loads without unpickling code.
 
@@ -1474,7 +1480,7 @@ class Batches:
     def __init__(self, run, epoch, pool):
         s = self.settings = run.settings
         self.first_step, self.pool, self.active = epoch * s.iters_per_epoch, pool, s.curriculum == "active"
-        self.labelled = run.domains.target if s.supervise == "target" else run.domains.source
+        self.labelled = run.labelled
         self.target = run.domains.target if run.trainer.uses_target else None
         self.source_order, self.target_order = Shuffler(s.seed, len(pool)), Shuffler(s.seed + 1, len(run.domains.target))
         self.pin = run.trainer.device.type == "cuda"              # pinned memory: the copy to the GPU waits for nothing
@@ -1487,13 +1493,18 @@ class Batches:
         target = None if self.target is None else torch.from_numpy(self.target_order.batch(size, step))
         return torch.from_numpy(self.pool[at]), target
 
-    def load(self, i):
-        """This process's share of the two batches: (indices, uint8 images, keypoints, visible), None without a target."""
+    def load(self, labelled, target):
+        """Loads what `indices` gave, in any thread. Returns the labelled indices and this process's share of the two batches:
+        (indices, uint8 images, keypoints, visible), None without a target."""
         batches = []
-        for dataset, indices in zip((self.labelled, self.target), self.indices(i)):
+        for dataset, indices in ((self.labelled, labelled), (self.target, target)):
             batch = None if indices is None else (share(indices), *dataset[share(indices)])
             batches.append(tuple(tensor.pin_memory() for tensor in batch) if batch and self.pin else batch)
-        return batches
+        return labelled, *batches
+
+    def jobs(self, steps):
+        """`load` of the batches `steps`, not yet called; their indices are drawn here, in the thread that asks for a job."""
+        return (partial(self.load, *self.indices(i)) for i in steps)
 
     def names(self, i):
         """Indices and names of the samples of batch i, for messages."""
@@ -1570,16 +1581,16 @@ def train_epoch(run, epoch, progress):
     elif s.curriculum == "hardest":
         pool = curriculum.hardest(s.hard_bins)
     else:
-        pool = np.arange(len(run.domains.target if s.supervise == "target" else run.domains.source))
+        pool = np.arange(len(run.labelled))
     batches, lr = Batches(run, epoch, pool), trainer.learning_rate(epoch)
 
     remaining = range(account.steps, s.iters_per_epoch)
     trainer.now("data")
-    for i, (source_batch, target_batch) in zip(remaining, ahead((partial(batches.load, i) for i in remaining), s.workers)):
+    for i, (indices, source_batch, target_batch) in zip(remaining, ahead(batches.jobs(remaining), s.workers)):
         step = epoch * s.iters_per_epoch + i
         terms, confidence = trainer.step(step, source_batch, target_batch)
         trainer.now("log")
-        account.add(batches.indices(i)[0], terms, confidence)
+        account.add(indices, terms, confidence)
         progress(step + 1, s.epochs * s.iters_per_epoch, f"epoch {epoch + 1}/{s.epochs}")
         last, asked = i + 1 == s.iters_per_epoch, run.stopping is not None and run.stopping.asked
         if len(account.unchecked) == CHECK_EVERY.get(trainer.device.type, 50) or last or (asked and processes() == 1):
@@ -1717,14 +1728,7 @@ def versions():
 
 def machine(device):
     """What a run is computed on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        name = models[0] if models else platform.processor() or platform.machine()
-    return {"device": str(device), "device_name": name, "processes": processes(),
+    return {"device": str(device), "device_name": kernels.common.device_name(device), "processes": processes(),
             "threads": torch.get_num_threads(), "platform": platform.platform()}
 
 

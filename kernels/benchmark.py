@@ -517,14 +517,7 @@ def operator_table(rows, cuda):
 
 def header(device, limits, seed):
     """What ran where, for the report."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        name = models[0] if models else platform.processor() or platform.machine()
-    return dict(device=name, cuda=device.type == "cuda", threads=torch.get_num_threads(),
+    return dict(device=common.device_name(device), cuda=device.type == "cuda", threads=torch.get_num_threads(),
                 torch=torch.__version__, python=platform.python_version(),
                 triton=common.triton.__version__ if common.HAVE_TRITON else None, seed=seed, **limits)
 

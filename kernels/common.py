@@ -1,5 +1,7 @@
 """What the operators share: where they run, how they are registered, and how programs divide heatmaps."""
+import platform
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -153,3 +155,13 @@ def cell_offset(n, width, stride_h, stride_w, FLAT: tl.constexpr):
     else:
         offset = (n // width).to(tl.int64) * stride_h + (n % width).to(tl.int64) * stride_w
     return offset
+
+
+def device_name(device):
+    """What a torch.device is called by its maker, for reports."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()

@@ -177,18 +177,23 @@ def children(process):
     return [int(number) for number in path.read_text().split()]
 
 
-def start_and_wait(folder, out):
-    """A run of two processes with many epochs, once it has saved something: torchrun's process and the two others'."""
-    arguments = [*TINY, "--cache", folder / "cache", "--out", out]
-    arguments[arguments.index("--epochs") + 1] = "400"
-    arguments[arguments.index("off")] = "small"
-    arguments += ["--style-iters", "4"]
-    process = subprocess.Popen(torchrun(2, folder / "main.py", *arguments), cwd=ROOT, env=ENVIRONMENT, text=True,
+def start(folder, out, arguments):
+    """torchrun's process of a run of two, once it has saved an epoch (or has ended)."""
+    process = subprocess.Popen(torchrun(2, folder / "main.py", *arguments, "--out", out), cwd=ROOT, env=ENVIRONMENT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    for _ in range(600):
+    for _ in range(6000):
         if (out / "log.jsonl").exists() or process.poll() is not None:
             break
-        time.sleep(0.1)
+        time.sleep(0.01)
+    return process
+
+
+def start_and_wait(folder, out):
+    """A run of two processes with many epochs, once it has saved something: torchrun's process and the two others'."""
+    arguments = [*TINY, "--cache", folder / "cache", "--style-iters", "4"]
+    arguments[arguments.index("--epochs") + 1] = "400"
+    arguments[arguments.index("off")] = "small"
+    process = start(folder, out, arguments)
     assert process.poll() is None, process.communicate()[1]
     return process, children(process.pid)
 
@@ -223,13 +228,7 @@ def test_a_preempted_run_of_two_processes_saves_and_goes_on_to_the_same(together
     """SIGTERM to torchrun, as a cluster sends it: both stop at the same step, one message, and with --resume the log is
     that of the run that nothing interrupted."""
     out = folder / "preempted"
-    arguments = [*TINY, "--cache", folder / "cache", "--out", out]
-    process = subprocess.Popen(torchrun(2, folder / "main.py", *arguments), cwd=ROOT, env=ENVIRONMENT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    for _ in range(600):
-        if (out / "log.jsonl").exists() or process.poll() is not None:
-            break
-        time.sleep(0.01)
+    process = start(folder, out, [*TINY, "--cache", folder / "cache"])
     process.terminate()
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0 and errors.count("--resume --out") == 1, errors

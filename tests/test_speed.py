@@ -1,7 +1,8 @@
-"""--amp and --compile: the same training step, in half the precision or compiled, and checkpoints that do not show it."""
+"""--amp, --compile and --workers: the same training step, in half the precision or compiled, and checkpoints that do not show it."""
 
 import functools
 import json
+import threading
 
 import pytest
 import torch
@@ -69,3 +70,23 @@ def test_a_gpu_without_bf16_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
     with pytest.raises(train.UserError, match="--amp bf16: Old GPU"):
         train.train(train.make_settings("demo", amp="bf16"), tmp_path / "r")
+
+
+def test_batches_are_drawn_in_one_thread(tmp_path, monkeypatch):
+    """--workers decodes in threads; which samples a batch holds is settled in the thread of the run, since a Shuffler keeps
+    its passes and is not made for several. The log is that of a run without workers."""
+    drawing, threads = train.Shuffler.batch, set()
+
+    def watched(*arguments):
+        threads.add(threading.current_thread())
+        return drawing(*arguments)
+
+    monkeypatch.setattr(train.Shuffler, "batch", watched)
+    logs = []
+    for workers in ("0", "3"):
+        out = tmp_path / workers
+        assert train.main(["--method", "udape", "--epochs", "2", "--pretrain-epochs", "1", "--iters-per-epoch", "9", "--batch-size",
+                           "4", "--source-count", "30", "--target-count", "10", "--style", "off", "--vae-steps", "2",
+                           "--image-size", "32", "--device", "cpu", "--workers", workers, "--out", str(out)]) == 0
+        logs.append((out / "log.jsonl").read_text())
+    assert threads == {threading.main_thread()} and logs[0] == logs[1]
