@@ -1390,10 +1390,10 @@ def check_disk(out, run):
 
 def set_up(settings, device, checkpoint=None, path=None):
     """Data, Pose-VAE, curriculum, style transfer and networks of a run; from a checkpoint where there is one."""
-    weights = None
-    if settings.style_weights and settings.style == "vgg" and not (Path(settings.style_weights) / "vgg_normalised.pth").exists():
-        raise UserError(f"--style-weights: {Path(settings.style_weights) / 'vgg_normalised.pth'} is not there; give the directory "
-                        f"that holds AdaIN's published file, or --style small")
+    weights, vgg = None, Path(settings.style_weights) / "vgg_normalised.pth"
+    if settings.style == "vgg" and checkpoint is None and not vgg.exists():          # a checkpoint holds its own
+        raise UserError(f"--style-weights: {vgg} is not there; give the directory that holds AdaIN's published file, or --style "
+                        f"small")
     if settings.weights not in ("", "imagenet") and checkpoint is None:
         weights = read_weights(settings)                     # a file: before datasets of minutes are opened
     domains = open_domains(settings)

@@ -258,3 +258,20 @@ def test_mistakes_get_one_line_before_anything_is_written(arguments, texts, tmp_
     error = capsys.readouterr().err
     assert error.startswith("train.py: ") and error.count("\n") == 1 and all(text in error for text in texts), error
     assert not (tmp_path / "r").exists()
+
+
+def test_vgg_weights_are_asked_for_before_the_data_and_not_by_a_checkpoint(tmp_path, monkeypatch):
+    """A wrong --style-weights is said before datasets are opened; a run that has its networks in the checkpoint, resumed or
+    evaluated elsewhere, does not need the directory."""
+    class Opened(Exception):
+        """The datasets' turn."""
+
+    def opened(settings):
+        raise Opened
+
+    monkeypatch.setattr(train, "open_domains", opened)
+    settings = train.make_settings(style="vgg", style_weights=str(tmp_path))
+    with pytest.raises(train.UserError, match="--style-weights: .*vgg_normalised.pth is not there"):
+        train.set_up(settings, torch.device("cpu"))
+    with pytest.raises(Opened):
+        train.set_up(settings, torch.device("cpu"), checkpoint={"style": {}}, path=tmp_path / "last.pt")
