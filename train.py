@@ -2869,7 +2869,7 @@ def main(arguments):
     """`command`, with an error in one line: exit status 0, 1 when some photographs failed, 2 for a mistake that the user
     can mend or a full disk, 130 for Ctrl-C, 143 for SIGTERM.
 
-    One of several processes that fails ends here and now: to leave Python in order can wait for the others for ever.
+    One of several processes ends here and now: after an error, to leave Python in order can wait for the others for ever.
     """
     try:
         status = one_line(arguments)
@@ -2878,7 +2878,7 @@ def main(arguments):
             raise
         traceback.print_exc()
         status = 1
-    if processes() > 1:                                      # `joined` was left by an error
+    if started_by_torchrun():        # gloo's threads now and then abort a process that leaves Python in order, work done or not
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -47,6 +47,7 @@ if __name__ == "__main__":
 # What one process, and each of two, computes: terms and gradients of single steps from the same weights, before and
 # after the teacher has joined, and predictions of a dataset of odd size.
 STEPS = """
+import os
 import sys
 import torch
 import torch.distributed as dist
@@ -82,7 +83,8 @@ if __name__ == "__main__":
     found = {"synchronised": compute(), "own": compute(sync_batchnorm=False)}
     if dist.get_rank() == 0:
         torch.save(found, sys.argv[1])
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)                                     # as train.main ends one of several processes
 """
 
 
