@@ -41,6 +41,7 @@ import zipfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,87 @@ from PIL import Image, ImageEnhance
 
 class DataError(ValueError):
     """A file from outside that is not what it should be; the message names it and says what was expected."""
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Shared by all: progress, atomic writes, the letterbox
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """One line on stderr that says how far the work is and how long it will take; quiet when not a terminal."""
+
+    unfinished = False                                   # whether a line without its end stands on the terminal
+
+    def __init__(self, title):
+        self.title, self.start, self.first, self.drawn = title, None, 0, 0.0
+        self.live = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+
+    def __call__(self, done, total, note=""):
+        """Show that `done` of `total` is finished. The time left is reckoned from the first call on."""
+        now = time.time()
+        if self.start is None:
+            self.start, self.first = now, done
+        if not self.live or (done < total and now - self.drawn < 0.2):
+            return
+        self.drawn = now
+        left = (now - self.start) / max(done - self.first, 1) * (total - done)
+        line = f"{self.title} {done}/{total}, {left // 60:.0f}:{left % 60:02.0f} left {note}"
+        Progress.unfinished = done < total
+        print("\r" + line.ljust(79)[:79], end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def replacing(path, keep=None):
+    """A binary file to write. It takes the place of `path` when the block ends well and is removed otherwise.
+
+    A crash or a full disk leaves the old file or the new one, whole. keep: the name that the old file is given.
+    OSError names `path`.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")          # several processes may write the same file
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a text file atomically, see `replacing`."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def letterbox_view(region, size):
+    """Where a region of a picture lies in a size x size square: as large as fits, its aspect kept, centred.
+
+    region: edges (left, top, right, bottom) in pixels of the picture. Returns (width, height) and (left, top) of its
+    place in the square, whole pixels, and the view (2, 3), float64 numpy, from the picture's pixels to the square's.
+    """
+    left, top, right, bottom = region
+    scale = size / max(right - left, bottom - top)
+    width, height = max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))
+    x, y = (size - width) // 2, (size - height) // 2
+    scale_x, scale_y = width / (right - left), height / (bottom - top)
+    # Pixel i covers i - 1/2 ... i + 1/2, in the picture and in the square.
+    view = np.array([[scale_x, 0, (0.5 - left) * scale_x - 0.5 + x], [0, scale_y, (0.5 - top) * scale_y - 0.5 + y]])
+    return (width, height), (x, y), view
+
+
+def letterbox(image, region, size):
+    """A region of an RGB picture in a size x size square, black beside it: uint8 (3, size, size)."""
+    fitted, place, _ = letterbox_view(region, size)
+    square = Image.new("RGB", (size, size))
+    square.paste(image.resize(fitted, Image.Resampling.BILINEAR, region), place)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------
