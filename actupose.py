@@ -1,19 +1,21 @@
-"""ACTUPose, in the order of the paper. `grep "Eq. 4" actupose.py` finds the line that computes it.
+"""ACTUPose, in the order of the paper. `grep "Eq. 3" actupose.py` finds the line that computes it.
 
     §3.1.1  Pose-VAE, complexity of a pose (Eq. 1-2), bins
     §3.1.2  active curriculum (Eq. 3-4)
     §3.2    pose network, style transfer, mean teacher, pseudo-labels, consistency (the base method, UDAPE)
     §3.3    EvalPose (Eq. 5)
     §3.4    pair mining and cross-domain loss (Eq. 6-7), total loss (Eq. 8)
-    §4      PCK, EvalPose score
+    §4      PCK, EvalPose score, PCK by complexity bin
 
 Letters are the paper's: N samples, N_b bins, K keypoints, e the epoch, S and T the source and target batch.
-Where the paper is silent, a comment that starts with "Decision:" says what is done here and why; the README
-gathers them in one table.
+Where the paper is silent, a comment that starts with "Decision:" says what is done here and why;
+docs/decisions.md gathers them in one table.
 """
 
 import copy
+import math
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -21,11 +23,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from data import draw_gaussians
+from data import draw_gaussians, normalise
 
-# ----------------------------------------------------------------------------------------------------------
-# §3.1.1 Pose-VAE: how hard is a pose for a model of the source's poses?
-# ----------------------------------------------------------------------------------------------------------
+# --- §3.1.1 Pose-VAE: how hard is a pose for a model of the source's poses? --------------------------------
 
 
 def normalise_poses(keypoints, visible, root):
@@ -51,21 +51,24 @@ def normalise_poses(keypoints, visible, root):
 
 
 class PoseVAE(nn.Module):
-    """Variational auto-encoder of flattened 2D poses (N, 2K) with a `latent`-dimensional normal in between."""
+    """Variational auto-encoder of flattened 2D poses (N, 2K) with a `latent`-dimensional normal in
+    between."""
 
     def __init__(self, num_keypoints, hidden=128, latent=8):
         super().__init__()
         self.encoder = nn.Sequential(nn.Linear(2 * num_keypoints, hidden), nn.ReLU(),
                                      nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 2 * latent))
         self.decoder = nn.Sequential(nn.Linear(latent, hidden), nn.ReLU(),
-                                     nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 2 * num_keypoints))
+                                     nn.Linear(hidden, hidden), nn.ReLU(),
+                                     nn.Linear(hidden, 2 * num_keypoints))
 
     def encode(self, poses):
         """(N, 2K) -> mean and log-variance of the posterior, (N, latent) each."""
         return self.encoder(poses).chunk(2, dim=-1)
 
     def forward(self, poses, generator=None):
-        """(N, 2K) -> reconstruction (N, 2K), mean, log-variance; the latent is drawn by reparameterisation."""
+        """(N, 2K) -> reconstruction (N, 2K), mean, log-variance; the latent is drawn by
+        reparameterisation."""
         mean, log_var = self.encode(poses)
         noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         return self.decoder(mean + noise * torch.exp(log_var / 2)), mean, log_var
@@ -88,17 +91,21 @@ def vae_loss(poses, reconstruction, mean, log_var, kl_weight, weight=None):
     return (reconstruction_error(poses, reconstruction, weight) + kl_weight * kl).mean()             # Eq. 1
 
 
-def train_pose_vae(keypoints, visible, root, steps=1500, batch_size=256, lr=2e-3, kl_weight=1e-3, latent=8, seed=0):
-    """Fit a PoseVAE to poses (N, K, 2) with `visible` (N, K); deterministic by seed. Returns it in eval mode."""
+def train_pose_vae(keypoints, visible, root, steps=1500, kl_weight=1e-3, latent=8, hidden=128, seed=0,
+                   batch_size=256, lr=2e-3):
+    """Fit a PoseVAE to poses (N, K, 2) with `visible` (N, K); deterministic by seed. Returns it in eval mode.
+
+    kl_weight: lambda of Eq. 1; latent, hidden: its sizes.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = PoseVAE(keypoints.shape[1], latent=latent)
+        vae = PoseVAE(keypoints.shape[1], hidden, latent)
     optimiser = torch.optim.Adam(vae.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(steps):
         index = torch.randint(len(keypoints), (min(batch_size, len(keypoints)),), generator=generator)
-        poses, weight = normalise_poses(keypoints[index], visible[index], root)         # of millions only these
+        poses, weight = normalise_poses(keypoints[index], visible[index], root)       # of millions only these
         loss = vae_loss(poses, *vae(poses, generator), kl_weight, weight)
         optimiser.zero_grad()
         loss.backward()
@@ -129,13 +136,12 @@ def assign_bins(scores, num_bins):
     """Scores (N,) -> bin of each sample (N,), 0 the simplest: sorted and cut into N_b equal parts."""
     scores = np.asarray(scores)
     bins = np.empty(len(scores), dtype=np.int64)
-    bins[np.argsort(scores, kind="stable")] = np.repeat(np.arange(num_bins), np.diff(bin_edges(len(scores), num_bins)))
+    sizes = np.diff(bin_edges(len(scores), num_bins))
+    bins[np.argsort(scores, kind="stable")] = np.repeat(np.arange(num_bins), sizes)
     return bins
 
 
-# ----------------------------------------------------------------------------------------------------------
-# §3.1.2 Active curriculum: which source samples an epoch trains on
-# ----------------------------------------------------------------------------------------------------------
+# --- §3.1.2 Active curriculum: which source samples an epoch trains on -------------------------------------
 
 
 class ActiveCurriculum:
@@ -146,15 +152,15 @@ class ActiveCurriculum:
     scale: "rank" or "minmax", what s_j of Eq. 3 is. confidence: "relative", "literal" or "off", what Eq. 4
     does. All state is four arrays of length N: six million samples take about 100 MB.
 
-    An epoch is `rerank()`, then `sample(epoch)`, then training with `observe(indices, confidence)`.
+    An epoch is `sample(epoch)`, training with `observe(indices, confidence)`, and `rerank()` at its end.
     """
 
     def __init__(self, complexity, epochs, num_bins=25, pace=2.0, spread=0.25, scale="rank",
                  confidence="relative", seed=0):
         complexity = np.asarray(complexity, dtype=np.float32)
         if complexity.ndim != 1 or len(complexity) < num_bins:
-            raise ValueError(f"complexity: {num_bins} bins need at least {num_bins} scores in one dimension, "
-                             f"got shape {complexity.shape}; use fewer bins (num_bins) or more data")
+            raise ValueError(f"num_bins: {num_bins} bins need at least {num_bins} scores in one dimension, "
+                             f"got shape {complexity.shape}; use fewer bins or more data")
         if not np.isfinite(complexity).all():
             raise ValueError("complexity: scores must be finite; check the poses given to the Pose-VAE")
         if scale not in ("rank", "minmax"):
@@ -166,7 +172,8 @@ class ActiveCurriculum:
         self.complexity = complexity
         self.epochs, self.num_bins, self.pace, self.spread = epochs, num_bins, pace, spread
         self.scale, self.confidence_mode, self.seed = scale, confidence, seed
-        self.confidence = np.full(len(complexity), np.nan, dtype=np.float32)      # NaN: never drawn yet
+        self.relative = np.ones(len(complexity), dtype=np.float32)    # confidence over its epoch's mean
+        self.observed = []                                            # (indices, confidence) of this epoch
         self.edges = bin_edges(len(complexity), num_bins)
         self.score = complexity.copy()
         self._sort()
@@ -179,43 +186,50 @@ class ActiveCurriculum:
     def observe(self, indices, confidence):
         """Confidences seen in training: indices (n,), confidence (n,), a sample's mean heatmap maximum.
 
-        Decision: taken from the training passes themselves, so Eq. 4 costs no extra pass over the source;
-        a sample that is not drawn keeps the value it last had.
+        Decision: taken from the training passes themselves, so Eq. 4 costs no extra pass over the source. All
+        calls between two `rerank`s are one epoch; of a sample seen twice in it, the last confidence counts.
         """
-        self.confidence[np.asarray(indices)] = np.clip(np.asarray(confidence, dtype=np.float32), 0.05, 1.0)
+        confidence = np.clip(np.asarray(confidence, dtype=np.float32), 0.05, 1.0)
+        self.observed.append((np.asarray(indices), confidence))
 
     def rerank(self):
-        """Eq. 4: re-score by confidence, sort again, cut into bins again. Call before each epoch's `sample`."""
-        seen = ~np.isnan(self.confidence)
-        if self.confidence_mode == "off" or not seen.any():
+        """Eq. 4: re-score by confidence, sort again, cut into bins again. Call at the end of each epoch."""
+        if self.confidence_mode == "off" or not self.observed:
+            self.observed = []
             return
-        mean = self.confidence[seen].mean(dtype=np.float64).astype(np.float32)
-        confidence = np.where(seen, self.confidence, mean)
+        indices, confidence = map(np.concatenate, zip(*self.observed))
+        self.observed = []
         if self.confidence_mode == "literal":
-            self.score = self.score / confidence                                                     # Eq. 4
+            # As printed: a drawn sample's score is multiplied once, and products accumulate over the epochs.
+            drawn, last = np.unique(indices[::-1], return_index=True)
+            self.score[drawn] /= confidence[::-1][last]                                              # Eq. 4
             self.score /= self.score.mean(dtype=np.float64)     # ranks and min-max ignore it; stops overflow
         else:
-            # Decision: the score on the right-hand side is the VAE's, not the last epoch's product: every
-            # confidence is below 1, so the product would grow for whatever was drawn and forget the VAE.
-            # And relative to the mean confidence, so that samples not drawn yet are not overtaken unseen.
-            self.score = self.complexity * (mean / confidence)                                       # Eq. 4
+            # Decision: a confidence counts relative to the mean of its own epoch, since networks grow surer:
+            # raw values of different epochs would rank samples by when they were last seen. A sample not
+            # drawn keeps its relative value. The score on the right-hand side is the VAE's: every confidence
+            # is below 1, so the running product would grow for whatever was drawn and forget the VAE.
+            self.relative[indices] = confidence / confidence.mean(dtype=np.float64)
+            self.score = self.complexity / self.relative                                             # Eq. 4
         self._sort()
 
     def peak_bin(self, epoch):
-        """g: the bin that contributes most in an epoch. Decision: bins are 0 ... N_b - 1, so g stops there."""
+        """g: the bin that contributes most in an epoch. Decision: bins are 0 ... N_b - 1, so g stops
+        there."""
         return min(int(self.pace * self.num_bins * epoch / self.epochs), self.num_bins - 1)
 
     def probabilities(self, epoch):
         """Eq. 3: the share p_j of each bin that is drawn in an epoch, (N_b,)."""
-        # Decision: bin means are heavy-tailed, so min-max scaled scores put nearly all bins within one
-        # sigma of each other and the last one apart. The rank j / (N_b - 1) makes the moving window of Fig. 5.
+        # Decision: bin means are heavy-tailed, so min-max scaled scores put nearly all bins within one sigma
+        # of each other and the last one apart. The rank j / (N_b - 1) makes the moving window of Fig. 5.
         if self.scale == "rank":
             s = np.arange(self.num_bins) / max(self.num_bins - 1, 1)
         else:
             span = self.bin_score.max() - self.bin_score.min()
             s = (self.bin_score - self.bin_score.min()) / (span if span > 0 else 1.0)
         mu_g = s[self.peak_bin(epoch)]
-        return np.exp(-(s - mu_g) ** 2 / (2 * self.spread ** 2))                                     # Eq. 3
+        with np.errstate(over="ignore"):                        # a tiny sigma leaves the peak alone
+            return np.exp(-((s - mu_g) / self.spread) ** 2 / 2)                                      # Eq. 3
 
     def sample(self, epoch):
         """The epoch's source samples: p_j N / N_b of bin j, without replacement, in random order. (n,) int64.
@@ -240,19 +254,18 @@ class ActiveCurriculum:
 
     def state_dict(self):
         """What a checkpoint needs to go on: the two arrays that training changes."""
-        return {"score": torch.from_numpy(self.score.copy()), "confidence": torch.from_numpy(self.confidence.copy())}
+        arrays = {"score": self.score, "relative": self.relative}
+        return {name: torch.from_numpy(values.copy()) for name, values in arrays.items()}
 
     def load_state_dict(self, state):
         """Restore `state_dict`; ValueError when it belongs to another number of samples."""
         if state["score"].shape != self.score.shape:
-            raise ValueError(f"curriculum state holds {len(state['score'])} samples, the data has {len(self.score)}")
-        self.score, self.confidence = state["score"].numpy().copy(), state["confidence"].numpy().copy()
+            raise ValueError(f"state of {len(state['score'])} samples, the data has {len(self.score)}")
+        self.score, self.relative = state["score"].numpy().copy(), state["relative"].numpy().copy()
         self._sort()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# §3.2 The base method: pose network
-# ----------------------------------------------------------------------------------------------------------
+# --- §3.2 The base method: pose network --------------------------------------------------------------------
 
 
 class BasicBlock(nn.Module):
@@ -328,7 +341,7 @@ class Backbone(nn.Module):
 
 # block, layers, widths, stem (kernel, pooling), channels of the transposed convolutions
 ARCHITECTURES = {
-    "narrow": (BasicBlock, (1, 1, 1, 1), (16, 32, 64, 128), (5, False), 32),     # the demo's: stride 2 heatmaps
+    "narrow": (BasicBlock, (1, 1, 1, 1), (16, 32, 64, 128), (5, False), 32),     # the demo's, stride 2
     "resnet18": (BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), (7, True), 256),
     "resnet34": (BasicBlock, (3, 4, 6, 3), (64, 128, 256, 512), (7, True), 256),
     "resnet50": (Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), (7, True), 256),
@@ -337,7 +350,7 @@ ARCHITECTURES = {
 
 
 class PoseResNet(nn.Module):
-    """Simple Baselines [33]: ResNet, three transposed convolutions, a 1x1 head -> one heatmap a keypoint.
+    """Simple Baselines [33]: ResNet, three transposed convolutions, a 1x1 head -> one heatmap per keypoint.
 
     Parameter names are those of the published base method (its unused `backbone.fc` apart), so that its
     checkpoints, and torchvision's for the backbone, load by name.
@@ -352,7 +365,8 @@ class PoseResNet(nn.Module):
         self.stride = 4 if stem[1] else 2                                  # pixels per heatmap cell
         upsampling, channels = [], self.backbone.channels
         for _ in range(3):
-            upsampling += [nn.ConvTranspose2d(channels, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            upsampling += [nn.ConvTranspose2d(channels, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width),
+                           nn.ReLU()]
             channels = width
         self.upsampling = nn.Sequential(*upsampling)
         self.head = nn.Conv2d(width, num_keypoints, 1)
@@ -373,30 +387,26 @@ class PoseResNet(nn.Module):
         return self.head(self.upsampling(features)), features.mean((2, 3))
 
 
-# What published checkpoints hold that PoseResNet has no place for: pattern of the name -> what it is.
-UNUSED_WEIGHTS = {
-    r"backbone\.fc\..+": "ImageNet's classifier",
-    r"head_adv\..+": "RegDA's adversarial head",
-    r"head\.\d+\..+": "RegDA's head of several layers",
-}
+# Checkpoint keys that PoseResNet ignores: regex -> reason.
+UNUSED_WEIGHTS = {r"backbone\.fc\..+": "ImageNet's classifier", r"head_adv\..+": "RegDA's adversarial head",
+                  r"head\.\d+\..+": "RegDA's head of several layers"}
 
 
 def load_pose_weights(network, state):
     """Load weights into a PoseResNet in place, by name.
 
-    state: what a checkpoint holds: torchvision's ResNet (names of the backbone alone), a PoseResNet, or one under
-    `student` (UDAPE's and our own; beside a teacher) or `model` (RegDA's); `module.` before the names is dropped.
-    Of backbone, upsampling and head each is taken whole, or left as it is where the state has nothing of it.
-    Returns the names loaded, those ignored as a dictionary name -> why, and those left as they were. ValueError, and
-    an unchanged network, when shapes or names do not fit: half a network would train without anyone noticing.
+    state: what a checkpoint holds: torchvision's ResNet (names of the backbone alone), a PoseResNet, or one
+    under `student` (UDAPE's and our own, beside a teacher) or `model` (RegDA's); `module.` before the names
+    is dropped. Backbone, upsampling and head are each taken whole, or left as they are where the state has
+    nothing of them. Returns the names loaded, those ignored as a dictionary name -> why, and those left as
+    they were. ValueError, and an unchanged network, when shapes or names do not fit: half a network would
+    train unnoticed.
     """
     ignored = {}
     for key in ("student", "model"):
         if isinstance(state.get(key), dict):
             if state.get("teacher") is not None:
-                # UDAPE starts its student and its teacher from the pretrained student; in the file of its
-                # pretraining the teacher has not been trained at all.
-                ignored["teacher"] = "both networks start from the student's weights"
+                ignored["teacher"] = "both networks start from the student's weights, as in UDAPE"
             state = state[key]
             break
     given = {str(name).removeprefix("module."): value for name, value in state.items()}
@@ -404,37 +414,29 @@ def load_pose_weights(network, state):
         given = {f"backbone.{name}": value for name, value in given.items()}
     own = network.state_dict()
     if not any(name.startswith("backbone.") and name in own for name in given):
-        entries = ", ".join(list(map(str, state))[:3])
-        raise ValueError(f"no parameter of this network is in it (it holds {entries or 'nothing'}); give a ResNet's or a "
-                         f"PoseResNet's weights")
+        raise ValueError(f"no parameter of this network is in it, but {', '.join(list(map(str, state))[:3])}")
     for name, value in given.items():
         if not torch.is_tensor(value):
-            raise ValueError(f"{name} is no tensor but of type {type(value).__name__}")
+            raise ValueError(f"{name} is not a tensor but a {type(value).__name__}")
         if name in own and value.shape != own[name].shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)} in the file and {tuple(own[name].shape)} in this "
-                             f"network, which is of another architecture or has other keypoints")
-    for name in given:
-        if name in own:
-            continue
-        reasons = [reason for pattern, reason in UNUSED_WEIGHTS.items() if re.fullmatch(pattern, name)]
-        if not reasons:
-            raise ValueError(f"this network has no {name}, shape {tuple(given[name].shape)}: it is of another architecture")
-        ignored[name] = reasons[0]
-    loaded = [name for name in own if name in given]
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, not {tuple(own[name].shape)}: "
+                             f"this network is of another architecture or has other keypoints")
+        if name not in own:
+            reasons = [why for pattern, why in UNUSED_WEIGHTS.items() if re.fullmatch(pattern, name)]
+            if not reasons:
+                raise ValueError(f"this network has no {name}: it is of another architecture")
+            ignored[name] = reasons[0]
+    loaded, left = [name for name in own if name in given], [name for name in own if name not in given]
     started = {name.split(".")[0] for name in loaded}
-    left = [name for name in own if name not in given]
     for name in left:
         # Files from before 2018 lack the BatchNorm's counters, which nothing here reads.
         if name.split(".")[0] in started and not name.endswith("num_batches_tracked"):
-            raise ValueError(f"{name}, shape {tuple(own[name].shape)}, is missing in it: this network is of another "
-                             f"architecture")
+            raise ValueError(f"{name} is missing in it: this network is of another architecture")
     network.load_state_dict({name: given[name] for name in loaded}, strict=False)
     return loaded, ignored, left
 
 
-# ----------------------------------------------------------------------------------------------------------
-# §3.2 The base method: style transfer between the domains (AdaIN)
-# ----------------------------------------------------------------------------------------------------------
+# --- §3.2 The base method: style transfer between the domains (AdaIN) --------------------------------------
 
 
 def channel_statistics(features):
@@ -444,10 +446,14 @@ def channel_statistics(features):
 
 
 def adain(content, style):
-    """Adaptive instance normalisation: content's features (B, C, H, W) with the channel statistics of style's."""
-    mean_c, std_c = channel_statistics(content)
-    mean_s, std_s = channel_statistics(style)
-    return (content - mean_c) / std_c * std_s + mean_s
+    """Adaptive instance normalisation: content's features (B, C, H, W) with the channel statistics of
+    style's.
+
+    In float32, whatever the networks compute in: a variance over a map loses too much in half precision.
+    """
+    mean_c, std_c = channel_statistics(content.float())
+    mean_s, std_s = channel_statistics(style.float())
+    return (content.float() - mean_c) / std_c * std_s + mean_s
 
 
 def _conv(inputs, outputs):
@@ -455,25 +461,29 @@ def _conv(inputs, outputs):
 
 
 def vgg_networks():
-    """VGG-19 (normalised) up to relu4_1 and the mirrored decoder, layers numbered as in the published files."""
+    """VGG-19 (normalised) up to relu4_1 and the mirrored decoder, layers numbered as in the published
+    files."""
     encoder = [nn.Conv2d(3, 3, 1)]
-    for inputs, outputs, pool in ((3, 64, False), (64, 64, True), (64, 128, False), (128, 128, True), (128, 256, False),
-                                  (256, 256, False), (256, 256, False), (256, 256, True), (256, 512, False)):
+    for inputs, outputs, pool in ((3, 64, False), (64, 64, True), (64, 128, False), (128, 128, True),
+                                  (128, 256, False), (256, 256, False), (256, 256, False), (256, 256, True),
+                                  (256, 512, False)):
         encoder += _conv(inputs, outputs) + [nn.ReLU()]
         if pool:
             encoder.append(nn.MaxPool2d(2, 2, ceil_mode=True))
     decoder = []
-    for inputs, outputs, up in ((512, 256, True), (256, 256, False), (256, 256, False), (256, 256, False), (256, 128, True),
-                                (128, 128, False), (128, 64, True), (64, 64, False), (64, 3, False)):
+    for inputs, outputs, up in ((512, 256, True), (256, 256, False), (256, 256, False), (256, 256, False),
+                                (256, 128, True), (128, 128, False), (128, 64, True), (64, 64, False),
+                                (64, 3, False)):
         decoder += _conv(inputs, outputs) + ([nn.ReLU()] if outputs != 3 else [])
         if up:
             decoder.append(nn.Upsample(scale_factor=2, mode="nearest"))
-    taps = (3, 10, 17, 30)                                                  # relu1_1, relu2_1, relu3_1, relu4_1
+    taps = (3, 10, 17, 30)                                              # relu1_1, relu2_1, relu3_1, relu4_1
     return nn.Sequential(*encoder), nn.Sequential(*decoder), taps
 
 
 def small_networks(width=24):
-    """An encoder and decoder for the demo: half resolution, trained from nothing on the two domains' images."""
+    """An encoder and decoder for the demo: half resolution, trained from nothing on the two domains'
+    images."""
     encoder = nn.Sequential(nn.Conv2d(3, width, 4, 2, 1, padding_mode="reflect"), nn.ReLU(),
                             *_conv(width, width), nn.ReLU())
     decoder = nn.Sequential(*_conv(width, width), nn.ReLU(), *_conv(width, 12), nn.PixelShuffle(2))
@@ -503,36 +513,35 @@ class StyleTransfer(nn.Module):
         return features
 
     def forward(self, content, style, alpha):
-        """Content images with the style of style images; alpha: (B,) in 0 (unchanged) ... 1 (full style).
-
-        Output is clamped, per channel, to the range that the content batch's pixels have.
-        """
+        """Content images in the look of style images, sample by sample, clamped to valid pixels; alpha: how
+        much of it, 0 ... 1."""
         features = self.encode(content)[-1]
-        styled = adain(features, self.encode(style)[-1])
-        alpha = alpha[:, None, None, None]
-        images = self.decoder(alpha * styled + (1 - alpha) * features)[..., :content.shape[2], :content.shape[3]]
-        low, high = content.amin((0, 2, 3), keepdim=True), content.amax((0, 2, 3), keepdim=True)
+        styled = alpha * adain(features, self.encode(style)[-1]) + (1 - alpha) * features
+        images = self.decoder(styled)[..., :content.shape[2], :content.shape[3]]
+        low, high = (normalise(images.new_full((1, 3, 1, 1), value)) for value in (0.0, 1.0))
         return torch.maximum(torch.minimum(images, high), low)
 
     def losses(self, content, style):
-        """Reconstruction, content and style loss of one pair of batches (scalars), for training the decoder."""
+        """Reconstruction, content and style loss of one pair of batches: scalars, to train the decoder."""
         content_features, style_features = self.encode(content), self.encode(style)
         target = adain(content_features[-1], style_features[-1]).detach()
         restyled = self.encode(self.decoder(target))
-        content_loss = F.mse_loss(restyled[-1], target)
-        style_loss = sum(F.mse_loss(mine, theirs.detach())
-                         for r, s in zip(restyled, style_features)
-                         for mine, theirs in zip(channel_statistics(r), channel_statistics(s)))
-        reconstruction = F.mse_loss(self.decoder(content_features[-1]), content)
+        content_loss = F.mse_loss(restyled[-1].float(), target)
+        statistics = [zip(channel_statistics(r.float()), channel_statistics(s.float()))
+                      for r, s in zip(restyled, style_features)]
+        style_loss = sum(F.mse_loss(mine, theirs.detach()) for layer in statistics for mine, theirs in layer)
+        reconstruction = F.mse_loss(self.decoder(content_features[-1]).float(), content)
         return reconstruction, content_loss, style_loss
 
 
-def train_style_transfer(style_transfer, batches, iterations, train_encoder, lr=2e-3, style_weight=0.1, progress=None):
+def train_style_transfer(style_transfer, batches, iterations, train_encoder, lr=2e-3, style_weight=0.1,
+                         autocast=nullcontext, progress=None):
     """Fit the decoder on both domains' images, in both directions.
 
     batches: function of the iteration -> (source, target) normalised image batches (B, 3, H, W).
     train_encoder: an encoder without published weights is first trained with the decoder to reproduce the
-    images (the first half of the iterations), then frozen. progress: called with (done, iterations).
+    images (the first half of the iterations), then frozen. autocast: context in which the networks compute.
+    progress: called with (done, iterations).
     """
     encoder, decoder = style_transfer.encoder, style_transfer.decoder
     optimiser = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()] if train_encoder
@@ -540,14 +549,16 @@ def train_style_transfer(style_transfer, batches, iterations, train_encoder, lr=
     encoder.requires_grad_(train_encoder)
     for i in range(iterations):
         source, target = batches(i)
-        if train_encoder and i < iterations // 2:
-            loss = sum(F.mse_loss(decoder(style_transfer.encode(images)[-1]), images) for images in (source, target))
-        else:
-            encoder.requires_grad_(False)
-            loss = 0
-            for content, style in ((source, target), (target, source)):
-                reconstruction, content_loss, style_loss = style_transfer.losses(content, style)
-                loss = loss + reconstruction + content_loss + style_weight * style_loss
+        with autocast():
+            if train_encoder and i < iterations // 2:
+                loss = sum(F.mse_loss(decoder(style_transfer.encode(images)[-1]).float(), images)
+                           for images in (source, target))
+            else:
+                encoder.requires_grad_(False)
+                loss = 0
+                for content, style in ((source, target), (target, source)):
+                    reconstruction, content_loss, style_loss = style_transfer.losses(content, style)
+                    loss = loss + reconstruction + content_loss + style_weight * style_loss
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -556,9 +567,7 @@ def train_style_transfer(style_transfer, batches, iterations, train_encoder, lr=
     return style_transfer.requires_grad_(False).eval()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# §3.2 The base method: mean teacher, pseudo-labels, consistency
-# ----------------------------------------------------------------------------------------------------------
+# --- §3.2 The base method: mean teacher, pseudo-labels, consistency ----------------------------------------
 
 
 def make_teacher(student):
@@ -578,18 +587,15 @@ def heatmap_mse(predicted, target, weight):
 
 
 def decode_keypoints(heatmaps, subcell=False):
-    """Heatmaps (B, K, H, W) -> cells (B, K, 2) as (x, y), confidence (B, K).
-
-    subcell: finer than a cell, see `subcell_offset`.
-    """
+    """Heatmaps (B, K, H, W) -> cells (B, K, 2) as (x, y), finer with `subcell`; confidence (B, K)."""
     cells, confidence = kernels.heatmap_argmax(heatmaps)
     return (cells + subcell_offset(heatmaps, cells, confidence) if subcell else cells), confidence
 
 
 def subcell_offset(heatmaps, cells, confidence):
-    """From the cell of the maximum to the vertex of the parabola through it and its two neighbours, on each axis.
+    """From the maximum's cell to the vertex of the parabola through it and its neighbours, on each axis.
 
-    heatmaps: (B, K, H, W); cells (B, K, 2), confidence (B, K): their maxima. Returns (B, K, 2), at most half a cell.
+    heatmaps: (B, K, H, W); cells (B, K, 2), confidence (B, K): their maxima. Returns (B, K, 2) within +- 1/2.
     """
     height, width = heatmaps.shape[-2:]
     flat, index = heatmaps.flatten(2), cells.long()
@@ -616,17 +622,18 @@ def rectify(heatmaps, sigma, subcell=False):
 
 
 def confidence_mask(confidence, ratio=0.5):
-    """The share `ratio` of the batch's keypoints that the teacher is surest of: confidence (B, K) -> bool (B, K).
+    """The batch's keypoints that the teacher is surest of: confidence (B, K) -> bool (B, K).
 
-    Those above a threshold, the (ratio * B * K + 1)-th largest confidence (0.5: the median); ties with it are left out.
+    ratio: the share left out, as in the published code (0.5: all up to the median, ties with it too).
     """
     flat = confidence.flatten()
-    threshold = flat.sort(descending=True).values[min(int(ratio * flat.numel()), flat.numel() - 1)]
-    return confidence > threshold
+    kept = flat.numel() - round(ratio * flat.numel())
+    return confidence > flat.sort(descending=True).values[min(kept, flat.numel() - 1)]
 
 
 def consistency_loss(student, teacher, mask):
-    """L_consistency: mean squared difference of heatmaps (B, K, H, W), over keypoints where mask (B, K) is set.
+    """L_consistency: mean squared difference of heatmaps (B, K, H, W), over keypoints where mask (B, K) is
+    set.
 
     As published, the mean is over all maps, masked ones counting as zero.
     """
@@ -644,12 +651,13 @@ def occlude_keypoints(images, keypoints, confidence, u, half, probability=0.5, m
     size = images.shape[-1]
     inside = ((keypoints >= 0) & (keypoints <= size - 1)).all(-1)
     eligible = (confidence >= minimum) & inside
-    chosen = torch.where(eligible, u[:, 3:], -1.0).argmax(1)                       # a random eligible keypoint
+    chosen = torch.where(eligible, u[:, 3:], -1.0).argmax(1)                       # a random eligible one
     hide = eligible.any(1) & (u[:, 0] < probability)
     centre = keypoints.gather(1, chosen[:, None, None].expand(-1, 1, 2))[:, 0]     # (B, 2)
     line = torch.arange(size, device=images.device)
-    patch = ((line - centre[:, :1]).abs() <= half)[:, None, :] & ((line - centre[:, 1:]).abs() <= half)[:, :, None]
-    shift = (1 + u[:, 1:3] * (size - 1)).long()                                    # where the patch is copied from
+    across, down = ((line - centre[:, axis, None]).abs() <= half for axis in (0, 1))
+    patch = down[:, :, None] & across[:, None, :]
+    shift = (1 + u[:, 1:3] * (size - 1)).long()                                    # where it is copied from
     columns, rows = (line + shift[:, :1]) % size, (line + shift[:, 1:]) % size
     source = (rows[:, :, None] * size + columns[:, None, :]).flatten(1)
     moved = images.flatten(2).gather(2, source[:, None].expand(-1, 3, -1)).view_as(images)
@@ -657,9 +665,7 @@ def occlude_keypoints(images, keypoints, confidence, u, half, probability=0.5, m
             torch.where(hide, chosen, -1))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# §3.3 EvalPose
-# ----------------------------------------------------------------------------------------------------------
+# --- §3.3 EvalPose -----------------------------------------------------------------------------------------
 
 
 def limb_cosines(predicted, labelled, limbs, weight):
@@ -679,7 +685,8 @@ def limb_cosines(predicted, labelled, limbs, weight):
 
 
 def evalpose(predicted, labelled, limbs, weight):
-    """Eq. 5, within one domain: minus the sum over limbs of the cosine, mean over samples. Arguments: `limb_cosines`.
+    """Eq. 5, within one domain: minus the sum over limbs of the cosine, mean over samples. Arguments:
+    `limb_cosines`.
 
     Decision: predicted keypoints come from a soft-argmax of the heatmaps, since an argmax has no gradient.
     """
@@ -687,12 +694,11 @@ def evalpose(predicted, labelled, limbs, weight):
     return -cosine.sum(-1).mean()                                                                    # Eq. 5
 
 
-# ----------------------------------------------------------------------------------------------------------
-# §3.4 Cross-domain loss
-# ----------------------------------------------------------------------------------------------------------
+# --- §3.4 Cross-domain loss --------------------------------------------------------------------------------
 
 
-def mine_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=4, capacity=None):
+def mine_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=4,
+               capacity=None):
     """The set Z of similar poses across the batches, or across two banks of poses: (P, 2) long, rows (m, n).
 
     source: (S, K, 2), target: (T, K, 2) predicted keypoints, any unit; triplets: (A, 3); gamma: the
@@ -725,9 +731,7 @@ def total_loss(udape, evalpose_term, cross_domain, weights=(1.0, 0.1, 0.01)):
     return weights[0] * udape + weights[1] * evalpose_term + weights[2] * cross_domain               # Eq. 8
 
 
-# ----------------------------------------------------------------------------------------------------------
-# §4 Metrics
-# ----------------------------------------------------------------------------------------------------------
+# --- §4 Metrics --------------------------------------------------------------------------------------------
 
 
 def pck_hits(predicted, true, weight, threshold):
@@ -759,3 +763,37 @@ def evalpose_score(predicted, labelled, limbs, weight):
     """EvalPose score of §4: 100 times the mean cosine over all labelled limbs. Arguments: `limb_cosines`."""
     cosine, valid = limb_cosines(predicted, labelled, limbs, weight)
     return (100 * cosine.sum() / valid.sum().clamp(min=1)).item()
+
+
+def scoring_frame(dataset, stride, subcell):
+    """The truth as it is scored: keypoints (N, K, 2) in pixels and weight (N, K).
+
+    subcell: pixels against pixels. Otherwise the published protocol, cells against cells: keypoints whose
+    cell lies outside the map or has x <= 1 or y <= 1 are left out.
+    """
+    if subcell:
+        return dataset.keypoints, dataset.visible
+    cells = torch.floor(dataset.keypoints / stride + 0.5)
+    return cells * stride, dataset.visible * ((cells > 1) & (cells < dataset.size // stride)).all(-1)
+
+
+def score(predicted, dataset, stride, subcell, bins=None, num_bins=25):
+    """PCK by group, EvalPose score, and PCK by complexity bin (bins: (N,), the bin of each pose).
+
+    None where nothing is labelled: JSON has no NaN.
+    """
+    def number(value):
+        return None if math.isnan(value) else value
+
+    true, weight = scoring_frame(dataset, stride, subcell)
+    size, groups, limbs = dataset.size, dataset.skeleton.groups, torch.tensor(dataset.skeleton.limbs)
+    scores = pck(predicted, true, weight, size, groups)
+    result = {"pck": {name: number(value) for name, value in scores.items()},
+              "evalpose": evalpose_score(predicted, true, limbs, weight)}
+    if bins is not None:
+        scored = list(groups["all"])
+        hits, counted = pck_hits(predicted[:, scored], true[:, scored], weight[:, scored], 0.05 * size)
+        per_pose, usable = 100 * hits.sum(1) / counted.sum(1).clamp(min=1), counted.any(1).numpy()
+        result["bins"] = [number(per_pose[torch.from_numpy((bins == j) & usable)].mean().item())
+                          for j in range(num_bins)]
+    return result

@@ -2,11 +2,11 @@
 
     settings       one dataclass; the command line, the presets and config.json come from it
     data           which datasets a run uses, and in which order
-    processes      what the processes of one run share, when torchrun starts several
     the step       one iteration of the method (Fig. 4 of the paper), assembled from actupose.py
     the loop       `train`: one run, from top to bottom
     evaluation     the published scores
-    checkpoints    last.pt and previous.pt, published weights
+    processes      what the processes of one run share, when torchrun starts several
+    files          of a run; last.pt and previous.pt; published weights
     pictures       drawn with Pillow into figures/
     photographs    skeletons for any picture
     compare        many runs, one table
@@ -14,30 +14,24 @@
 """
 
 import argparse
-import collections
-import concurrent.futures
 import dataclasses
 import difflib
 import hashlib
-import importlib.metadata
 import io
 import json
 import math
 import os
-import platform
-import shlex
 import subprocess
 import sys
 import time
-from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import PIL
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -46,211 +40,185 @@ import actupose
 import data
 import kernels
 from data import (Progress, colour_jitter, compose_views, denormalise, invert_view, letterbox, letterbox_view,
-                  map_keypoints, normalise, random_affine_view, random_crop_view, render_heatmaps, replacing,
-                  warp, write_text)
+                  map_keypoints, normalise, prefetch, random_affine_view, random_crop_view, render_heatmaps,
+                  replacing, shuffled_batch, unit_range, warp, write_text)
 
 
 class UserError(Exception):
     """A mistake that the user can mend: printed on one line, exit status 2."""
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Settings
-# ----------------------------------------------------------------------------------------------------------
+# --- Settings -----------------------------------------------------------------------------------------------
 
 # A method is the one loop with parts on or off; an ablation is ACTUPose with one setting changed.
+SUPERVISED = dict(adapt=False, curriculum="off", style="off", w_evalpose=0.0, w_cross=0.0)
 METHODS = {
-    "source-only": dict(adapt=False, curriculum="off", style="off", w_evalpose=0.0, w_cross=0.0),
+    "source-only": SUPERVISED,
     "udape": dict(curriculum="off", w_evalpose=0.0, w_cross=0.0),
     "udape+vae-hm": dict(curriculum="hardest", w_evalpose=0.0, w_cross=0.0),
     "actupose": dict(),
-    "oracle": dict(supervise="target", adapt=False, curriculum="off", style="off", w_evalpose=0.0, w_cross=0.0),
+    "oracle": dict(SUPERVISED, supervise="target"),
 }
 ABLATIONS = {
-    "no-curriculum": dict(curriculum="off"),
-    "no-eq4": dict(rescoring="off"),
-    "literal-eq4": dict(rescoring="literal"),
-    "min-max": dict(scale="minmax"),
-    "no-evalpose": dict(w_evalpose=0.0),
-    "no-cross-domain": dict(w_cross=0.0),
-    "no-style": dict(style="off"),
-    "no-occlusion": dict(occlusion=0.0),
+    "no-curriculum": dict(curriculum="off"), "no-eq4": dict(rescoring="off"),
+    "literal-eq4": dict(rescoring="literal"), "min-max": dict(scale="minmax"),
+    "no-evalpose": dict(w_evalpose=0.0), "no-cross-domain": dict(w_cross=0.0),
+    "no-style": dict(style="off"), "no-occlusion": dict(occlusion=0.0),
 }
-# --preset paper: §4 of the paper and the published base method. All other values are the defaults below.
+# --preset paper: §4 of the paper and the published base method. What is not named here is as in the demo.
 PAPER = dict(architecture="resnet101", weights="imagenet", image_size=256, sigma=2.0, subcell=False,
-             iters_per_epoch=500, workers=8, lr=1e-4, lr_factor=0.1, ema=0.999,
-             pace=2.0, vae_steps=20000, style="vgg", style_iters=20000)
+             iters_per_epoch=500, workers=8, lr=1e-4, lr_drops=(44.0, 59.0), lr_factor=0.1, ema=0.999,
+             pace=2.0, vae_steps=20000, occlusion_confidence=0.9, style="vgg", style_iters=20000)
 
 # Rendered domains: the arguments of data.Mannequin.
-RENDERED = {"mannequin": dict(domain="source"), "mannequin-wild": dict(domain="target")}
+RENDERED = {"mannequin": dict(domain="source"), "mannequin-hand": dict(domain="source", hand=True),
+            "mannequin-wild": dict(domain="target"), "mannequin-hand-wild": dict(domain="target", hand=True)}
 # Datasets on disk: their loaders.
 SOURCES = {"surreal": data.SURREAL, "rhd": data.RenderedHandPose}
 TARGETS = {"lsp": data.LSP, "human36m": data.Human36M, "h3d": data.Hand3DStudio}
 
 
-def option(default, group, text, choices=None, low=None, above=None, high=None):
-    """A field of Settings: its default, what --help says, and the values it takes (low <= or above < value <= high)."""
-    return field(default=default, metadata=dict(group=group, help=text, choices=choices, low=low, above=above,
-                                                high=high))
+def option(default, text, choices=None, low=-math.inf, above=-math.inf, high=math.inf):
+    """A field of Settings: default, help, and the values it takes (low <= or above < value <= high)."""
+    return field(default=default, metadata=dict(help=text, choices=choices, low=low, above=above, high=high))
 
 
 @dataclass
 class Settings:
     """Everything that decides a run's result. The defaults are the demo's."""
-    method: str = option("actupose", "task", "which of the paper's rows to train", tuple(METHODS))
-    source: str = option("mannequin", "task", "labelled source domain", (*RENDERED, *SOURCES))
-    source_root: str = option("", "task", "directory of the source dataset, for a source on disk")
-    target: str = option("mannequin-wild", "task", "unlabelled target domain", ("mannequin-wild", *TARGETS))
-    target_root: str = option("", "task", "directory of the target dataset, for a target on disk")
-    shoulders: str = option("published", "task", "shoulders of surreal: published (its collar joints, as in all "
-                            "published results) or true", ("published", "true"))
-    source_count: int = option(6000, "task", "rendered source training images", low=1)
-    target_count: int = option(2000, "task", "rendered unlabelled target images", low=1)
-    seed: int = option(0, "task", "seed of the data, initialisation, augmentation and every draw", low=0)
-    cache: str = option("", "task", "directory for rendered images, safe to delete [default: render anew, ~20 s]")
+    method: str = option("actupose", "which of the paper's rows to train", tuple(METHODS))
+    source: str = option("mannequin", "labelled source domain", (*RENDERED, *SOURCES))
+    source_root: str = option("", "directory of the source dataset, for a source on disk")
+    target: str = option("mannequin-wild", "unlabelled target domain", (*RENDERED, *TARGETS))
+    target_root: str = option("", "directory of the target dataset, for a target on disk")
+    shoulders: str = option("published", "of surreal: its collar joints, or the true", ("published", "true"))
+    source_count: int = option(6000, "rendered source training images", low=1)
+    target_count: int = option(2000, "rendered unlabelled target images", low=1)
+    seed: int = option(0, "seed of the data, initialisation, augmentation and every draw", low=0)
+    cache: str = option("", "directory that keeps rendered images, safe to delete")
 
-    architecture: str = option("narrow", "network", "pose network", tuple(actupose.ARCHITECTURES))
-    weights: str = option("", "network", "what the pose network starts from: imagenet (torchvision's file, fetched "
-                          "once), a file of torchvision's, RegDA's, UDAPE's or ours, or the directory of a run")
-    image_size: int = option(64, "network", "side of the input in pixels", low=32)
-    sigma: float = option(1.0, "network", "deviation of a target heatmap's Gaussian in cells", above=0)
-    subcell: bool = option(True, "network", "targets and decoding finer than a heatmap cell; off: the published "
-                           "protocol, cells against cells")
+    architecture: str = option("narrow", "pose network", tuple(actupose.ARCHITECTURES))
+    weights: str = option("", "start of the network: imagenet (torchvision's file, fetched once), a file of "
+                          "torchvision's, RegDA's, UDAPE's or ours, or a run's directory")
+    image_size: int = option(64, "side of the input in pixels", low=32)
+    sigma: float = option(1.0, "deviation of a target heatmap's Gaussian in cells", above=0)
+    subcell: bool = option(True, "targets and decoding finer than a cell; off: the published protocol")
 
-    epochs: int = option(70, "schedule", "epochs in all", low=1)
-    pretrain_epochs: int = option(40, "schedule", "epochs on the source before the teacher joins", low=0)
-    iters_per_epoch: int = option(30, "schedule", "iterations per epoch", low=1)
-    batch_size: int = option(32, "schedule", "images of each domain per batch, over all processes", low=1)
-    workers: int = option(0, "schedule", "threads that decode batches ahead (0: none)", low=0)
-    lr: float = option(1e-3, "schedule", "learning rate of Adam", above=0)
-    lr_drops: tuple = option((45, 60), "schedule", "epochs at which it drops, counted from 0")
-    lr_factor: float = option(0.3, "schedule", "factor of each drop", above=0)
-    ema: float = option(0.99, "schedule", "decay of the teacher's moving average", low=0, high=1)
+    epochs: int = option(70, "epochs in all", low=1)
+    pretrain_epochs: int = option(40, "epochs on the source before the teacher joins", low=0)
+    iters_per_epoch: int = option(45, "iterations per epoch", low=1)
+    batch_size: int = option(32, "images of each domain per batch, over all processes", low=1)
+    workers: int = option(0, "threads that decode batches ahead (0: none)", low=0)
+    lr: float = option(1e-3, "learning rate of Adam", above=0)
+    lr_drops: tuple = option((45.0, 60.0), "epochs at which it drops, counted from 0")
+    lr_factor: float = option(0.3, "factor of each drop", above=0)
+    ema: float = option(0.99, "decay of the teacher's moving average", low=0, high=1)
 
-    curriculum: str = option("active", "curriculum (§3.1)", "source samples of an epoch: active (Eq. 3-4), off "
-                             "(all), or the hardest bins", ("active", "off", "hardest"))
-    bins: int = option(25, "curriculum (§3.1)", "N_b, complexity bins", low=1)
-    hard_bins: int = option(8, "curriculum (§3.1)", "bins that udape+vae-hm trains on", low=1)
-    pace: float = option(6.0, "curriculum (§3.1)", "lambda of Eq. 3: how fast the peak moves to hard bins", above=0)
-    spread: float = option(0.25, "curriculum (§3.1)", "sigma of Eq. 3", above=0)
-    scale: str = option("rank", "curriculum (§3.1)", "s_j of Eq. 3: a bin's rank, or its min-max scaled mean score",
-                        ("rank", "minmax"))
-    rescoring: str = option("relative", "curriculum (§3.1)", "Eq. 4: relative to the mean confidence, literal "
-                            "(cumulative), off", ("relative", "literal", "off"))
-    vae_steps: int = option(1500, "curriculum (§3.1)", "training steps of the Pose-VAE", low=1)
+    curriculum: str = option("active", "which source samples an epoch draws", ("active", "off", "hardest"))
+    bins: int = option(25, "N_b, complexity bins", low=1)
+    hard_bins: int = option(8, "bins that udape+vae-hm trains on", low=1)
+    pace: float = option(6.0, "lambda of Eq. 3: how fast the peak moves to hard bins", above=0)
+    spread: float = option(0.25, "sigma of Eq. 3", above=0)
+    scale: str = option("rank", "s_j of Eq. 3: a bin's rank or its scaled mean score", ("rank", "minmax"))
+    rescoring: str = option("relative", "re-scoring by confidence", ("relative", "literal", "off"))
+    vae_steps: int = option(1500, "training steps of the Pose-VAE", low=1)
+    vae_kl: float = option(1e-3, "lambda of Eq. 1", low=0)
+    vae_latent: int = option(8, "latent dimensions of the Pose-VAE", low=1)
+    vae_width: int = option(128, "width of its hidden layers", low=1)
 
-    supervise: str = option("source", "adaptation (§3.2)", "whose labels are used: target makes the oracle",
-                            ("source", "target"))
-    adapt: bool = option(True, "adaptation (§3.2)", "teacher and consistency after the pretraining epochs")
-    mask_ratio: float = option(0.5, "adaptation (§3.2)", "share of pseudo-labels, the least confident, left out",
-                               low=0, high=1)
-    occlusion: float = option(0.5, "adaptation (§3.2)", "probability of hiding a confident keypoint from the "
-                              "student", low=0, high=1)
-    style: str = option("small", "adaptation (§3.2)", "style transfer networks; small is trained on the run's own "
-                        "images", ("small", "vgg", "off"))
-    style_weights: str = option("", "adaptation (§3.2)", "directory of vgg_normalised.pth, and of decoder.pth if it "
-                                "is not to be trained on the two domains")
-    style_prob: float = option(0.5, "adaptation (§3.2)", "probability of restyling a batch, each direction", low=0,
-                               high=1)
-    style_iters: int = option(300, "adaptation (§3.2)", "iterations that train the style networks", low=1)
+    supervise: str = option("source", "whose labels are used: target makes the oracle", ("source", "target"))
+    adapt: bool = option(True, "teacher and consistency after the pretraining epochs")
+    mask_ratio: float = option(0.5, "share of pseudo-labels, the least confident, left out", low=0, high=1)
+    occlusion: float = option(0.5, "probability of hiding a confident keypoint", low=0, high=1)
+    occlusion_confidence: float = option(0.5, "confidence from which a keypoint may be hidden", low=0)
+    style: str = option("small", "networks of the style transfer", ("small", "vgg", "off"))
+    style_weights: str = option("", "directory of vgg_normalised.pth, and of decoder.pth or it is trained")
+    style_prob: float = option(0.5, "probability of restyling a batch, each direction", low=0, high=1)
+    style_iters: int = option(300, "iterations that train the style networks", low=1)
 
-    rotation: float = option(60.0, "augmentation (§3.2)", "random rotation of the views, +- degrees", low=0)
-    shear: float = option(30.0, "augmentation (§3.2)", "random shear of the views, +- degrees", low=0, high=80)
-    translate: float = option(0.05, "augmentation (§3.2)", "random translation, +- share of the side", low=0)
-    zoom: tuple = option((0.6, 1.3), "augmentation (§3.2)", "random scale of the views: low,high", above=0)
-    crop: tuple = option((0.6, 1.3), "augmentation (§3.2)", "area of the random resized crop: low,high", above=0)
-    jitter: float = option(0.25, "augmentation (§3.2)", "strength of the colour jitter", low=0, high=1)
+    rotation: float = option(60.0, "random rotation of the views, +- degrees (hands: 180)", low=0)
+    shear: float = option(30.0, "random shear of the views, +- degrees", low=0, high=80)
+    translate: float = option(0.05, "random translation, +- share of the side", low=0)
+    zoom: tuple = option((0.6, 1.3), "random scale of the views: low,high", above=0)
+    crop: tuple = option((0.6, 1.0), "area of the random resized crop: low,high", above=0, high=1)
+    jitter: float = option(0.25, "strength of the colour jitter", low=0, high=1)
 
-    w_udape: float = option(1.0, "losses (§3.3-3.4)", "w1 of Eq. 8", low=0)
-    w_evalpose: float = option(0.1, "losses (§3.3-3.4)", "w2 of Eq. 8, EvalPose (Eq. 5)", low=0)
-    w_cross: float = option(0.01, "losses (§3.3-3.4)", "w3 of Eq. 8, cross-domain features (Eq. 6)", low=0)
-    beta: float = option(50.0, "losses (§3.3-3.4)", "sharpness of the soft-argmax", above=0)
-    gamma: float = option(0.06, "losses (§3.3-3.4)", "Gamma, the threshold on Eq. 7 in radians", low=0)
+    w_udape: float = option(1.0, "w1 of Eq. 8", low=0)
+    w_evalpose: float = option(0.1, "w2 of Eq. 8, EvalPose (Eq. 5)", low=0)
+    w_cross: float = option(0.01, "w3 of Eq. 8, cross-domain features (Eq. 6)", low=0)
+    beta: float = option(50.0, "sharpness of the soft-argmax", above=0)
+    gamma: float = option(0.06, "Gamma, the threshold on Eq. 7 in radians", low=0)
 
-    amp: str = option("auto", "speed", "bf16: networks compute in bfloat16 in training, losses and evaluation stay "
-                      "in float32; auto: bf16 where the processor or GPU computes in it", ("auto", "bf16", "off"))
-    compile: bool = option(False, "speed", "compile the pose networks (torch.compile): minutes at the start")
+    amp: str = option("auto", "train in bf16; auto: where the device computes in it", ("auto", "bf16", "off"))
+    compile: bool = option(False, "compile the pose networks (torch.compile): minutes at the start")
 
     def __post_init__(self):
-        """Check every setting; UserError names the option, what is wrong and what it takes."""
+        """Check every setting. UserError names the option, what it takes and what was given."""
         def require(fits, name, rule):
             if not fits:
-                raise UserError(f"--{name.replace('_', '-')}: {rule}, got {show(getattr(self, name)) or 'nothing'}")
+                given = show(getattr(self, name)) or "nothing"
+                raise UserError(f"--{name.replace('_', '-')}: {rule}, got {given}")
 
         for f in dataclasses.fields(self):
-            value, rule = getattr(self, f.name), f.metadata
-            if isinstance(f.default, tuple):
-                value = tuple(value)
-                setattr(self, f.name, value)
-            require(not rule["choices"] or value in rule["choices"], f.name, f"use {' or '.join(rule['choices'] or ())}")
-            for number in value if isinstance(value, tuple) else (value,) if not isinstance(value, str) else ():
+            rule, kind = f.metadata, type(f.default)
+            if isinstance(getattr(self, f.name), list):                      # from config.json
+                setattr(self, f.name, tuple(getattr(self, f.name)))
+            value = getattr(self, f.name)
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            require(fits, f.name, f"must be of type {kind.__name__}")
+            choices = rule["choices"] or (value,)
+            require(value in choices, f.name, f"use {' or '.join(map(str, choices))}")
+            for number in {tuple: value, str: ()}.get(kind, (value,)):
                 require(math.isfinite(number), f.name, "must be finite")
-                require(rule["low"] is None or number >= rule["low"], f.name, f"must be at least {rule['low']}")
-                require(rule["above"] is None or number > rule["above"], f.name, f"must be above {rule['above']}")
-                require(rule["high"] is None or number <= rule["high"], f.name, f"must be at most {rule['high']}")
+                require(number >= rule["low"], f.name, f"must be at least {rule['low']}")
+                require(number > rule["above"], f.name, f"must be above {rule['above']}")
+                require(number <= rule["high"], f.name, f"must be at most {rule['high']}")
         for name in ("zoom", "crop"):
-            value = getattr(self, name)
-            require(len(value) == 2 and value[0] <= value[1], name, "must be two numbers low,high with low <= high")
+            pair = getattr(self, name)
+            require(len(pair) == 2 and pair[0] <= pair[1], name, "must be low,high with low <= high")
         require(self.image_size % 32 == 0, "image_size", "must be a multiple of 32")
-        require(self.hard_bins <= self.bins, "hard_bins", f"must be at most --bins ({self.bins})")
+        require(self.hard_bins <= self.bins, "hard_bins", f"must be at most --bins {self.bins}")
         require(not self.adapt or self.pretrain_epochs < self.epochs, "pretrain_epochs",
-                f"must be below --epochs ({self.epochs}) or the teacher never joins; give both")
+                f"must be below --epochs {self.epochs}, or the teacher never joins")
         require(self.source != self.target, "target", "must differ from --source")
         require(self.weights != "imagenet" or self.architecture in IMAGENET_FILES, "architecture",
                 f"--weights imagenet needs {' or '.join(IMAGENET_FILES)}")
         require(self.supervise == "source" or self.curriculum == "off", "curriculum",
-                "the curriculum ranks source samples, so --supervise target needs off (or use --method oracle)")
-        require(self.style != "small" or not self.style_weights, "style", "--style-weights are VGG's; use vgg")
+                "--supervise target needs off, since the curriculum ranks source samples")
+        require(self.style != "small" or not self.style_weights, "style", "--style-weights need vgg")
         require(self.style != "vgg" or self.style_weights, "style_weights",
                 "--style vgg needs the directory of vgg_normalised.pth (or use --style small)")
         for name, loaders in (("source", SOURCES), ("target", TARGETS)):
             domain, root = getattr(self, name), getattr(self, f"{name}_root")
             require(domain not in loaders or root, f"{name}_root", f"--{name} {domain} needs its directory")
-            require(domain in loaders or not root, f"{name}_root", f"{domain} is rendered, not read; leave it out "
-                    f"or use --{name} {' or '.join(loaders)}")
-        check_skeletons(self, skeleton_of(self.source), skeleton_of(self.target))
+            require(domain in loaders or not root, f"{name}_root", f"leave it out, {domain} is rendered")
 
 
 def show(value):
     """A setting as one types it."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    return ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
-
-
-def skeleton_of(name):
-    """The skeleton of a --source or --target; None where its class does not say."""
-    return getattr({**SOURCES, **TARGETS}.get(name, data.Mannequin), "skeleton", None)
-
-
-def check_skeletons(settings, source, target):
-    """UserError where source and target do not have the same keypoints."""
-    if source and target and source.names != target.names:
-        raise UserError(f"--source {settings.source} --target {settings.target}: their keypoints differ "
-                        f"({len(source)}: {source.names[0]}, ... and {len(target)}: {target.names[0]}, ...); "
-                        f"take two domains of bodies or two of hands")
+    return ",".join(f"{v:g}" for v in value) if isinstance(value, (tuple, list)) else str(value)
 
 
 def make_settings(preset="demo", **given):
     """Settings of a preset, then what the method changes, then what is given; the later wins."""
     values = dict(PAPER) if preset == "paper" else {}
-    method = given.get("method", "actupose")
-    if method not in METHODS:
-        raise UserError(f"--method: use {' or '.join(METHODS)}, got {method}")
-    if skeleton_of(given.get("source")) is data.HAND21:
-        values["rotation"] = 180.0                         # hands come in every direction, as in the base method
-    return Settings(**{**values, **METHODS[method], **given})
+    if given.get("source") in ("mannequin-hand", "rhd"):
+        # Hands come in every direction, as in the base method; Gamma leaves as many random pairs as on bodies.
+        values.update(rotation=180.0, gamma=0.018)
+    if given.get("source") == "mannequin-hand":
+        values["target"] = "mannequin-hand-wild"
+    return Settings(**{**values, **METHODS.get(given.get("method", "actupose"), {}), **given})
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Data of a run
-# ----------------------------------------------------------------------------------------------------------
+# --- Data of a run ------------------------------------------------------------------------------------------
 
 
 def open_domains(settings):
     """The datasets of a run: labelled source, unlabelled target, val for choices, test for the table.
 
-    Images are rendered or decoded when they are first used. UserError or data.DataError names what is missing.
+    Images are rendered or decoded when they are first used. UserError or DataError names what is missing.
     """
     s = settings
 
@@ -259,70 +227,465 @@ def open_domains(settings):
             count = {"source": s.source_count, "target": s.target_count}[role] if split == "train" else None
             return data.Mannequin(**RENDERED[name], split=split, size=s.image_size, count=count, seed=s.seed,
                                   cache=s.cache or None, progress=Progress(f"rendering {name} {split}"))
-        options = dict(shoulders=s.shoulders, progress=Progress("reading surreal")) if name == "surreal" else {}
-        root = s.source_root if role == "source" else s.target_root
+        options = dict(shoulders=s.shoulders, progress=Progress(name)) if name == "surreal" else {}
         try:
-            dataset = {**SOURCES, **TARGETS}[name](root, split, s.image_size, **options)
+            dataset = {**SOURCES, **TARGETS}[name](getattr(s, f"{role}_root"), split, s.image_size, **options)
         except FileNotFoundError as e:
             raise UserError(f"--{role}-root: {e}") from None
         data.check_dataset(dataset, f"--{role} {name}")
         return dataset
 
-    domains = SimpleNamespace(source=open_split("source", s.source, "train"),
-                              target=open_split("target", s.target, "train"),
-                              val=open_split("target", s.target, "val"), test=open_split("target", s.target, "test"))
-    check_skeletons(s, domains.source.skeleton, domains.target.skeleton)
-    for name in ("source", "target"):
-        n = len(getattr(domains, name))
-        if n < s.batch_size:
-            raise UserError(f"--batch-size: {s.batch_size} is more than the {n} training images of the {name}")
-    if s.bins > len(domains.source):
-        raise UserError(f"--bins: {s.bins} is more than the {len(domains.source)} training images of the source")
-    return domains
+    source, target = open_split("source", s.source, "train"), open_split("target", s.target, "train")
+    if source.skeleton.names != target.skeleton.names:
+        raise UserError(f"--source {s.source} --target {s.target}: {len(source.skeleton)} and "
+                        f"{len(target.skeleton)} keypoints; take two domains of bodies or two of hands")
+    for name, dataset in (("source", source), ("target", target)):
+        for option in ("batch_size", "bins"):
+            if len(dataset) < getattr(s, option):
+                raise UserError(f"--{option.replace('_', '-')}: {getattr(s, option)} is more than the "
+                                f"{len(dataset)} training images of the {name}")
+    return SimpleNamespace(source=source, target=target, val=open_split("target", s.target, "val"),
+                           test=open_split("target", s.target, "test"))
 
 
-@lru_cache(8)
-def shuffled(n, seed, i):
-    """The order of 0 ... n - 1 in the i-th pass over them."""
-    return np.random.default_rng((seed, i)).permutation(n)
+def batches(run, pool, steps):
+    """Jobs for `prefetch`, one per step. Each loads (source indices (B,) of all processes, source batch,
+    target batch); the batches are this process's share, as `Trainer.step` takes them."""
+    s, target = run.settings, run.domains.target if run.trainer.uses_target else None
+    pin = run.trainer.device.type == "cuda"            # the copy to a GPU is then asynchronous
+
+    def load(dataset, indices):
+        return [t.pin_memory() if pin else t for t in dataset[shard(indices)]]
+
+    for step in steps:
+        # An active pool is new in each epoch and in random order; a fixed one is passed over again and again.
+        if s.curriculum == "active":
+            at = (np.arange(s.batch_size) + (step - steps[0]) * s.batch_size) % len(pool)
+        else:
+            at = shuffled_batch(len(pool), s.batch_size, step, s.seed)
+        labelled = torch.from_numpy(pool[at])
+        unlabelled = target and torch.from_numpy(shuffled_batch(len(target), s.batch_size, step, s.seed + 1))
+        yield lambda labelled=labelled, unlabelled=unlabelled: (
+            labelled, load(run.labelled, labelled), target and load(target, unlabelled))
 
 
-def shuffled_batch(n, size, step, seed):
-    """The `step`-th batch of `size` positions (size <= n) of endless passes over 0 ... n - 1, each in a new order."""
-    i, at = divmod(step * size, n)
-    batch = shuffled(n, seed, i)[at:at + size]
-    return batch if len(batch) == size else np.concatenate([batch, shuffled(n, seed, i + 1)[:size - len(batch)]])
+# --- The step -----------------------------------------------------------------------------------------------
 
 
-def prefetch(jobs, workers):
-    """Results of the callables `jobs`, in their order, computed ahead by `workers` threads.
+def draw_step(seed, step, batch_size, num_keypoints, device):
+    """The random numbers of a step, by name: a function of (seed, step). Uniform in [0, 1), (B, n).
 
-    Decoding an image releases Python's lock, so threads are enough.
+    Every process draws them for the whole batch and keeps its share: their number changes nothing.
     """
-    if not workers:
-        yield from (job() for job in jobs)
+    random = np.random.default_rng((seed, step))
+
+    def draw(n):
+        numbers = torch.from_numpy(random.random((batch_size, n), dtype=np.float32))
+        return shard(numbers).to(device, non_blocking=True)
+
+    return SimpleNamespace(
+        source_crop=draw(3), source_affine=draw(5), source_jitter=draw(6),
+        target_crop=draw(3), student_affine=draw(5), student_jitter=draw(6),
+        teacher_affine=draw(5), teacher_jitter=draw(6), occlusion=draw(3 + num_keypoints),
+        restyle_source=random.random(), restyle_target=random.random(),                 # one number per batch
+        alpha_source=random.random(), alpha_target=random.random())
+
+
+class Trainer:
+    """Student, teacher, style networks, optimiser, and the step that trains them."""
+
+    def __init__(self, settings, skeleton, device):
+        s = self.settings = settings
+        self.skeleton, self.device, self.style_transfer, self.teacher = skeleton, device, None, None
+        torch.manual_seed(s.seed)
+        student = actupose.PoseResNet(s.architecture, len(skeleton))
+        if world_size() > 1 and device.type == "cuda":          # torch has no SyncBatchNorm for CPUs
+            student = torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
+        self.student = student.to(device, memory_format=torch.channels_last)
+        # A function of the network is compiled, not the network: parameters keep their names in checkpoints.
+        call = lambda network, images: network(images)
+        self.call = torch.compile(call) if s.compile else call
+        self.optimiser = torch.optim.Adam(self.student.parameters(), lr=s.lr, fused=device.type == "cuda")
+        self.stride, self.cells = self.student.stride, s.image_size // self.student.stride
+        # Decision: the terms of Eq. 8 are sums over the body, averaged over samples: heatmap errors over
+        # keypoints and cells, as Eq. 5 over limbs. Their plain mean, about 1e-3, would drown under w2 = 0.1.
+        self.summed = len(skeleton) * self.cells ** 2
+        self.limbs = torch.tensor(skeleton.limbs, device=device)
+        self.triplets = torch.tensor(skeleton.triplets, device=device)
+
+    @property
+    def uses_target(self):
+        """Whether a step needs target images: for their style, or for the teacher."""
+        return self.style_transfer is not None or self.teacher is not None
+
+    def autocast(self):
+        """The context in which networks compute: bfloat16 with --amp bf16."""
+        bf16 = self.settings.amp == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
+
+    def forward(self, network, images):
+        """Heatmaps (B, K, h, h) and features (B, C) of a pose network, float32."""
+        with self.autocast():
+            heatmaps, features = self.call(network, images.contiguous(memory_format=torch.channels_last))
+        return heatmaps.float(), features.float()
+
+    def crop(self, u):
+        """Views (B, 2, 3) of a random resized crop, from uniform numbers (B, 3)."""
+        return random_crop_view(u, self.settings.image_size, self.settings.crop)
+
+    def affine(self, u):
+        """Views (B, 2, 3) of a random rotation, shear, scale and translation, from uniform numbers (B, 5)."""
+        s = self.settings
+        return random_affine_view(u, s.image_size, s.rotation, s.shear, s.translate, s.zoom)
+
+    def see(self, images, view, jitter):
+        """uint8 images (B, 3, S, S) through views (B, 2, 3), with colour jitter from (B, 6), normalised."""
+        return normalise(colour_jitter(warp(unit_range(images), view), jitter, self.settings.jitter))
+
+    @torch.no_grad()
+    def restyle(self, content, style, coin, alpha):
+        """With probability --style-prob (coin: uniform) the content images in the style images' look."""
+        if self.style_transfer is None or coin >= self.settings.style_prob:
+            return content
+        with self.autocast():
+            return self.style_transfer(content, style, alpha).float()
+
+    def step(self, step, source_batch, target_batch):
+        """One iteration on this process's share of a batch: Fig. 4.
+
+        source_batch: uint8 images (B, 3, S, S), keypoints (B, K, 2) in pixels, visible (B, K); target_batch:
+        the same, of which only the images are used, or None where nothing needs it. Returns the terms of Eq.
+        8 and other scalars by name, on the device, and the mean confidence of each source sample (B,).
+        """
+        s = self.settings
+        random = draw_step(s.seed, step, s.batch_size, len(self.skeleton), self.device)
+        images, keypoints, visible = (t.to(self.device, non_blocking=True) for t in source_batch)
+        self.student.train()
+
+        # Both domains in random views. One crop serves both views of a target image; they meet in its frame.
+        source_view = compose_views(self.affine(random.source_affine), self.crop(random.source_crop))
+        source_images = self.see(images, source_view, random.source_jitter)
+        keypoints = map_keypoints(keypoints, source_view)
+        labels, weight = render_heatmaps(keypoints, visible, self.cells, self.stride, s.sigma, s.subcell)
+        styled_source = source_images
+        if target_batch is not None:
+            target_images = target_batch[0].to(self.device, non_blocking=True)
+            common, teacher_view = self.crop(random.target_crop), self.affine(random.teacher_affine)
+            view = compose_views(teacher_view, common)
+            teacher_images = self.see(target_images, view, random.teacher_jitter)
+            styled_source = self.restyle(source_images, teacher_images, random.restyle_source,
+                                         random.alpha_source)
+
+        # The student learns from the source's labels. Keypoints outside the view do not count as unsure.
+        predicted, features = self.forward(self.student, styled_source)
+        mse = self.summed * actupose.heatmap_mse(predicted, labels, weight)
+        cells, confidence, mean_confidence = kernels.heatmap_argmax_mean(predicted, weight)
+        terms = dict(mse=mse, confidence=mean_confidence.mean())
+        udape, evalpose, cross = mse, 0.0, 0.0
+
+        if self.teacher is not None:
+            with torch.no_grad():
+                # The teacher labels the target images; its maps are taken back into the common frame.
+                self.teacher.train()                            # batch statistics, as in the base method
+                styled_target = self.restyle(teacher_images, source_images, random.restyle_target,
+                                             random.alpha_target)
+                maps, teacher_features = self.forward(self.teacher, styled_target)
+                maps = warp(maps, invert_view(teacher_view), self.stride)
+                pseudo_maps, pseudo_cells, pseudo_confidence = actupose.rectify(maps, s.sigma, s.subcell)
+                all_sure = actupose.confidence_mask(gather(pseudo_confidence), s.mask_ratio)
+                # The student gets another view of the same images, a confident keypoint hidden.
+                student_view = self.affine(random.student_affine)
+                view = compose_views(student_view, common)
+                student_images = self.see(target_images, view, random.student_jitter)
+                in_view = map_keypoints(pseudo_cells * self.stride, student_view)
+                student_images, hidden = actupose.occlude_keypoints(
+                    student_images, in_view, pseudo_confidence, random.occlusion,
+                    half=s.image_size * 10 / 256, probability=s.occlusion, minimum=s.occlusion_confidence)
+                # Decision: what the student's view does not show, it is not asked to predict.
+                mask = shard(all_sure) & ((in_view >= 0) & (in_view <= s.image_size - 1)).all(-1)
+
+            # It has to agree with the pseudo-labels, in place and in the directions of the limbs.
+            on_target, _ = self.forward(self.student, student_images)
+            on_target = warp(on_target, invert_view(student_view), self.stride)
+            consistency = self.summed * actupose.consistency_loss(on_target, pseudo_maps, mask)
+            udape = mse + consistency
+            terms.update(consistency=consistency, teacher_confidence=pseudo_confidence.mean(),
+                         kept=mask.float().mean(), hidden=(hidden >= 0).float().mean())
+            if s.w_evalpose:
+                source_pose, target_pose = (kernels.soft_argmax(m, s.beta) for m in (predicted, on_target))
+                evalpose = (actupose.evalpose(source_pose, keypoints / self.stride, self.limbs, weight)
+                            + actupose.evalpose(target_pose, pseudo_cells, self.limbs, mask))
+                terms["evalpose"] = evalpose
+            if s.w_cross:
+                # Poses are compared (Eq. 7) as they stand in the image: a sheared view has other angles.
+                if s.subcell:
+                    cells = cells + actupose.subcell_offset(predicted.detach(), cells, confidence)
+                pose = map_keypoints(cells * self.stride, invert_view(source_view))
+                targets = gather(pseudo_cells)
+                pairs = actupose.mine_pairs(pose, targets, self.triplets, s.gamma, weight > 0, all_sure,
+                                            capacity=len(pose) * len(targets))
+                # Eq. 6 sums over all pairs, while gradients are averaged over the processes.
+                cross = world_size() * actupose.cross_domain_loss(features, gather(teacher_features), pairs)
+                terms.update(cross_domain=cross, pairs=world_size() * (pairs[:, 0] >= 0).float().sum())
+
+        loss = actupose.total_loss(udape, evalpose, cross, (s.w_udape, s.w_evalpose, s.w_cross))      # Eq. 8
+        self.optimiser.zero_grad()
+        loss.backward()
+        average_gradients(self.student)
+        self.optimiser.step()
+        if self.teacher is not None:
+            actupose.update_teacher(self.teacher, self.student, s.ema)
+        return {name: value.detach() for name, value in dict(terms, loss=loss).items()}, mean_confidence
+
+
+# --- The loop -----------------------------------------------------------------------------------------------
+
+
+def train(settings, out, device="auto", resume=False):
+    """One run: data, epochs, result.json and figures/ in the directory `out`. Returns the result.
+
+    Killed at any moment and called again with `resume`, it goes on from its last finished epoch and writes
+    the same result.json, log.jsonl and weights, bit for bit on a CPU with the same number of threads. Raises
+    UserError for what the user can mend.
+    """
+    out, device, started = Path(out), choose_device(device), time.time()
+    s = settings = resolve_amp(settings, device)
+    checkpoint = starting_point(out, resume)
+    run = set_up(settings, device, checkpoint)
+    trainer, curriculum, log, progress = run.trainer, run.curriculum, run.log, Progress(s.method)
+    if checkpoint is None and rank() == 0:
+        write_config(out, settings, trainer.skeleton, device)
+
+    for epoch in range(len(log), s.epochs):
+        if s.adapt and epoch == s.pretrain_epochs:
+            trainer.teacher = actupose.make_teacher(trainer.student)
+        begun, lr = time.time(), s.lr * s.lr_factor ** sum(epoch >= drop for drop in s.lr_drops)
+        trainer.optimiser.param_groups[0]["lr"] = lr
+
+        # The source samples of this epoch.
+        if s.curriculum == "active":
+            pool = curriculum.sample(epoch)                                                           # Eq. 3
+            run.drawn.append(curriculum.drawn_per_bin.tolist())
+        elif s.curriculum == "hardest":
+            pool = curriculum.hardest(s.hard_bins)
+        else:
+            pool = np.arange(len(run.labelled))
+
+        # A step per batch.
+        steps = range(epoch * s.iters_per_epoch, (epoch + 1) * s.iters_per_epoch)
+        sums, seen, confidences, unchecked = {}, [], [], []
+        for step, (indices, source, target) in zip(steps, prefetch(batches(run, pool, steps), s.workers)):
+            terms, confidence = trainer.step(step, source, target)
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0) + value
+            seen.append(indices)
+            confidences.append(confidence)
+            unchecked.append((step, indices, terms))
+            if device.type == "cpu" or len(unchecked) == 50 or step == steps[-1]:   # on a GPU each look waits
+                check_finite(unchecked, run, out)
+                unchecked = []
+            progress(step + 1, s.epochs * s.iters_per_epoch, f"epoch {epoch + 1}/{s.epochs}")
+        seconds = time.time() - begun
+
+        # The ranking for the next epoch, by what the student was sure of in this one.
+        if s.curriculum == "active":
+            curriculum.observe(torch.cat(seen), gather(torch.stack(confidences, 1)).T.flatten().cpu())
+            curriculum.rerank()                                                                       # Eq. 4
+
+        # Log, validate, save.
+        means = gather(torch.stack(list(sums.values()))[None]).mean(0).tolist()
+        log.append({"epoch": epoch, "lr": lr, "pool": len(pool),
+                    **{name: value / s.iters_per_epoch for name, value in zip(sums, means)}})
+        for network in filter(None, (trainer.student, trainer.teacher)):
+            broadcast(network.buffers())                        # BatchNorm's, where each process has its own
+        if (epoch + 1) % 10 == 0 or epoch + 1 == s.epochs:
+            log[-1].update(validate(run))
+        if rank() == 0:
+            save_checkpoint(out / "last.pt", state_of(run))
+            write_lines(out / "log.jsonl", log)
+            write_speed(out / "speed.jsonl", epoch, seconds, trainer, started)
+
+    scores, predictions = evaluate(run)
+    result = {"method": s.method, "source": s.source, "target": s.target, "seed": s.seed, **scores["student"],
+              "teacher": scores.get("teacher"), "val": log[-1]["val_student"], "epochs": s.epochs}
+    if rank() == 0:
+        write_lines(out / "log.jsonl", log)                     # lacks a line if the run was killed before
+        draw_figures(run, scores, predictions, out / "figures")
+        write_json(out / "result.json", result)                 # last: with it the run is finished
+    return result
+
+
+def check_finite(steps, run, out):
+    """UserError at the first step, of (step, indices, terms), whose loss is not finite in any process, or
+    where a weight is not finite after the last."""
+    losses = gather(torch.stack([terms["loss"] for _, _, terms in steps])[None])
+    finite = torch.isfinite(losses).all(0).tolist()
+    if all(finite) and all(p.isfinite().all() for p in run.trainer.student.parameters()):
         return
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        waiting = collections.deque()
-        try:
-            for job in jobs:
-                waiting.append(pool.submit(job))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:                # an interrupted run does not wait for batches it will not use
-                future.cancel()
+    step, indices, terms = steps[-1 if all(finite) else finite.index(False)]
+    found = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+    kept = f"; {out / 'last.pt'} keeps the last good state" if (out / "last.pt").exists() else ""
+    raise UserError(f"step {step}: loss or weights are not finite ({found}); source samples "
+                    f"{', '.join(run.labelled.names(indices))}. Lower --lr, --w-evalpose or --w-cross{kept}")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Processes: `torchrun --nproc-per-node N train.py ...`
+def set_up(settings, device, checkpoint=None):
+    """Data, Pose-VAE, curriculum, networks and style transfer of a run; from a checkpoint where one is given.
+
+    Returns a namespace: settings, domains, labelled (the dataset whose labels are used), vae, curriculum,
+    trainer, log (a row per finished epoch) and drawn (per epoch, the samples drawn from each bin: Fig. 5).
+    """
+    s, where = settings, "the checkpoint"
+    weights = read_weights(s) if s.weights and checkpoint is None else None
+    domains = open_domains(s)
+    source, skeleton = domains.source, domains.source.skeleton
+    trainer = Trainer(s, skeleton, device)
+    if weights is not None:
+        load_initial_weights(trainer.student, *weights)
+    poses = source.keypoints, source.visible, skeleton.root
+    if checkpoint is None:
+        vae = actupose.train_pose_vae(*poses, s.vae_steps, s.vae_kl, s.vae_latent, s.vae_width, s.seed)
+    else:
+        vae = actupose.PoseVAE(len(skeleton), s.vae_width, s.vae_latent).eval()
+        load_weights(vae, checkpoint["vae"], where)
+    broadcast(vae.state_dict().values())
+    complexity = actupose.pose_complexity(vae, *poses)
+    broadcast([complexity])
+    try:
+        curriculum = actupose.ActiveCurriculum(complexity.numpy(), s.epochs, s.bins, s.pace, s.spread,
+                                               s.scale, s.rescoring, s.seed)
+    except ValueError as e:
+        raise UserError(f"curriculum: {e}") from None
+    if s.curriculum == "hardest" and len(curriculum.hardest(s.hard_bins)) < s.batch_size:
+        raise UserError(f"--hard-bins: {s.hard_bins} bins hold fewer samples than a batch ({s.batch_size})")
+    if checkpoint is None:
+        trainer.style_transfer = prepare_style(s, domains, trainer)            # last: it can take an hour
+        broadcast(trainer.style_transfer.state_dict().values() if trainer.style_transfer else [])
+    elif checkpoint["style"] is not None:
+        trainer.style_transfer = actupose.StyleTransfer(s.style).to(device).requires_grad_(False).eval()
+        load_weights(trainer.style_transfer, checkpoint["style"], where)
+    run = SimpleNamespace(settings=s, domains=domains, vae=vae, curriculum=curriculum, trainer=trainer,
+                          labelled=domains.target if s.supervise == "target" else source, log=[], drawn=[])
+    if checkpoint is not None:
+        load_networks(trainer, checkpoint, where)
+        trainer.optimiser.load_state_dict(checkpoint["optimiser"])
+        curriculum.load_state_dict(checkpoint["curriculum"])
+        run.log, run.drawn = checkpoint["log"], checkpoint["drawn"]
+    return run
+
+
+def prepare_style(settings, domains, trainer):
+    """The style networks of a run, trained on the images of its two domains; None when off."""
+    s = settings
+    if s.style == "off":
+        return None
+    torch.manual_seed(s.seed)
+    transfer, folder = actupose.StyleTransfer(s.style).to(trainer.device), Path(s.style_weights)
+    if s.style_weights:
+        load_style_weights(transfer.encoder, folder / "vgg_normalised.pth")
+        if (folder / "decoder.pth").exists():
+            load_style_weights(transfer.decoder, folder / "decoder.pth")
+            return transfer.requires_grad_(False).eval()
+    size = min(16, s.batch_size)
+
+    def images(i):
+        batch = (dataset[shuffled_batch(len(dataset), size, i, s.seed)][0].to(trainer.device)
+                 for dataset in (domains.source, domains.target))
+        return tuple(normalise(unit_range(images)) for images in batch)
+
+    return actupose.train_style_transfer(transfer, images, s.style_iters, train_encoder=not s.style_weights,
+                                         lr=2e-3 if s.style == "small" else 1e-4,       # AdaIN's own for VGG
+                                         autocast=trainer.autocast, progress=Progress("style transfer"))
+
+
+# --- Evaluation ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def decode(network, images, settings, device):
+    """uint8 images (B, 3, S, S) -> keypoints (B, K, 2) in their pixels and confidences (B, K), on the CPU."""
+    images = normalise(unit_range(images.to(device))).contiguous(memory_format=torch.channels_last)
+    cells, confidence = actupose.decode_keypoints(network.eval()(images)[0], settings.subcell)
+    return cells.cpu() * network.stride, confidence.cpu()
+
+
+def predict(trainer, network, dataset, batch_size=64):
+    """Keypoints (N, K, 2) in pixels and confidences (N, K) of a whole dataset, on the CPU."""
+    parts = [decode(network, dataset[indices][0], trainer.settings, trainer.device)
+             for indices in torch.arange(len(dataset)).split(batch_size)]
+    return tuple(map(torch.cat, zip(*parts)))
+
+
+def scored_teacher(trainer):
+    """The teacher as it is scored, None before it joins.
+
+    Decision: with the student's BatchNorm statistics; its own, of augmented views, fit clean images badly.
+    """
+    if trainer.teacher is None:
+        return None
+    teacher = actupose.make_teacher(trainer.teacher)
+    for own, students in zip(teacher.buffers(), trainer.student.buffers()):
+        own.copy_(students)
+    return teacher
+
+
+def validate(run):
+    """PCK of student and teacher on the validation split, for choices and curves."""
+    trainer, val, result = run.trainer, run.domains.val, {}
+    for name, network in (("val_student", trainer.student), ("val_teacher", scored_teacher(trainer))):
+        if network is not None:
+            found, _ = predict(trainer, network, val)
+            result[name] = actupose.score(found, val, trainer.stride, run.settings.subcell)["pck"]["all"]
+    return result
+
+
+def evaluate(run):
+    """Scores of the present weights on the test split, {"student": ..., "teacher": ...}, and the student's
+    predictions: keypoints (N, K, 2) in pixels, confidences (N, K)."""
+    trainer, test, s = run.trainer, run.domains.test, run.settings
+    complexity = actupose.pose_complexity(run.vae, test.keypoints, test.visible, test.skeleton.root)
+    bins, predictions, scores = actupose.assign_bins(complexity, s.bins), {}, {}
+    for name, network in (("student", trainer.student), ("teacher", scored_teacher(trainer))):
+        if network is not None:
+            predictions[name] = predict(trainer, network, test)
+            scores[name] = actupose.score(predictions[name][0], test, trainer.stride, s.subcell, bins, s.bins)
+    return scores, predictions["student"]
+
+
+def evaluate_run(out, device):
+    """`evaluate RUN`: score the last checkpoint again. UserError where result.json says something else."""
+    run = set_up(saved_settings(out), device, load_run(out / "last.pt"))
+    scores, _ = evaluate(run)
+    result = {**scores["student"], "teacher": scores.get("teacher")}
+    print_result(result)
+    if not (out / "result.json").exists():
+        print(f"after {len(run.log)} of {run.settings.epochs} epochs; --resume --out {out} goes on")
+    elif any(read_json(out / "result.json").get(key) != result[key] for key in result):
+        raise UserError(f"{out / 'result.json'}: holds other scores than this machine and these threads give")
+    else:
+        print(f"the same as {out / 'result.json'}")
+
+
+def print_result(result):
+    """PCK by group of student and teacher, EvalPose, and PCK by complexity bin."""
+    print("PCK@0.05  " + "".join(f"{name:>11}" for name in result["pck"]) + "   EvalPose")
+    for name, scores in (("student", result), ("teacher", result["teacher"])):
+        if scores:
+            row = "".join(f"{fmt(value):>11}" for value in scores["pck"].values())
+            print(f"{name:10}{row}{scores['evalpose']:11.1f}")
+    print("student by complexity bin, simple to complex: " + " ".join(fmt(v, 0) for v in result["bins"]))
+
+
+def fmt(value, digits=1):
+    """A score as text, a dash where nothing is labelled."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+# --- Processes: `torchrun --nproc-per-node N train.py ...` -------------------------------------------------
 #
-# Every process draws the same epoch and the same random numbers, computes its share of each batch, and averages
-# gradients with the others. What looks at the whole batch (the confidence mask, the pairs of Eq. 6, BatchNorm on
-# GPUs) is gathered. With one process all of this does nothing.
-# ----------------------------------------------------------------------------------------------------------
+# Every process draws the same epoch and the same random numbers, computes its share of each batch, and
+# averages gradients. What looks at the whole batch (confidence mask, pairs of Eq. 6, BatchNorm on GPUs) is
+# gathered.
 
 
 def world_size():
@@ -351,7 +714,8 @@ def gather(rows):
 
 
 def broadcast(tensors):
-    """Give every process the values of process 0, in place: what each computes may differ in the last bits."""
+    """Give all processes the values of process 0, in place: what each computes may differ in the last
+    bits."""
     for tensor in tensors if world_size() > 1 else ():
         on_device = tensor.cuda() if dist.get_backend() == "nccl" else tensor.contiguous()
         dist.broadcast(on_device, 0)
@@ -359,522 +723,13 @@ def broadcast(tensors):
 
 
 def average_gradients(network):
-    """Replace the gradients by their mean over the processes, in one message."""
-    if world_size() > 1:
-        gradients = [p.grad for p in network.parameters() if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        for g, mean in zip(gradients, (flat / world_size()).split([g.numel() for g in gradients])):
-            g.copy_(mean.view_as(g))
+    """Replace the gradients by their mean over the processes."""
+    for parameter in network.parameters() if world_size() > 1 else ():
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= world_size()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The step
-# ----------------------------------------------------------------------------------------------------------
-
-
-def draw_step(settings, step, source, target, num_keypoints):
-    """STAGE 1: the old hash."""
-    uniform = lambda indices, stream: data.hash_uniform(settings.seed, indices, 40, stream=step * 3 + stream + 1000)
-    u = uniform(source, 0)
-    r = SimpleNamespace(source_crop=u[:, :3], source_affine=u[:, 3:8], source_jitter=u[:, 8:11], alpha_source=u[:, 11])
-    coin = np.random.default_rng((settings.seed, 7, step))
-    r.coin = coin
-    if target is not None:
-        u, v = uniform(target, 1), uniform(target, 2)
-        r.target_crop, r.student_affine, r.student_jitter = u[:, :3], u[:, 3:8], u[:, 8:11]
-        r.teacher_affine, r.teacher_jitter, r.alpha_target = v[:, 3:8], v[:, 8:11], v[:, 11]
-        r.occlusion = u[:, 12:15 + num_keypoints]
-    return r
-
-
-class Trainer:
-    """Student, teacher, style networks, optimiser, and the step that trains them."""
-
-    def __init__(self, settings, skeleton, device):
-        s = self.settings = settings
-        self.skeleton, self.device, self.style_transfer, self.teacher = skeleton, device, None, None
-        torch.manual_seed(s.seed)
-        student = actupose.PoseResNet(s.architecture, len(skeleton))
-        if world_size() > 1 and device.type == "cuda":          # torch has no SyncBatchNorm for CPUs
-            student = torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
-        self.student = student.to(device, memory_format=torch.channels_last)
-        # A function of the network, not the network, is compiled: its parameters keep their names in checkpoints.
-        self.call = torch.compile(_call) if s.compile else _call
-        self.optimiser = torch.optim.Adam(self.student.parameters(), lr=s.lr, fused=device.type == "cuda")
-        self.stride, self.cells = self.student.stride, s.image_size // self.student.stride
-        # Decision: the terms of Eq. 8 are sums over the body, averaged over samples: heatmap errors are summed over
-        # keypoints and cells, as Eq. 5 is over limbs. Their plain mean is about 1e-3 and would drown under w2 = 0.1.
-        self.summed = len(skeleton) * self.cells ** 2
-        self.limbs = torch.tensor(skeleton.limbs, device=device)
-        self.triplets = torch.tensor(skeleton.triplets, device=device)
-
-    @property
-    def uses_target(self):
-        """Whether a step needs target images: for their style, or for the teacher."""
-        return self.style_transfer is not None or self.teacher is not None
-
-    def autocast(self):
-        """The context in which the networks compute: bfloat16 with --amp bf16."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.settings.amp == "bf16" else nullcontext()
-
-    def forward(self, network, images):
-        """Heatmaps (B, K, h, h) and features (B, C) of a pose network, float32."""
-        with self.autocast():
-            heatmaps, features = self.call(network, images)
-        return heatmaps.float(), features.float()
-
-    def crop(self, u):
-        """Views (B, 2, 3) of a random resized crop, from uniform numbers (B, 3)."""
-        return random_crop_view(u, self.settings.image_size, self.settings.crop)
-
-    def affine(self, u):
-        """Views (B, 2, 3) of a random rotation, shear, scale and translation, from uniform numbers (B, 5)."""
-        s = self.settings
-        return random_affine_view(u, s.image_size, s.rotation, s.shear, s.translate, s.zoom)
-
-    def see(self, images, view, jitter):
-        """uint8 images (B, 3, S, S) through a view, with colour jitter (B, 3), normalised."""
-        return colour_jitter(warp(normalise(images), view), jitter, self.settings.jitter)
-
-    @torch.no_grad()
-    def restyle(self, content, style, coin, alpha):
-        """With probability --style-prob the content batch in the style batch's look, with strength alpha."""
-        if self.style_transfer is None or coin >= self.settings.style_prob:
-            return content
-        with self.autocast():
-            return self.style_transfer(content, style.roll(1, 0), alpha).float()
-
-    def step(self, step, source_batch, target_batch):
-        """One iteration on this process's share of a batch: Fig. 4.
-
-        Batches: (indices (B,), uint8 images (B, 3, S, S), keypoints (B, K, 2) in pixels, visible (B, K)); of the
-        target batch (None where nothing needs it) only the images are used. Returns the terms of Eq. 8 and other
-        scalars by name, on the device, and the mean confidence of each source sample (B,) for Eq. 4.
-        """
-        s = self.settings
-        indices, images, keypoints, visible = (t.to(self.device, non_blocking=True) for t in source_batch)
-        target = target_batch and target_batch[0].to(self.device)
-        random = draw_step(s, step, indices, target, len(self.skeleton))
-        self.student.train()
-
-        # The source batch in a random view, perhaps in the target's style.
-        source_view = compose_views(self.affine(random.source_affine), self.crop(random.source_crop))
-        source_images = self.see(images, source_view, random.source_jitter)
-        keypoints = map_keypoints(keypoints, source_view)
-        labels, weight = render_heatmaps(keypoints, visible, self.cells, self.stride, s.sigma, s.subcell)
-        styled = source_images
-        if target_batch is not None:
-            target_images = target_batch[1].to(self.device, non_blocking=True)
-            common = self.crop(random.target_crop)                 # the frame that both views of the target start from
-            styled = self.restyle(source_images, warp(normalise(target_images), common), random.coin.random(),
-                                  random.alpha_source)
-        predicted, features = self.forward(self.student, styled)
-        mse = actupose.heatmap_mse(predicted, labels, weight)
-        # Eq. 4 wants a sample's mean confidence; keypoints that the view cut off do not count.
-        cells, confidence, mean_confidence = kernels.heatmap_argmax_mean(predicted, weight)
-        terms = dict(mse=self.summed * mse, confidence=mean_confidence.mean())
-        udape, evalpose, cross = self.summed * mse, 0.0, 0.0
-
-        if self.teacher is not None:
-            # The teacher sees the target in its own view, perhaps in the source's style, and gives pseudo-labels.
-            student_view, teacher_view = self.affine(random.student_affine), self.affine(random.teacher_affine)
-            with torch.no_grad():
-                teacher_images = self.see(target_images, compose_views(teacher_view, common), random.teacher_jitter)
-                teacher_images = self.restyle(teacher_images, source_images, random.coin.random(), random.alpha_target)
-                self.teacher.train()                               # batch statistics, as in the base method
-                maps, teacher_features = self.forward(self.teacher, teacher_images)
-                maps = warp(maps, invert_view(teacher_view), self.stride)               # into the common frame
-                pseudo, pseudo_cells, pseudo_confidence = actupose.rectify(maps, s.sigma, s.subcell)
-                all_cells, all_features = gather(pseudo_cells), gather(teacher_features)
-                all_sure = actupose.confidence_mask(gather(pseudo_confidence), s.mask_ratio)
-                # Decision: what the student's view does not show, it is not asked to predict.
-                in_view = map_keypoints(pseudo_cells * self.stride, student_view)
-                mask = shard(all_sure) & ((in_view >= 0) & (in_view <= s.image_size - 1)).all(-1)
-                student_images = self.see(target_images, compose_views(student_view, common), random.student_jitter)
-                student_images, hidden = actupose.occlude_keypoints(
-                    student_images, in_view, pseudo_confidence, random.occlusion, half=s.image_size * 10 / 256,
-                    probability=s.occlusion)
-
-            # The student sees it in another view, with a confident keypoint hidden, and has to agree.
-            on_target, _ = self.forward(self.student, student_images)
-            on_target = warp(on_target, invert_view(student_view), self.stride)
-            consistency = actupose.consistency_loss(on_target, pseudo, mask)
-            udape = self.summed * (mse + consistency)
-            terms.update(consistency=self.summed * consistency, kept=mask.float().mean(),
-                         teacher_confidence=pseudo_confidence.mean())
-            if s.w_evalpose:
-                evalpose = (actupose.evalpose(kernels.soft_argmax(predicted, s.beta), keypoints / self.stride,
-                                              self.limbs, weight)
-                            + actupose.evalpose(kernels.soft_argmax(on_target, s.beta), pseudo_cells, self.limbs, mask))
-                terms["evalpose"] = evalpose
-            if s.w_cross:
-                # Poses are compared (Eq. 7) as they stand in the image: a sheared view has other angles.
-                if s.subcell:
-                    cells = cells + actupose.subcell_offset(predicted.detach(), cells, confidence)
-                pose = map_keypoints(cells * self.stride, invert_view(source_view))
-                pairs = actupose.mine_pairs(pose, all_cells, self.triplets, s.gamma, weight > 0, all_sure,
-                                            capacity=len(pose) * len(all_cells))
-                # Eq. 6 sums over pairs, and gradients are averaged over processes: a share's sum is scaled up.
-                cross = world_size() * actupose.cross_domain_loss(features, all_features, pairs)
-                terms.update(cross_domain=cross, pairs=world_size() * (pairs[:, 0] >= 0).float().sum())
-
-        loss = actupose.total_loss(udape, evalpose, cross, (s.w_udape, s.w_evalpose, s.w_cross))          # Eq. 8
-        self.optimiser.zero_grad()
-        loss.backward()
-        average_gradients(self.student)
-        self.optimiser.step()
-        if self.teacher is not None:
-            actupose.update_teacher(self.teacher, self.student, s.ema)
-        terms["loss"] = loss
-        return {name: value.detach() for name, value in terms.items()}, mean_confidence
-
-    def set_learning_rate(self, epoch):
-        """--lr times --lr-factor at each of --lr-drops; returns it."""
-        s = self.settings
-        lr = s.lr * s.lr_factor ** sum(epoch >= drop for drop in s.lr_drops)
-        for group in self.optimiser.param_groups:
-            group["lr"] = lr
-        return lr
-
-    def scored_teacher(self):
-        """The teacher as it is scored, None before it joins.
-
-        Decision: its parameters with the student's BatchNorm statistics; its own are those of strongly augmented,
-        restyled views in training mode and fit clean images badly.
-        """
-        if self.teacher is None:
-            return None
-        teacher = actupose.make_teacher(self.teacher)
-        for own, students in zip(teacher.buffers(), self.student.buffers()):
-            own.copy_(students)
-        return teacher
-
-    @torch.no_grad()
-    def decode(self, network, images):
-        """uint8 images (B, 3, S, S) -> keypoints (B, K, 2) in their pixels and confidences (B, K), on the CPU."""
-        images = normalise(images.to(self.device)).contiguous(memory_format=torch.channels_last)
-        cells, confidence = actupose.decode_keypoints(network.eval()(images)[0], self.settings.subcell)
-        return cells.cpu() * self.stride, confidence.cpu()
-
-
-def _call(network, images):
-    return network(images)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The loop
-# ----------------------------------------------------------------------------------------------------------
-
-
-def batches(run, pool, steps):
-    """Jobs for `prefetch`, one per step: each loads (source indices (B,) of all processes, source batch, target
-    batch), the batches as `Trainer.step` takes them."""
-    s, target = run.settings, run.domains.target if run.trainer.uses_target else None
-    pin = run.trainer.device.type == "cuda"                    # from pinned memory the copy to the GPU is asynchronous
-
-    def load(dataset, indices):
-        batch = (indices, *dataset[indices])
-        return tuple(t.pin_memory() for t in batch) if pin else batch
-
-    for step in steps:
-        # An active pool is new in each epoch and already in random order; a fixed one is passed over again and again.
-        at = ((np.arange(s.batch_size) + (step - steps[0]) * s.batch_size) % len(pool) if s.curriculum == "active"
-              else shuffled_batch(len(pool), s.batch_size, step, s.seed))
-        source = torch.from_numpy(pool[at])
-        unlabelled = target and shard(torch.from_numpy(shuffled_batch(len(target), s.batch_size, step, s.seed + 1)))
-        yield lambda source=source, unlabelled=unlabelled: (
-            source, load(run.labelled, shard(source)), target and load(target, unlabelled))
-
-
-def train(settings, out, device="auto", resume=False):
-    """One run: data, epochs, result.json and figures/ in the directory `out`. Returns the result.
-
-    Killed at any moment and called again with `resume`, it goes on from its last finished epoch and writes the same
-    result.json, log.jsonl and weights, bit for bit on a CPU with the same number of threads. Raises UserError for
-    what the user can mend.
-    """
-    out, device = Path(out), choose_device(device)
-    s = settings = resolve_amp(settings, device)
-    checkpoint = newest_checkpoint(out) if resume else refuse_to_overwrite(out)
-    run = set_up(settings, device, checkpoint)
-    trainer, curriculum, log = run.trainer, run.curriculum, run.log
-    if rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)                 # only now: a mistake above leaves no directory behind
-        if checkpoint is None:
-            write_config(out, settings, trainer.skeleton, device)
-    progress, started = Progress(s.method), time.time()
-
-    for epoch in range(len(log), s.epochs):
-        if s.adapt and epoch == s.pretrain_epochs:
-            trainer.teacher = actupose.make_teacher(trainer.student)
-        lr, begun = trainer.set_learning_rate(epoch), time.time()
-
-        # The source samples of this epoch.
-        if s.curriculum == "active":
-            pool = curriculum.sample(epoch)                                                               # Eq. 3
-            run.drawn.append(curriculum.drawn_per_bin.tolist())
-        elif s.curriculum == "hardest":
-            pool = curriculum.hardest(s.hard_bins)
-        else:
-            pool = np.arange(len(run.labelled))
-
-        # One step per batch.
-        steps = range(epoch * s.iters_per_epoch, (epoch + 1) * s.iters_per_epoch)
-        sums, seen, confidences, unchecked = {}, [], [], []
-        for step, (indices, source, target) in zip(steps, prefetch(batches(run, pool, steps), s.workers)):
-            terms, confidence = trainer.step(step, source, target)
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0) + value
-            seen.append(indices)
-            confidences.append(confidence)
-            unchecked.append((step, indices, terms))
-            if device.type == "cpu" or len(unchecked) == 50 or step == steps[-1]:      # on a GPU each look waits
-                check_finite(unchecked, run, out)
-                unchecked = []
-            progress(step + 1, s.epochs * s.iters_per_epoch, f"epoch {epoch + 1}/{s.epochs}")
-        check_finite_weights(trainer.student, epoch, out)
-
-        # What the student was sure of in this epoch decides the ranking of the next.
-        if s.curriculum == "active":
-            curriculum.observe(torch.cat(seen), gather(torch.stack(confidences, 1)).T.flatten().cpu())
-            curriculum.rerank()                                                                           # Eq. 4
-
-        means = gather(torch.stack(list(sums.values()))[None]).mean(0).tolist()
-        row = {"epoch": epoch, "lr": lr, "pool": len(pool),
-               **{name: value / s.iters_per_epoch for name, value in zip(sums, means)}}
-        if s.curriculum == "active":
-            row["peak_bin"] = curriculum.peak_bin(epoch)
-        seconds = time.time() - begun
-        for network in filter(None, (trainer.student, trainer.teacher)):
-            broadcast(network.buffers())                       # BatchNorm's statistics, where each process has its own
-        if (epoch + 1) % 10 == 0 or epoch + 1 == s.epochs:
-            row.update(validate(run))
-        log.append(row)
-        if rank() == 0:
-            save_checkpoint(out / "last.pt", state_of(run))
-            write_lines(out / "log.jsonl", log)
-            write_speed(out / "speed.jsonl", epoch, seconds, s, trainer, time.time() - started)
-
-    scores, predictions = evaluate(run)
-    result = {"method": s.method, "source": s.source, "target": s.target, "seed": s.seed, **scores["student"],
-              "teacher": scores.get("teacher"), "val": log[-1]["val_student"], "epochs": s.epochs}
-    if rank() == 0:
-        write_lines(out / "log.jsonl", log)                    # again: a run killed after its last checkpoint ends here
-        draw_figures(run, scores, predictions, out / "figures")
-        write_json(out / "result.json", result)                # last: with it the run is finished
-    return result
-
-
-def check_finite(steps, run, out):
-    """UserError at the first step, of (step, indices, terms), whose loss is not finite in any process."""
-    losses = gather(torch.stack([terms["loss"] for _, _, terms in steps])[None])
-    finite = torch.isfinite(losses).all(0).tolist()
-    if not all(finite):
-        step, indices, terms = steps[finite.index(False)]
-        found = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
-        raise UserError(f"step {step}: the loss is not finite ({found}); source samples "
-                        f"{', '.join(run.labelled.names(indices))}. Lower --lr, --w-evalpose or --w-cross"
-                        f"{last_good_state(out)}")
-
-
-def check_finite_weights(network, epoch, out):
-    """UserError where a step with a finite loss has left weights that are not."""
-    for name, value in network.state_dict().items():
-        if not value.isfinite().all():
-            raise UserError(f"epoch {epoch}: {name} is not finite after a step. Lower --lr{last_good_state(out)}")
-
-
-def last_good_state(out):
-    """What a message says of the last checkpoint."""
-    return f"; {out / 'last.pt'} keeps the last good state" if (out / "last.pt").exists() else ""
-
-
-def set_up(settings, device, checkpoint=None):
-    """Data, Pose-VAE, curriculum, networks and style transfer of a run; from a checkpoint where one is given.
-
-    Returns a namespace: settings, domains, labelled (the dataset whose labels are used), vae, curriculum, trainer,
-    log (a row per finished epoch) and drawn (per epoch, the samples drawn from each bin: Fig. 5).
-    """
-    s, path = settings, "last.pt"
-    weights = read_weights(s) if s.weights and checkpoint is None else None
-    domains = open_domains(s)
-    source, skeleton = domains.source, domains.source.skeleton
-    trainer = Trainer(s, skeleton, device)
-    if weights is not None:
-        load_initial_weights(trainer.student, *weights)
-    if checkpoint is None:
-        vae = actupose.train_pose_vae(source.keypoints, source.visible, skeleton.root, s.vae_steps, seed=s.seed)
-    else:
-        vae = actupose.PoseVAE(len(skeleton)).eval()
-        load_weights(vae, checkpoint["vae"], path)
-    broadcast(vae.state_dict().values())
-    complexity = actupose.pose_complexity(vae, source.keypoints, source.visible, skeleton.root)
-    broadcast([complexity])
-    try:
-        curriculum = actupose.ActiveCurriculum(complexity.numpy(), s.epochs, s.bins, s.pace, s.spread, s.scale,
-                                               s.rescoring, s.seed)
-    except ValueError as e:
-        raise UserError(f"curriculum: {e}") from None
-    if s.curriculum == "hardest" and len(curriculum.hardest(s.hard_bins)) < s.batch_size:
-        raise UserError(f"--hard-bins: {s.hard_bins} bins hold fewer samples than a batch ({s.batch_size})")
-    if checkpoint is None:
-        trainer.style_transfer = prepare_style(s, domains, device)           # last: it can take an hour
-        if trainer.style_transfer is not None:
-            broadcast(trainer.style_transfer.state_dict().values())
-    elif checkpoint["style"] is not None:
-        trainer.style_transfer = actupose.StyleTransfer(s.style).to(device).requires_grad_(False).eval()
-        load_weights(trainer.style_transfer, checkpoint["style"], path)
-    run = SimpleNamespace(settings=s, domains=domains, vae=vae, curriculum=curriculum, trainer=trainer, log=[],
-                          drawn=[], labelled=domains.target if s.supervise == "target" else source)
-    if checkpoint is not None:
-        load_networks(trainer, checkpoint, path)
-        try:
-            trainer.optimiser.load_state_dict(checkpoint["optimiser"])
-            curriculum.load_state_dict(checkpoint["curriculum"])
-        except (ValueError, RuntimeError) as e:
-            raise UserError(f"{path}: {e}; resume with the data that the run was started on") from None
-        run.log, run.drawn = checkpoint["log"], checkpoint["drawn"]
-    return run
-
-
-def prepare_style(settings, domains, device):
-    """The style transfer networks of a run, trained on the images of its two domains; None when off."""
-    s = settings
-    if s.style == "off":
-        return None
-    torch.manual_seed(s.seed)
-    transfer = actupose.StyleTransfer(s.style).to(device)
-    if s.style_weights:
-        folder = Path(s.style_weights)
-        load_style_weights(transfer.encoder, folder / "vgg_normalised.pth")
-        if (folder / "decoder.pth").exists():
-            load_style_weights(transfer.decoder, folder / "decoder.pth")
-            return transfer.requires_grad_(False).eval()
-    size = min(16, s.batch_size)
-
-    def images(i):
-        return tuple(normalise(dataset[shuffled_batch(len(dataset), size, i, s.seed)][0].to(device))
-                     for dataset in (domains.source, domains.target))
-
-    return actupose.train_style_transfer(transfer, images, s.style_iters, train_encoder=not s.style_weights,
-                                         lr=2e-3 if s.style == "small" else 1e-4,        # AdaIN's own for VGG
-                                         progress=Progress("style transfer"))
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Evaluation
-# ----------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def predict(trainer, network, dataset, batch_size=64):
-    """Keypoints (N, K, 2) in pixels and confidences (N, K) of a whole dataset, on the CPU.
-
-    Each process takes a range of the samples.
-    """
-    bounds = [len(dataset) * r // world_size() for r in range(world_size() + 1)]
-    counts = [end - begin for begin, end in zip(bounds, bounds[1:])]
-    begin, end = bounds[rank()], bounds[rank() + 1]
-    found = torch.zeros(max(counts), len(trainer.skeleton), 3)        # one shape everywhere, so that it can be gathered
-    for start in range(begin, end, batch_size):
-        stop = min(start + batch_size, end)
-        keypoints, confidence = trainer.decode(network, dataset[torch.arange(start, stop)][0])
-        found[start - begin:stop - begin] = torch.cat([keypoints, confidence[..., None]], -1)
-    parts = gather(found.to(trainer.device)).cpu().split(max(counts))
-    found = torch.cat([part[:count] for part, count in zip(parts, counts)])
-    return found[..., :2], found[..., 2]
-
-
-def scoring_frame(dataset, stride, subcell):
-    """The truth as it is scored: keypoints (N, K, 2) in pixels and weight (N, K).
-
-    subcell: pixels against pixels. Otherwise the published protocol, cells against cells: keypoints whose cell lies
-    outside the map or has x <= 1 or y <= 1 are left out.
-    """
-    if subcell:
-        return dataset.keypoints, dataset.visible
-    cells = torch.floor(dataset.keypoints / stride + 0.5)
-    return cells * stride, dataset.visible * ((cells > 1) & (cells < dataset.size // stride)).all(-1)
-
-
-def score(predicted, dataset, stride, subcell, bins=None, num_bins=25):
-    """PCK by group, EvalPose score, and PCK by complexity bin (bins: (N,), the bin of each pose)."""
-    true, weight = scoring_frame(dataset, stride, subcell)
-    size, groups = dataset.size, dataset.skeleton.groups
-    result = {"pck": {name: _number(value) for name, value in
-                      actupose.pck(predicted, true, weight, size, groups).items()},
-              "evalpose": actupose.evalpose_score(predicted, true, torch.tensor(dataset.skeleton.limbs), weight)}
-    if bins is not None:
-        scored = list(groups["all"])
-        hits, counted = actupose.pck_hits(predicted[:, scored], true[:, scored], weight[:, scored], 0.05 * size)
-        per_pose, usable = 100 * hits.sum(1) / counted.sum(1).clamp(min=1), counted.any(1).numpy()
-        result["bins"] = [_number(per_pose[torch.from_numpy((bins == j) & usable)].mean().item())
-                          for j in range(num_bins)]
-    return result
-
-
-def _number(value):
-    return None if math.isnan(value) else value                 # nothing is labelled; JSON has no NaN
-
-
-def validate(run):
-    """PCK of student and teacher on the validation split, for choices and curves."""
-    networks = {"val_student": run.trainer.student, "val_teacher": run.trainer.scored_teacher()}
-    return {name: score(predict(run.trainer, network, run.domains.val)[0], run.domains.val, run.trainer.stride,
-                        run.settings.subcell)["pck"]["all"]
-            for name, network in networks.items() if network is not None}
-
-
-def evaluate(run):
-    """Scores of the present weights on the test split, {"student": ..., "teacher": ...}; the student's predictions."""
-    trainer, test, s = run.trainer, run.domains.test, run.settings
-    complexity = actupose.pose_complexity(run.vae, test.keypoints, test.visible, test.skeleton.root)
-    bins = actupose.assign_bins(complexity, s.bins)
-    predictions = {name: predict(trainer, network, test) for name, network in
-                   (("student", trainer.student), ("teacher", trainer.scored_teacher())) if network is not None}
-    scores = {name: score(found[0], test, trainer.stride, s.subcell, bins, s.bins)
-              for name, found in predictions.items()}
-    return scores, predictions["student"]
-
-
-def evaluate_run(out, device):
-    """`evaluate RUN`: score the last checkpoint again; UserError where result.json says something else."""
-    checkpoint = load_run(out / "last.pt")
-    run = set_up(saved_settings(out), device, checkpoint)
-    result = {**(scores := evaluate(run)[0])["student"], "teacher": scores.get("teacher")}
-    print_result(result)
-    if not (out / "result.json").exists():
-        print(f"after {len(run.log)} of {run.settings.epochs} epochs; the run is not finished, "
-              f"`{resume_command(out)}` goes on")
-        return
-    stored = read_json(out / "result.json")
-    different = [key for key in result if stored.get(key) != result[key]]
-    if different:
-        raise UserError(f"{out / 'result.json'}: holds other {', '.join(different)} than this evaluation. The last "
-                        f"digits depend on machine, device and threads; larger differences mean mixed files")
-    print(f"the same as {out / 'result.json'}")
-
-
-def print_result(result):
-    """PCK by group of student and teacher, EvalPose, and PCK by complexity bin."""
-    print("PCK@0.05  " + "".join(f"{name:>11}" for name in result["pck"]) + "   EvalPose")
-    for name, scores in (("student", result), ("teacher", result["teacher"])):
-        if scores:
-            print(f"{name:10}" + "".join(f"{fmt(v):>11}" for v in scores["pck"].values())
-                  + f"{scores['evalpose']:11.1f}")
-    print("student by complexity bin of the pose, simple to complex: "
-          + " ".join(fmt(value, 0) for value in result["bins"]))
-
-
-def fmt(value, digits=1):
-    """A score as text, a dash where nothing is labelled."""
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Files of a run, checkpoints and weights
-# ----------------------------------------------------------------------------------------------------------
+# --- Files of a run, checkpoints, weights -------------------------------------------------------------------
 
 
 def write_json(path, value):
@@ -893,53 +748,38 @@ def read_json(path):
         value = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file; is {path.parent} the directory of a run?") from None
-    except ValueError as e:
-        raise UserError(f"{path}: damaged ({e}); remove {path.parent} and run again") from None
+    except ValueError:
+        value = None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: damaged (no JSON object); remove {path.parent} and run again")
+        raise UserError(f"{path}: damaged, it holds no JSON object; remove {path.parent} and run again")
     return value
 
 
 def write_config(out, settings, skeleton, device):
-    """config.json: the settings, the skeleton, and what computed the run."""
-    packages = {}
-    for name in ("torch", "numpy", "pillow", "triton"):
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    write_json(out / "config.json", {**dataclasses.asdict(settings), "skeleton": dataclasses.asdict(skeleton),
-                                     "device": kernels.common.device_name(device), "processes": world_size(),
-                                     "threads": torch.get_num_threads(), "python": platform.python_version(), **packages})
+    """config.json: the settings, the skeleton, and what computed the run. Makes the directory."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "config.json", {
+        **dataclasses.asdict(settings), "skeleton": dataclasses.asdict(skeleton), "processes": world_size(),
+        "device": kernels.common.device_name(device), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__,
+        "python": sys.version.split()[0]})
 
 
 def saved_settings(out):
     """The settings in a run's config.json."""
-    path, known = out / "config.json", {f.name: f.default for f in dataclasses.fields(Settings)}
-    values = {name: value for name, value in read_json(path).items() if name in known}
-    for name, value in values.items():
-        kind = list if isinstance(known[name], tuple) else type(known[name])
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise UserError(f"{path}: damaged ({name} is {value!r}); mend it, or remove {out} and run again")
-    return Settings(**values)
-
-
-def saved_skeleton(out):
-    """The skeleton of a run, from its config.json: its data may not be here."""
-    saved = read_json(out / "config.json").get("skeleton")
+    known = {f.name for f in dataclasses.fields(Settings)}
+    values = {name: value for name, value in read_json(out / "config.json").items() if name in known}
     try:
-        limbs, triplets = (tuple(map(tuple, saved[name])) for name in ("limbs", "triplets"))
-        groups = {name: tuple(keypoints) for name, keypoints in saved["groups"].items()}
-        return data.Skeleton(tuple(saved["names"]), limbs, triplets, groups, tuple(saved["root"]))
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{out / 'config.json'}: holds no usable skeleton ({e}); give another run") from None
+        return Settings(**values)
+    except (UserError, ValueError, TypeError) as e:
+        raise UserError(f"{out / 'config.json'}: {e}; mend it, or give another run") from None
 
 
-def write_speed(path, epoch, seconds, settings, trainer, total):
+def write_speed(path, epoch, seconds, trainer, started):
     """Append a line to speed.jsonl: what depends on the clock and so cannot stand in log.jsonl."""
-    images = settings.iters_per_epoch * settings.batch_size * (1 + trainer.uses_target)
+    images = trainer.settings.iters_per_epoch * trainer.settings.batch_size * (1 + trainer.uses_target)
     row = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(images / seconds, 1),
-           "total_seconds": round(total, 1), "memory_gb": peak_memory_gb()}
+           "total_seconds": round(time.time() - started, 1), "memory_gb": peak_memory_gb()}
     if trainer.device.type == "cuda":
         row["gpu_memory_gb"] = round(torch.cuda.max_memory_allocated(trainer.device) / 1e9, 2)
     with open(path, "a") as f:
@@ -956,36 +796,20 @@ def peak_memory_gb():
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
 
-def resume_command(out):
-    """How to go on with a run."""
-    return f"python train.py --resume --out {shlex.quote(str(out))}"
-
-
-def refuse_to_overwrite(out):
-    """UserError where `out` holds a run already, or cannot be made."""
-    if (out / "result.json").exists():
-        raise UserError(f"--out: {out} holds a finished run; give another, or `evaluate {out}`")
-    if (out / "last.pt").exists() or (out / "previous.pt").exists():
-        raise UserError(f"--out: {out} holds an unfinished run; add --resume to go on with it, or give another")
-    parent = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--out: {out} cannot be made, {parent} is not a writable directory; give another")
-
-
 def state_of(run):
     """What a checkpoint holds: tensors and plain values only, so that it loads without unpickling code.
 
     Random numbers need no state: each is a function of the seed, the step and the sample.
     """
     trainer = run.trainer
-    return dict(student=trainer.student.state_dict(), teacher=trainer.teacher and trainer.teacher.state_dict(),
-                style=trainer.style_transfer and trainer.style_transfer.state_dict(),
-                optimiser=trainer.optimiser.state_dict(), vae=run.vae.state_dict(),
-                curriculum=run.curriculum.state_dict(), log=run.log, drawn=run.drawn)
+    parts = dict(student=trainer.student, teacher=trainer.teacher, style=trainer.style_transfer, vae=run.vae,
+                 optimiser=trainer.optimiser, curriculum=run.curriculum)
+    return {"log": run.log, "drawn": run.drawn,
+            **{name: part and part.state_dict() for name, part in parts.items()}}
 
 
 def save_checkpoint(path, state):
-    """torch.save followed by the SHA-256 of its bytes, in place of `path`; what was there becomes previous.pt.
+    """torch.save and the SHA-256 of its bytes, in place of `path`; what was there becomes previous.pt.
 
     At every moment last.pt or previous.pt is whole.
     """
@@ -997,64 +821,66 @@ def save_checkpoint(path, state):
 
 
 def load_run(path):
-    """A checkpoint that `save_checkpoint` wrote. Its digest is verified before it is parsed.
-
-    UserError when it is missing or damaged.
-    """
+    """A checkpoint that `save_checkpoint` wrote; its digest is verified before anything is parsed. UserError
+    when it is missing or damaged."""
     try:
-        content = path.read_bytes()
+        content = memoryview(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file; is {path.parent} a run that has finished an epoch?") from None
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
-        raise UserError(f"{path}: damaged (its digest does not fit); --resume goes on from previous.pt beside it")
+        raise UserError(f"{path}: damaged, its digest does not fit; --resume goes on from previous.pt")
     return load_torch(io.BytesIO(content), path)
 
 
 def load_torch(file, path):
-    """A torch file as a dictionary of tensors and plain values; nothing in it is executed. UserError names `path`."""
+    """A torch file as a dictionary of tensors and plain values; nothing in it is executed. UserError names
+    it."""
     try:
-        # UDAPE's and RegDA's files hold the options they were written with, an argparse.Namespace: plain values.
+        # UDAPE's and RegDA's files hold the options they were written with, an argparse.Namespace: plain
+        # values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception as e:
-        raise UserError(f"{path}: not a readable file of tensors and plain values ({type(e).__name__}); replace it") from None
+        reason = f"it holds a {type(state).__name__}"
+    except Exception as e:                                      # of many kinds, where the file is damaged
+        state, reason = None, "no such file" if isinstance(e, FileNotFoundError) else type(e).__name__
     if not isinstance(state, dict):
-        raise UserError(f"{path}: holds no dictionary of tensors; replace it")
+        raise UserError(f"{path}: no readable dictionary of tensors and plain values ({reason}); replace it")
     return state
 
 
-def newest_checkpoint(out):
-    """The checkpoint to go on from: last.pt, or previous.pt where that is damaged, which is said.
-
-    None for a run that was killed before its first epoch was saved. UserError when neither can be read.
-    """
+def starting_point(out, resume):
+    """The checkpoint to go on from, None to start anew. A damaged last.pt is said, and previous.pt is used.
+    UserError where a run would be overwritten, or there is none to resume."""
     last, previous = out / "last.pt", out / "previous.pt"
-    if not last.exists() and not previous.exists() and (out / "config.json").exists():
+    saved = last.exists() or previous.exists()
+    if not resume:
+        if saved or (out / "result.json").exists():
+            raise UserError(f"--out: {out} holds a run; give another, add --resume, or `evaluate {out}`")
         return None
+    for stale in out.glob("*.tmp") if rank() == 0 else ():      # of a run that was killed while it wrote
+        stale.unlink()
+    if not saved and (out / "config.json").exists():
+        return None                                             # killed before it saved an epoch
     try:
         return load_run(last)
     except UserError as damage:
         if not previous.exists():
             raise
         state = load_run(previous)
-        warn(f"{damage}. Going on from {previous}, {len(state['log'])} epochs done, to the same result")
         if rank() == 0:
-            os.replace(previous, last)             # or the damaged file would become the new previous.pt
+            warn(f"{damage}. Going on from {previous}, {len(state['log'])} epochs done, to the same result")
+            os.replace(previous, last)                          # or the damaged file would become previous.pt
         return state
 
 
 def load_weights(module, state, path):
-    """module.load_state_dict with an error that names the file and the first thing that does not fit."""
+    """module.load_state_dict; UserError names the file and the first thing that does not fit."""
     own = module.state_dict()
-    for name in sorted(own.keys() ^ state.keys()):
-        where = "lacks" if name in own else "has an unknown"
-        raise UserError(f"{path}: the checkpoint {where} {name}; is it of another --architecture or skeleton?")
-    for name, value in own.items():
-        if not torch.is_tensor(state[name]) or value.shape != state[name].shape:
-            raise UserError(f"{path}: {name} has shape {tuple(getattr(state[name], 'shape', ()))}, this network "
-                            f"{tuple(value.shape)}; use the --architecture and data of the run that wrote it")
+    for name in sorted(own.keys() | state.keys()):
+        mine, theirs = (getattr(d.get(name), "shape", "missing") for d in (own, state))
+        if mine != theirs:
+            raise UserError(f"{path}: {name} is {theirs} there and {mine} in this network; is it of another "
+                            f"--architecture or skeleton?")
     module.load_state_dict(state)
 
 
@@ -1068,7 +894,7 @@ def load_networks(trainer, checkpoint, path):
 
 def load_style_weights(network, path):
     """Published AdaIN weights into an encoder or decoder, by name; layers beyond relu4_1 are ignored."""
-    state, own = load_torch(path, path), network.state_dict()
+    own, state = network.state_dict(), load_torch(path, path)
     load_weights(network, {name: value for name, value in state.items() if name in own}, path)
 
 
@@ -1079,16 +905,18 @@ IMAGENET_FILES = {"resnet18": "resnet18-f37072fd.pth", "resnet34": "resnet34-b62
 
 
 def read_weights(settings):
-    """What --weights names -> a dictionary for `actupose.load_pose_weights`, and the file's name or address."""
-    if settings.weights == "imagenet":
-        url = IMAGENET_URL + IMAGENET_FILES[settings.architecture]
-        try:
-            return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True), url
-        except Exception as e:                   # no network, a wrong hash, a damaged file: from many libraries
-            raise UserError(f"--weights imagenet: {url} could not be fetched or read ({e}); fetch it by other means "
-                            f"and give the file, or remove a damaged one from {torch.hub.get_dir()}") from None
-    path = Path(settings.weights)
-    return (load_run(path / "last.pt"), path / "last.pt") if path.is_dir() else (load_torch(path, path), path)
+    """What --weights names -> a dictionary for `actupose.load_pose_weights`, and the file's name or
+    address."""
+    if settings.weights != "imagenet":
+        path = Path(settings.weights)
+        return (load_run(path / "last.pt"), path) if path.is_dir() else (load_torch(path, path), path)
+    url = IMAGENET_URL + IMAGENET_FILES[settings.architecture]
+    try:
+        load = torch.hub.load_state_dict_from_url
+        return load(url, map_location="cpu", check_hash=True, weights_only=True), url
+    except Exception as e:                                      # no network, a wrong hash, a damaged file
+        raise UserError(f"--weights imagenet: {url} cannot be had ({e}); give the file, fetched by other "
+                        f"means, or remove a damaged one from {torch.hub.get_dir()}") from None
 
 
 def load_initial_weights(network, weights, path):
@@ -1096,125 +924,100 @@ def load_initial_weights(network, weights, path):
     try:
         loaded, ignored, left = actupose.load_pose_weights(network, weights)
     except ValueError as e:
-        raise UserError(f"--weights: {path}: {e}; give the --architecture that it belongs to, or other weights") from None
-
-    def parts(names):
-        counts = Counter(name.split(".")[0] for name in names)
-        return ", ".join(f"{part} ({count})" for part, count in counts.items())
-
+        raise UserError(f"--weights: {path}: {e}; give its --architecture, or other weights") from None
     if rank() == 0:
-        print(f"weights from {path}:\n  loaded: {parts(loaded)}")
-        for reason in dict.fromkeys(ignored.values()):
-            print(f"  ignored, {reason}: {', '.join(name for name in ignored if ignored[name] == reason)}")
-        if left:
-            print(f"  not in it, left at the initialisation: {parts(left)}")
+        print(f"weights from {path}: {len(loaded)} tensors; ignored: {', '.join(ignored) or 'none'}; left at "
+              f"the initialisation: {', '.join(left) or 'none'}")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Pictures
-# ----------------------------------------------------------------------------------------------------------
+# --- Pictures, drawn at twice their size and reduced when saved: smooth lines. Coordinates are the drawing's.
 
 INK, GREY, GRID, WHITE = (34, 40, 49), (112, 122, 136), (228, 232, 238), (255, 255, 255)
-RIGHT, LEFT, CENTRE = (240, 78, 88), (38, 132, 230), (250, 178, 40)
-PALETTE = (LEFT, RIGHT, (32, 164, 118), CENTRE, (136, 84, 208), (96, 108, 122), (24, 190, 207), (227, 119, 194),
-           (150, 100, 70), (160, 190, 60))
-JOINT_COLOURS = {"r-": RIGHT, "l-": LEFT, "thumb": RIGHT, "index": PALETTE[4], "middle": PALETTE[2], "ring": LEFT,
-                 "little": PALETTE[5]}                       # by the beginning of a keypoint's name
+BLUE, RED, GREEN, YELLOW = (38, 132, 230), (240, 78, 88), (32, 164, 118), (250, 178, 40)
+PURPLE, SLATE = (136, 84, 208), (96, 108, 122)
+PALETTE = (BLUE, RED, GREEN, YELLOW, PURPLE, SLATE)
+# Colours of joints by the beginning of their names; others are yellow.
+JOINT_COLOURS = {"r-": RED, "l-": BLUE, "thumb": RED, "index": PURPLE, "middle": GREEN, "ring": BLUE,
+                 "little": SLATE}
+BINS_LABEL = "complexity bin, simple to complex"
 
 
-class Canvas:
-    """A white picture drawn at twice its size and reduced when saved: smooth lines with Pillow alone.
-
-    Arguments are in pixels of the saved picture; colours are (r, g, b) or (r, g, b, alpha).
-    """
-
-    def __init__(self, width, height):
-        self.image = Image.new("RGB", (2 * round(width), 2 * round(height)), WHITE)
-        self.draw = ImageDraw.Draw(self.image, "RGBA")
-
-    def line(self, points, colour, width=1.0):
-        self.draw.line([(2 * x, 2 * y) for x, y in points], colour, max(1, round(2 * width)), joint="curve")
-
-    def box(self, x0, y0, x1, y1, colour):
-        self.draw.rectangle([round(2 * v) for v in (x0, y0, x1, y1)], colour)
-
-    def dot(self, x, y, radius, colour):
-        self.draw.circle((2 * x, 2 * y), 2 * radius, colour)
-
-    def text(self, x, y, text, size=12, colour=GREY, anchor="ls"):
-        """Text at (x, y) with one of Pillow's anchors; returns where it ends if it starts at x."""
-        font = ImageFont.load_default(size=2 * size)
-        self.draw.text((2 * x, 2 * y), str(text), colour, font, anchor)
-        return x + font.getlength(str(text)) / 2
-
-    def save(self, path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as f:
-            self.image.reduce(2).save(f, format="PNG", optimize=True)
+def blank(width, height):
+    """A white picture of this size and its ImageDraw."""
+    image = Image.new("RGB", (width, height), WHITE)
+    return image, ImageDraw.Draw(image, "RGBA")
 
 
-def chart(canvas, box, series, title, xlabel="", kind="line"):
+def write(draw, x, y, text, size=24, colour=GREY, anchor="ls"):
+    """Text at (x, y) with one of Pillow's anchors; returns where it ends if it starts at x."""
+    font = ImageFont.load_default(size=size)
+    draw.text((x, y), str(text), colour, font, anchor)
+    return x + font.getlength(str(text))
+
+
+def save_picture(image, path):
+    """PNG at half the size, replaced atomically; makes the directory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as f:
+        image.reduce(2).save(f, format="PNG", optimize=True)
+
+
+def chart(draw, box, series, title, xlabel, kind="line"):
     """A chart in box (x0, y0, x1, y1), with a legend where there are several series.
 
-    series: label -> (x, y), where y (n,) is a line or bars, and (n, 5) the quantiles of a box plot (kind "box").
-    Values that are NaN or None are left out. Returns the function (x, y) -> place on the canvas.
+    series: label -> (x (n,), y): y (n,) of a "line" or "bar", or (n, 5) quantiles of a "box". NaN is left
+    out.
     """
     x0, y0, x1, y1 = box
-    series = {label: (np.asarray(x, float), np.asarray(y, float)) for label, (x, y) in series.items()}
-    xs, ys = (np.concatenate([part[i].ravel() for part in series.values()]) for i in (0, 1))
-    ys, margin = ys[np.isfinite(ys)], 0.0 if kind == "line" else 0.6
-    left, right = xs.min() - margin, max(xs.max() + margin, xs.min() + 1e-9)
-    low = min(ys.min(initial=0), 0)
-    high = max(ys.max(initial=low), low + 1e-9) * 1.05
+    series = {label: [np.asarray(values, float) for values in xy] for label, xy in series.items()}
+    xs, ys = (np.concatenate([xy[i].ravel() for xy in series.values()]) for i in (0, 1))
+    margin, ys = 0.0 if kind == "line" else 0.6, ys[np.isfinite(ys)]
+    left, right = xs.min() - margin, max(xs.max() + margin, xs.min() + 1)
+    low, high = min(ys.min(initial=0), 0), ys.max(initial=0)
+    high += 0.05 * max(high - low, 1e-9)
 
     def place(x, y):
         return x0 + (x - left) / (right - left) * (x1 - x0), y1 - (y - low) / (high - low) * (y1 - y0)
 
-    for axis, (start, end, count) in enumerate(((left, right, 8), (low, high, 5))):
-        power = 10.0 ** math.floor(math.log10((end - start) / count))
-        tick = next(m * power for m in (1, 2, 5, 10) if m * power >= (end - start) / count)
-        tick = max(tick, 1) if axis == 0 and xs.max() > 2 else tick          # epochs and bins are whole
-        for value in np.arange(math.ceil(start / tick), math.floor(end / tick) + 1) * tick:
-            if axis == 0:
-                canvas.text(place(value, low)[0], y1 + 16, f"{value:,.6g}", 11, anchor="ms")
-            else:
-                canvas.line([(x0, place(left, value)[1]), (x1, place(left, value)[1])], GRID)
-                canvas.text(x0 - 6, place(left, value)[1], f"{value:,.6g}", 11, anchor="rm")
-    canvas.line([place(left, 0), place(right, 0)], GREY)
-    canvas.text((x0 + x1) / 2, y1 + 34, xlabel, anchor="ms")
-    end = canvas.text(x0, y0 - 12, title, 14, INK) + 24
+    def ticks(start, end):
+        power = 10.0 ** math.floor(math.log10((end - start) / 6))
+        step = next(m * power for m in (1, 2, 5, 10) if m * power >= (end - start) / 6)
+        return np.arange(math.ceil(start / step), math.floor(end / step) + 1) * step
+
+    for value in ticks(left, right):
+        write(draw, place(value, low)[0], y1 + 32, f"{value:,.6g}", 22, anchor="ms")
+    for value in ticks(low, high):
+        y = place(left, value)[1]
+        draw.line([x0, y, x1, y], GRID if value else GREY, 2)
+        write(draw, x0 - 12, y, f"{value:,.6g}", 22, anchor="rm")
+    write(draw, (x0 + x1) / 2, y1 + 68, xlabel, anchor="ms")
+    end = write(draw, x0, y0 - 24, title, 28, INK) + 40
     for i, ((label, (x, y)), colour) in enumerate(zip(series.items(), cycle(PALETTE))):
         if len(series) > 1:
-            canvas.box(end, y0 - 22, end + 10, y0 - 12, colour)
-            end = canvas.text(end + 15, y0 - 12, label) + 18
-        known = np.isfinite(y if y.ndim == 1 else y[:, 0])
-        points = list(zip(x[known], y[known]))
+            draw.rectangle([end, y0 - 44, end + 20, y0 - 24], colour)
+            end = write(draw, end + 28, y0 - 24, label) + 28
+        points = [(at, value) for at, value in zip(x, y) if np.isfinite(value).all()]
         if kind == "line":
-            canvas.line([place(*point) for point in points], colour, 2)
-            for point in points if len(points) < 16 else ():
-                canvas.dot(*place(*point), 3, colour)
-        for at, values in points if kind == "bar" else ():
-            (a, top), (b, zero) = place(at - 0.4 + 0.8 * i / len(series), values), place(at - 0.4 + 0.8 * (i + 0.9) / len(series), 0)
-            canvas.box(a, min(top, zero), b, max(top, zero), colour)
-        for at, values in points if kind == "box" else ():
-            whiskers = [place(at, value) for value in values]
-            canvas.line([whiskers[0], whiskers[4]], colour)
-            canvas.box(place(at - 0.3, 0)[0], whiskers[3][1], place(at + 0.3, 0)[0], whiskers[1][1], (*colour, 90))
-            canvas.line([place(at - 0.3, values[2]), place(at + 0.3, values[2])], colour, 2)
-    return place
+            draw.line([place(*point) for point in points], colour, 4, joint="curve")
+        for at, value in points if kind == "bar" else ():
+            start, width = at - 0.4 + 0.8 * i / len(series), 0.72 / len(series)
+            draw.rectangle([*place(start, max(value, 0)), *place(start + width, min(value, 0))], colour)
+        for at, (lowest, lower, median, upper, highest) in points if kind == "box" else ():
+            draw.line([place(at, lowest), place(at, highest)], colour, 2)
+            draw.rectangle([*place(at - 0.3, upper), *place(at + 0.3, lower)], (*colour, 90))
+            draw.line([place(at - 0.3, median), place(at + 0.3, median)], colour, 4)
 
 
 def draw_skeleton(draw, keypoints, visible, skeleton, width, confidence=None):
     """Limbs and joints of one figure, outlined in white, coloured by body side or finger.
 
-    draw: ImageDraw.Draw(image, "RGBA"); keypoints: (K, 2) in pixels of that image; visible: (K,), 0 leaves a keypoint
-    out; width: of a limb in pixels; confidence: (K,) in [0, 1], fades what is unsure.
+    draw: ImageDraw.Draw(image, "RGBA"); keypoints: (K, 2) in pixels of that image; visible: (K,), 0 leaves
+    one out; width: of a limb in pixels; confidence: (K,) in [0, 1], fades what is unsure.
     """
-    points = [tuple(p) for p in np.asarray(keypoints, float).tolist()]
-    shown = (np.asarray(visible) > 0) & np.isfinite(np.asarray(keypoints, float)).all(-1)
-    sure = np.ones(len(points)) if confidence is None else np.clip(np.nan_to_num(np.asarray(confidence, float)), 0, 1)
+    points, shown = [tuple(p) for p in np.asarray(keypoints, float).tolist()], np.asarray(visible) > 0
+    sure = np.ones(len(points)) if confidence is None else np.clip(np.nan_to_num(confidence), 0, 1)
     alpha = (255 * (0.2 + 0.8 * sure)).round().astype(int)
-    colours = [next((c for start, c in JOINT_COLOURS.items() if name.startswith(start)), CENTRE)
+    colours = [next((c for start, c in JOINT_COLOURS.items() if name.startswith(start)), YELLOW)
                for name in skeleton.names]
     neighbours, limbs = [set() for _ in points], []
     for a, b in skeleton.limbs:
@@ -1222,8 +1025,9 @@ def draw_skeleton(draw, keypoints, visible, skeleton, width, confidence=None):
         if shown[a] and shown[b] and not neighbours[a] & neighbours[b]:
             neighbours[a].add(b)
             neighbours[b].add(a)
-            sides = {colours[a], colours[b]} - {CENTRE}
-            limbs.append(([points[a], points[b]], min(alpha[a], alpha[b]), sides.pop() if len(sides) == 1 else CENTRE))
+            sides = {colours[a], colours[b]} - {YELLOW}
+            colour = sides.pop() if len(sides) == 1 else YELLOW
+            limbs.append(([points[a], points[b]], min(alpha[a], alpha[b]), colour))
     for ends, opacity, _ in limbs:
         draw.line(ends, (*WHITE, opacity * 4 // 5), round(width * 1.7))
     for ends, opacity, colour in limbs:
@@ -1233,261 +1037,220 @@ def draw_skeleton(draw, keypoints, visible, skeleton, width, confidence=None):
         draw.circle(points[k], width * 0.95, (*colours[k], alpha[k]))
 
 
-def draw_panels(path, rows, skeleton, side=160):
+def draw_panels(path, rows, skeleton, side=320):
     """Rows of images, each with a caption above and, where given, a skeleton.
 
-    rows: lists of (caption, image (3, S, S) uint8, pose): pose is None or (keypoints (K, 2) in pixels of the image,
-    visible (K,), confidence (K,) or None).
+    rows: lists of (caption, uint8 image (3, S, S), pose); pose: None or (keypoints (K, 2) in pixels of the
+    image, visible (K,), confidence (K,) or None).
     """
-    cell = side + 6
-    canvas = Canvas(12 + max(map(len, rows)) * cell, 8 + len(rows) * (cell + 20))
+    wide, high = side + 12, side + 52
+    canvas, draw = blank(12 + max(map(len, rows)) * wide, 8 + len(rows) * high)
     for r, row in enumerate(rows):
         for c, (caption, image, pose) in enumerate(row):
-            panel = Image.fromarray(np.ascontiguousarray(np.asarray(image).transpose(1, 2, 0)))
-            panel = panel.resize((2 * side, 2 * side), Image.Resampling.BICUBIC)
-            if pose is not None:                              # pixel centres stay centres
-                keypoints = (np.asarray(pose[0], float) + 0.5) * (2 * side / image.shape[-1]) - 0.5
-                draw_skeleton(ImageDraw.Draw(panel, "RGBA"), keypoints, pose[1], skeleton, side / 28, pose[2])
-            x, y = 8 + c * cell, 4 + r * (cell + 20)
-            canvas.text(x, y + 16, caption, colour=INK)
-            canvas.image.paste(panel, (2 * x, 2 * y + 44))
-    canvas.save(path)
+            panel = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+            panel = panel.resize((side, side), Image.Resampling.BICUBIC)
+            if pose is not None:                                # pixel centres stay centres
+                keypoints = (pose[0] + 0.5) * (side / image.shape[-1]) - 0.5
+                draw_skeleton(ImageDraw.Draw(panel, "RGBA"), keypoints, pose[1], skeleton, side / 56, pose[2])
+            write(draw, 10 + c * wide, r * high + 32, caption, 26, INK)
+            canvas.paste(panel, (10 + c * wide, r * high + 44))
+    save_picture(canvas, path)
 
 
 def draw_curves(path, log):
     """The course of a run over its epochs. log: a dictionary per epoch, as the lines of log.jsonl."""
     panels = {"L_mse": ["mse"], "L_consistency": ["consistency"], "EvalPose, Eq. 5": ["evalpose"],
               "cross-domain, Eq. 6": ["cross_domain"], "validation PCK@0.05": ["val_student", "val_teacher"],
-              "confidence": ["confidence", "teacher_confidence", "kept"], "pairs, Eq. 7": ["pairs"],
-              "learning rate": ["lr"]}
-    canvas = Canvas(4 * 360 + 20, 2 * 250)
+              "confidence": ["confidence", "teacher_confidence"]}
+    canvas, draw = blank(2220, 1000)
     for n, (title, names) in enumerate(panels.items()):
-        series = {name: [(row["epoch"], row[name]) for row in log if row.get(name) is not None] for name in names}
-        x, y = 60 + n % 4 * 360, 40 + n // 4 * 250
-        if any(series.values()):
-            chart(canvas, (x, y, x + 280, y + 150), {name: zip(*rows) for name, rows in series.items() if rows}, title,
-                  "epoch")
-    canvas.save(path)
+        rows = {name: [(row["epoch"], row[name]) for row in log if row.get(name) is not None]
+                for name in names}
+        series = {name: zip(*values) for name, values in rows.items() if values}
+        if series:
+            x, y = 110 + n % 3 * 740, 80 + n // 3 * 500
+            chart(draw, (x, y, x + 590, y + 300), series, title, "epoch")
+    save_picture(canvas, path)
 
 
-def draw_bins(path, series):
-    """Fig. 9: PCK over the bins of rising pose complexity, a bar per method. series: label -> N_b scores or None."""
-    bins = max(map(len, series.values()))
-    canvas = Canvas(width := max(700, bins * (12 * len(series) + 8)), 330)
-    chart(canvas, (50, 40, width - 10, 280), {label: (range(len(y)), y) for label, y in series.items()}, "PCK@0.05",
-          "complexity bin, simple to complex", "bar")
-    canvas.save(path)
-
-
-def draw_curriculum(path, drawn):
-    """Fig. 5: how many samples an epoch draws from each bin, for five epochs. drawn: (epochs, N_b)."""
-    chosen = np.unique(np.linspace(0, len(drawn) - 1, 5).round().astype(int))
-    canvas = Canvas(860, 380)
-    chart(canvas, (60, 40, 850, 330), {f"epoch {e}: {sum(drawn[e]):,}": (range(len(drawn[e])), drawn[e]) for e in chosen},
-          "samples drawn", "complexity bin, simple to complex")
-    canvas.save(path)
+def draw_by_bin(path, series, title, kind):
+    """Fig. 5 (lines) and Fig. 9 (bars): label -> N_b values over the bins of rising complexity."""
+    width = max(1800, 30 * max(map(len, series.values())) * len(series))
+    canvas, draw = blank(width, 720)
+    series = {label: (range(len(values)), values) for label, values in series.items()}
+    chart(draw, (110, 80, width - 20, 600), series, title, BINS_LABEL, kind)
+    save_picture(canvas, path)
 
 
 def draw_complexity(path, dataset, bins, num_bins):
     """Fig. 2 and 3: the first poses of five bins, and how much the poses within each bin differ (Eq. 7).
 
-    bins: (N,) the bin of each pose of the dataset. The boxes are quartiles of the root mean square difference of the
-    angles, in degrees, between the first hundred poses of a bin, with the 5th and 95th percentile as whiskers.
+    bins: (N,) the bin of each pose of the dataset. The boxes are the 5, 25, 50, 75 and 95 % quantiles of the
+    root mean square difference of angles, in degrees, between the first hundred poses of a bin.
     """
-    cell, skeleton = 96, dataset.skeleton
-    canvas, triplets, quantiles = Canvas(1400, 560), torch.tensor(skeleton.triplets), []
-    canvas.text(20, 30, "poses by bin", 14, INK)
+    skeleton, triplets, quantiles = dataset.skeleton, torch.tensor(dataset.skeleton.triplets), []
+    canvas, draw = blank(2800, 1120)
     for r, j in enumerate(np.unique(np.linspace(0, num_bins - 1, 5).astype(int))):
-        canvas.text(20, 40 + (r + 0.5) * cell, f"bin {j}")
+        write(draw, 40, 170 + r * 190, f"bin {j}")
         for n, i in enumerate(np.flatnonzero(bins == j)[:7]):
-            pose, seen = dataset.keypoints[i].numpy(), dataset.visible[i].numpy() > 0
-            if seen.any():
-                low, high = pose[seen].min(0), pose[seen].max(0)
-                place = (pose - (low + high) / 2) * 0.84 * cell / max((high - low).max(), 1e-9)
-                place += (80 + (n + 0.5) * cell, 40 + (r + 0.5) * cell)
-                draw_skeleton(canvas.draw, 2 * place, seen, skeleton, 5)
+            pose, seen = actupose.normalise_poses(dataset.keypoints[[i]], dataset.visible[[i]], skeleton.root)
+            place = pose.view(-1, 2).numpy() * 160 + (250 + n * 190, 170 + r * 190)
+            draw_skeleton(draw, place, seen.view(-1, 2)[:, 0], skeleton, 10)
     for j in range(num_bins):
         of_bin = torch.from_numpy(np.flatnonzero(bins == j)[:100])
         poses, valid = dataset.keypoints[of_bin], dataset.visible[of_bin] > 0
         distance = kernels.triplet_angle_distance(poses, poses, triplets, valid, valid)
         pairs = distance[torch.ones_like(distance).triu(1) > 0]
         pairs = torch.rad2deg(pairs[pairs.isfinite()] * len(skeleton) / math.sqrt(len(triplets)))
-        quantiles.append(pairs.quantile(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])).tolist() if len(pairs)
-                         else [math.nan] * 5)
-    chart(canvas, (840, 40, 1380, 500), {"": (range(num_bins), quantiles)}, "difference of angles within a bin, degrees",
-          "complexity bin, simple to complex", "box")
-    canvas.save(path)
+        levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
+        quantiles.append(pairs.quantile(levels).tolist() if len(pairs) else [math.nan] * 5)
+    chart(draw, (1700, 80, 2760, 1000), {"": (range(num_bins), quantiles)},
+          "difference of angles within a bin, degrees", BINS_LABEL, "box")
+    save_picture(canvas, path)
 
 
 def draw_figures(run, scores, predictions, folder):
     """All pictures of a finished run. The samples shown are the first of each split, not chosen."""
-    domains, s, skeleton = run.domains, run.settings, run.trainer.skeleton
-    limbs, size, panels = torch.tensor(skeleton.limbs), s.image_size, []
-
-    def first(dataset, count):
-        return dataset[torch.arange(min(count, len(dataset)))]
-
-    images, true, visible = first(domains.test, 12)
-    found, sure = predictions
-    for i, image in enumerate(images):
-        one, groups = slice(i, i + 1), {"all": skeleton.groups["all"]}
-        pck = actupose.pck(found[one], true[one], visible[one], size, groups)["all"]
-        evalpose = actupose.evalpose_score(found[one], true[one], limbs, visible[one])
-        panels += [("", image, None), ("ground truth", image, (true[i], visible[i], None)),
-                   (f"PCK {pck:.0f}  EvalPose {evalpose:.0f}", image, (found[i], np.ones(len(skeleton)), sure[i]))]
-    draw_panels(folder / "predictions.png", [panels[i:i + 9] for i in range(0, len(panels), 9)], skeleton)     # Fig. 8
-    rows = []
-    for name, dataset in ((s.source, domains.source), (s.target, domains.val)):
-        shown = zip(*first(dataset, 8))
-        rows.append([(name if i == 0 else "", image, (keypoints, seen, None))
-                     for i, (image, keypoints, seen) in enumerate(shown)])
-    draw_panels(folder / "domains.png", rows, skeleton)
-    if run.trainer.style_transfer is not None:
-        source, target = (first(dataset, min(8, len(domains.source), len(domains.target)))[0]
+    domains, s, trainer, skeleton = run.domains, run.settings, run.trainer, run.trainer.skeleton
+    test, panels, (found, sure) = domains.test, [], predictions
+    for i, image in enumerate(test[torch.arange(min(12, len(test)))][0]):
+        one = SimpleNamespace(skeleton=skeleton, size=test.size, keypoints=test.keypoints[[i]],
+                              visible=test.visible[[i]])
+        scored = actupose.score(found[[i]], one, trainer.stride, s.subcell)
+        caption = f"PCK {fmt(scored['pck']['all'], 0)}  EvalPose {scored['evalpose']:.0f}"
+        panels += [("", image, None), ("ground truth", image, (test.keypoints[i], test.visible[i], None)),
+                   (caption, image, (found[i], torch.ones(len(skeleton)), sure[i]))]
+    rows = [panels[i:i + 9] for i in range(0, len(panels), 9)]
+    draw_panels(folder / "predictions.png", rows, skeleton)                                           # Fig. 8
+    if trainer.style_transfer is not None:
+        first = torch.arange(min(8, len(domains.source), len(domains.target)))
+        source, target = (normalise(unit_range(dataset[first][0].to(trainer.device)))
                           for dataset in (domains.source, domains.target))
-        draw_panels(folder / "style.png", [[(title if i == 0 else "", image, None) for i, image in enumerate(images)]
-                                           for title, images in restyled_examples(run.trainer, source, target)], skeleton)
+        rows = {"source": source, "source -> target": trainer.style_transfer(source, target, 1.0),
+                "target": target, "target -> source": trainer.style_transfer(target, source, 1.0)}
+        rows = [[(title * (i == 0), image, None) for i, image in enumerate(denormalise(images).cpu())]
+                for title, images in rows.items()]
+        draw_panels(folder / "style.png", rows, skeleton)
     if s.curriculum == "active":
-        draw_curriculum(folder / "curriculum.png", run.drawn)
+        epochs = np.unique(np.linspace(0, s.epochs - 1, 5).round().astype(int))
+        drawn = {f"epoch {e}: {sum(run.drawn[e]):,}": run.drawn[e] for e in epochs}
+        draw_by_bin(folder / "curriculum.png", drawn, "samples drawn", "line")
     draw_curves(folder / "curves.png", run.log)
-    draw_bins(folder / "bins.png", {name: values["bins"] for name, values in scores.items()})
-    draw_complexity(folder / "complexity.png", domains.source, actupose.assign_bins(run.curriculum.complexity, s.bins),
-                    s.bins)
+    by_bin = {name: [math.nan if v is None else v for v in values["bins"]] for name, values in scores.items()}
+    draw_by_bin(folder / "bins.png", by_bin, "PCK@0.05", "bar")
+    bins = actupose.assign_bins(run.curriculum.complexity, s.bins)
+    draw_complexity(folder / "complexity.png", domains.source, bins, s.bins)
 
 
-def restyled_examples(trainer, source, target):
-    """Rows of (title, uint8 images): both domains as they are and fully in the other's style."""
-    normalised = [normalise(images.to(trainer.device)) for images in (source, target)]
-    full = torch.ones(len(source), device=trainer.device)
-    restyled = [denormalise(trainer.style_transfer(content, style, full)).cpu()
-                for content, style in (normalised, normalised[::-1])]
-    return (("source", source), ("source -> target", restyled[0]), ("target", target), ("target -> source", restyled[1]))
+# --- Photographs --------------------------------------------------------------------------------------------
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Photographs
-# ----------------------------------------------------------------------------------------------------------
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")                # what is taken from a folder
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")                   # what is taken from a folder
 
 
 def find_photographs(inputs, out):
-    """Files and folders -> {name of the outputs: file}. UserError for what is missing, or would overwrite another."""
+    """Files and folders -> {name: file}. UserError for what is missing, or would be overwritten."""
     files = {}
     for path in map(Path, inputs):
         found = [path]
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()
-                           and not p.name.startswith("."))
+            found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
         if not found or not path.exists():
             raise UserError(f"{path}: no such picture, or a folder without any ({' '.join(SUFFIXES)})")
         for file in found:
             if file.resolve().parent == out.resolve():
-                raise UserError(f"--out: {out} holds the photograph {file}, which could be overwritten; give another")
+                raise UserError(f"--out: {out} holds {file}, which could be overwritten; give another")
             if files.setdefault(file.name, file).resolve() != file.resolve():
-                raise UserError(f"{file}: another picture is called {file.name}, too; predict them one by one")
+                raise UserError(f"{file}: {files[file.name]} has the same name; predict them one by one")
     return files
 
 
-def photograph_region(size, box):
-    """The part of a photograph of size (width, height) that the network sees: edges (left, top, right, bottom).
-
-    box: (x, y, w, h) in pixels, or None for all. A box is widened about its centre to a square, as far as the
-    photograph reaches. ValueError when the box lies outside.
-    """
-    if box is None:
-        return 0, 0, *size
-    side, edges = max(box[2:]), []
-    for start, length, end in zip(box[:2], box[2:], size):
-        if start >= end or start + length <= 0:
-            raise ValueError(f"--box {show(box)} lies outside of its {size[0]} x {size[1]} pixels")
-        edges.append((max(start + (length - side) / 2, 0), min(start + (length + side) / 2, end)))
-    return edges[0][0], edges[1][0], edges[0][1], edges[1][1]
-
-
 def predict_run(run, inputs, out, box, network, device):
-    """`predict`: the skeleton on each photograph (NAME.jpg) and its keypoints (NAME.json). Exit status 1 if one failed."""
-    settings, skeleton, checkpoint = saved_settings(run), saved_skeleton(run), load_run(run / "last.pt")
+    """The skeleton on each photograph (NAME.jpg) and its keypoints (NAME.json). Returns 1 if one failed, else
+    0."""
+    settings, checkpoint = saved_settings(run), load_run(run / "last.pt")
     if checkpoint[network] is None:
-        raise UserError(f"--network {network}: {run} has none ({settings.method}, {len(checkpoint['log'])} epochs)")
+        raise UserError(f"--network {network}: {run} has none after {len(checkpoint['log'])} epochs")
+    skeleton = data.Skeleton(**read_json(run / "config.json")["skeleton"])
     files = find_photographs(inputs, out)
-    trainer = Trainer(settings, skeleton, device)
+    trainer, size = Trainer(settings, skeleton, device), settings.image_size
     load_networks(trainer, checkpoint, run / "last.pt")
-    model = trainer.student if network == "student" else trainer.scored_teacher()
+    model = trainer.student if network == "student" else scored_teacher(trainer)
     out.mkdir(parents=True, exist_ok=True)
     progress, failed = Progress("photographs"), 0
     for done, (name, file) in enumerate(files.items(), 1):
         try:
             with Image.open(file) as image:
                 image = ImageOps.exif_transpose(image).convert("RGB")
-            region = photograph_region(image.size, box)
-        except Exception as e:                       # a damaged file raises whatever its decoder stumbles on
+            x, y, w, h = box or (0, 0, *image.size)
+            region = max(x, 0), max(y, 0), min(x + w, image.width), min(y + h, image.height)
+            crop = letterbox(image, region, size)
+        except Exception as e:                                  # a damaged file, or a box outside of it
             failed += 1
-            warn(f"{file}: {e if isinstance(e, ValueError) else f'not a readable photograph ({e})'}")
+            warn(f"{file}: {e}" + (f" (is --box {show(box)} within its pixels?)" if box else ""))
             continue
-        keypoints, confidence = (t[0] for t in trainer.decode(model, letterbox(image, region, settings.image_size)[None]))
-        _, _, view = letterbox_view(region, settings.image_size)
-        keypoints = map_keypoints(keypoints.double(), invert_view(torch.from_numpy(view)))
-        width = max(max(region[2] - region[0], region[3] - region[1]) / 100, 1.5)
-        draw_skeleton(ImageDraw.Draw(image, "RGBA"), keypoints, np.ones(len(skeleton)), skeleton, width, confidence)
+        keypoints, confidence = (t[0] for t in decode(model, crop[None], settings, device))
+        to_picture = invert_view(torch.from_numpy(letterbox_view(region, size)[2]))
+        keypoints = map_keypoints(keypoints.double(), to_picture)
+        width, seen = max(region[2] - region[0], region[3] - region[1], 150) / 100, torch.ones(len(skeleton))
+        draw_skeleton(ImageDraw.Draw(image, "RGBA"), keypoints, seen, skeleton, width, confidence)
         with replacing(out / f"{name}.jpg") as f:
-            image.save(f, format="JPEG", quality=92, subsampling=0)
+            image.save(f, format="JPEG", quality=92)
+        rows = zip(skeleton.names, keypoints.tolist(), confidence.tolist())
         write_json(out / f"{name}.json", {
-            "image": str(file), "width": image.width, "height": image.height, "box": box, "keypoints": [
-                {"name": joint, "x": round(x, 3), "y": round(y, 3), "confidence": round(c, 4)}
-                for joint, (x, y), c in zip(skeleton.names, keypoints.tolist(), confidence.tolist())]})
+            "image": str(file), "width": image.width, "height": image.height, "box": box,
+            "keypoints": [{"name": joint, "x": round(x, 3), "y": round(y, 3), "confidence": round(c, 4)}
+                          for joint, (x, y), c in rows]})
         progress(done, len(files))
     print(f"{len(files) - failed} of {len(files)} photographs done by the {network} of {run}, in {out}")
     return 1 if failed else 0
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Many runs, one table
-# ----------------------------------------------------------------------------------------------------------
+# --- Many runs, one table -----------------------------------------------------------------------------------
 
 
-def compare(names, seeds, root, jobs, preset, device, given):
-    """Run what is missing of names x seeds under `root`, `jobs` at a time, and print the table in Markdown."""
-    runs = {(name, seed): root / f"{name}-s{seed}" for name in names for seed in seeds}
-    waiting = []
-    for (name, seed), out in runs.items():
-        if name not in {**METHODS, **ABLATIONS}:
+def compare(methods, seeds, out, jobs, preset, device, **given):
+    """Run what is missing of methods x seeds in `out`, `jobs` at a time, and print the table in Markdown."""
+    names, seeds = list(dict.fromkeys(methods.split(","))), list(dict.fromkeys(map(int, seeds)))
+    root, runs, waiting, failed = out or Path("runs/compare"), {}, [], []
+    for name in names:
+        if name not in METHODS and name not in ABLATIONS:
             raise UserError(f"--methods: use {' or '.join((*METHODS, *ABLATIONS))}, got {name}")
-        values = {**given, "seed": seed, **(dict(method=name) if name in METHODS else ABLATIONS[name])}
-        settings = make_settings(preset, **values)
-        if (out / "config.json").exists():
-            check_same_settings(out, dataclasses.asdict(settings))
-        if not (out / "result.json").exists():
-            command = [sys.executable, __file__, "--preset", preset, "--device", device, "--out", str(out)]
-            for key, value in values.items():
-                command += [f"--{key.replace('_', '-')}", show(value)]
-            waiting.append((out, command + ["--resume"] * (out / "config.json").exists()))
-    progress, running, failed, total = Progress("runs"), {}, [], len(waiting)
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
+        for seed in seeds:
+            out = runs[name, seed] = root / f"{name}-s{seed}"
+            values = {**given, "seed": seed, **(dict(method=name) if name in METHODS else ABLATIONS[name])}
+            settings = make_settings(preset, **values)
+            if (out / "config.json").exists():
+                check_same_settings(out, dataclasses.asdict(settings))
+            if not (out / "result.json").exists():
+                words = [f"--{key.replace('_', '-')}={show(value)}" for key, value in values.items()]
+                words += ["--resume"] * (out / "config.json").exists()
+                waiting.append((out, [sys.executable, __file__, f"--preset={preset}", f"--device={device}",
+                                      f"--out={out}", *words]))
+    progress, running, total = Progress("runs"), {}, len(waiting)
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 out, command = waiting.pop(0)
                 out.mkdir(parents=True, exist_ok=True)
                 with open(out / "output.txt", "a") as f:
-                    running[out] = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=environment)
+                    running[out] = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=threads)
             time.sleep(0.5)
-            for out, process in [item for item in running.items() if item[1].poll() is not None]:
-                del running[out]
-                if process.returncode:
-                    failed.append(f"{out}: exit status {process.returncode}, see {out / 'output.txt'}")
+            for out in [out for out, process in running.items() if process.poll() is not None]:
+                if status := running.pop(out).returncode:
+                    failed.append(f"{out}: exit status {status}, see {out / 'output.txt'}")
                 progress(total - len(waiting) - len(running), total, out.name)
     finally:
-        for process in running.values():                     # after Ctrl-C
+        for process in running.values():                        # after Ctrl-C
             process.terminate()
             process.wait()
     results = {name: [read_json(runs[name, seed] / "result.json") for seed in seeds
                       if (runs[name, seed] / "result.json").exists()] for name in names}
     results = {name: rows for name, rows in results.items() if rows}
-    print(comparison_table(results))
     if results:
-        draw_bins(root / "bins.png", {name: np.nanmean(np.array([r["bins"] for r in rows], dtype=float), 0)
-                                      for name, rows in results.items()})
+        print(comparison_table(results))
+        bins = {name: np.array([r["bins"] for r in rows], float).mean(0) for name, rows in results.items()}
+        draw_by_bin(root / "bins.png", bins, "PCK@0.05", "bar")
     if failed:
         raise UserError("; ".join(failed))
 
@@ -1495,8 +1258,8 @@ def compare(names, seeds, root, jobs, preset, device, given):
 def comparison_table(results):
     """Markdown table of {name: [result, ...]}: means over seeds, and the sample deviation of the overall PCK.
 
-    With source-only and oracle there: the share of the gap between them that is closed. With actupose there: the
-    difference to it, seed by seed (every seed has its own data), and that difference's deviation.
+    With source-only and oracle there: the share of the gap between them that is closed. With actupose there:
+    the difference to it, seed by seed (every seed has its own data), and that difference's deviation.
     """
     def mean(values):
         values = [value for value in values if value is not None]
@@ -1508,72 +1271,68 @@ def comparison_table(results):
     overall = {name: mean(r["pck"]["all"] for r in rows) for name, rows in results.items()}
     gap = overall["oracle"] - overall["source-only"] if {"oracle", "source-only"} <= set(overall) else 0.0
     ours = {r["seed"]: r["pck"]["all"] for r in results.get("actupose", ())}
-    groups = [g for g in next(iter(results.values()))[0]["pck"] if g != "all"] if results else []
+    groups = [g for g in next(iter(results.values()))[0]["pck"] if g != "all"]
     header = ["method", "seeds", *groups, "all", "teacher", "EvalPose"]
     header += ["gap closed"] * bool(gap) + ["to actupose"] * bool(ours)
     lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     for name, rows in results.items():
-        cells = [name, str(len(rows)), *(fmt(mean(r["pck"][g] for r in rows)) for g in groups),
+        cells = [name, len(rows), *(fmt(mean(r["pck"][g] for r in rows)) for g in groups),
                  f"**{fmt(overall[name])}**{spread([r['pck']['all'] for r in rows])}",
-                 fmt(mean(r["teacher"]["pck"]["all"] for r in rows if r["teacher"])), fmt(mean(r["evalpose"] for r in rows))]
+                 fmt(mean(r["teacher"]["pck"]["all"] for r in rows if r["teacher"])),
+                 fmt(mean(r["evalpose"] for r in rows))]
         if gap:
             cells.append(f"{100 * (overall[name] - overall['source-only']) / gap:.0f} %")
         if ours:
-            differences = [r["pck"]["all"] - ours[r["seed"]] for r in rows if r["seed"] in ours]
-            cells.append(f"{mean(differences):+.1f}{spread(differences)}" if differences and name != "actupose" else "-")
-        lines.append("| " + " | ".join(cells) + " |")
+            pairs = [r["pck"]["all"] - ours[r["seed"]] for r in rows if r["seed"] in ours]
+            cells.append(f"{mean(pairs):+.1f}{spread(pairs)}" if pairs and name != "actupose" else "-")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Command line
-# ----------------------------------------------------------------------------------------------------------
+# --- Command line -------------------------------------------------------------------------------------------
 
 HELP = {
-    "train": """Train ACTUPose or a baseline. With no option: ACTUPose on the built-in benchmark, in minutes on a CPU.
+    "train": """Train ACTUPose or a baseline. With no option: ACTUPose on the built-in benchmark, in minutes.
 
-  python train.py                                          the demo
+  python train.py --source mannequin-hand                  the demo with hands
   python train.py --method udape --seed 1                  a baseline, another seed
   python train.py --target lsp --target-root DIR           adapt to real photographs
-  python train.py --resume --out RUN                       go on with a run that was stopped, to the same bits
-  python train.py evaluate RUN                             score a finished run again
-  python train.py predict RUN IMAGE_OR_FOLDER... --out DIR draw skeletons on photographs
-  python train.py compare --methods udape,actupose         several runs, one table""",
-    "evaluate": "Repeat the evaluation of a run's last checkpoint.",
+  python train.py --resume --out RUN                       go on with a run that was stopped
+  python train.py evaluate RUN | predict RUN IMAGE... --out DIR | compare""",
+    "evaluate": "Score a run's last checkpoint again.",
     "predict": """Find the keypoints of photographs with a run's network: for each a picture and a JSON file.
 
-Keypoints are in pixels of the picture, turned upright by its EXIF orientation; the centre of its first pixel is at
-(0, 0). Confidence is the height of the heatmap's peak. A file that cannot be read is named; the others are done.""",
+Keypoints are in pixels of the upright picture, the centre of its first pixel at (0, 0). Confidence is the
+height of the heatmap's peak. A file that cannot be read is named, and the others are done.""",
     "compare": f"""Run what is missing of methods x seeds, skip what is finished, print the table in Markdown.
 
 methods:   {', '.join(METHODS)}
 ablations: {', '.join(ABLATIONS)} (ACTUPose with one thing changed)""",
 }
+# The field of Settings that begins a group of options in --help.
+GROUPS = {"method": "task", "architecture": "network", "epochs": "schedule", "curriculum": "curriculum, §3.1",
+          "supervise": "adaptation, §3.2", "rotation": "augmentation, §3.2", "w_udape": "losses, §3.3-3.4",
+          "amp": "speed"}
 
 
 def choose_device(name):
-    """auto, cpu, cuda, ... -> torch.device. Processes of torchrun get a GPU each. UserError when it is not there."""
+    """auto, cpu, cuda, ... -> torch.device; a GPU each under torchrun. UserError when it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and world_size() > 1:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, ValueError) as e:
-        raise UserError(f"--device: {name!r} cannot be used ({str(e).splitlines()[0]}); use cpu, cuda or cuda:1") from None
-    return device
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and world_size() > 1 else name
+        return torch.zeros(1, device=torch.device(name)).device
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f"--device: {name!r} cannot be used ({reason}); use cpu, cuda or cuda:1") from None
 
 
 def resolve_amp(settings, device):
-    """Settings with --amp auto resolved for the device. UserError where bf16 is asked for and not computed in."""
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    if settings.amp == "bf16" and device.type == "cuda" and not native:
-        raise UserError(f"--amp bf16: {kernels.common.device_name(device)} does not compute in it; use --amp off")
-    return dataclasses.replace(settings, amp={"auto": "bf16" if native else "off"}.get(settings.amp, settings.amp))
+    """The settings with --amp auto resolved: bf16 where the device computes in it, else off."""
+    native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+              torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    auto = "bf16" if native else "off"
+    return dataclasses.replace(settings, amp=auto if settings.amp == "auto" else settings.amp)
 
 
 def parse_switch(text):
@@ -1586,7 +1345,7 @@ def parse_switch(text):
 def parse_numbers(text):
     """Comma-separated numbers -> tuple."""
     try:
-        return tuple(float(part) for part in text.split(",") if part.strip())
+        return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"use numbers with commas, got {text!r}") from None
 
@@ -1594,22 +1353,24 @@ def parse_numbers(text):
 class Parser(argparse.ArgumentParser):
     """Says on one line what is wrong, with the nearest option for a typo."""
 
-    def __init__(self, verb, settings_without=None):
-        super().__init__(prog=f"train.py {verb}".removesuffix(" train"), description=HELP[verb], allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... [default: a GPU if there is one]")
-        for f in dataclasses.fields(Settings) if settings_without is not None else ():
-            self.add_setting(f) if f.name not in settings_without else None
+    def __init__(self, verb):
+        super().__init__(prog=f"train.py {verb}".removesuffix(" train"), description=HELP[verb],
+                         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
 
-    def add_setting(self, f):
-        """The option of a field of Settings, with its default and the paper's value in the help."""
-        kind, title = type(f.default), f.metadata["group"]
-        group = next((g for g in self._action_groups if g.title == title), None) or self.add_argument_group(title)
-        paper = f"; paper {show(PAPER[f.name])}" if f.name in PAPER else ""
-        group.add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, choices=f.metadata["choices"],
-                           type={bool: parse_switch, tuple: parse_numbers}.get(kind, kind),
-                           help=f"{f.metadata['help']} [{show(f.default)}{paper}]".replace("%", "%%"),
-                           metavar=None if f.metadata["choices"] else kind.__name__.upper())
+    def add_settings(self, skip=()):
+        """An option per field of Settings, in groups, with its default and the paper's value in the help."""
+        group = None
+        for f in dataclasses.fields(Settings):
+            kind, choices = type(f.default), f.metadata["choices"]
+            group = self.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
+            paper = f"; paper {show(PAPER[f.name])}" if f.name in PAPER else ""
+            if f.name not in skip:
+                group.add_argument(
+                    "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, choices=choices,
+                    type={bool: parse_switch, tuple: parse_numbers}.get(kind, kind),
+                    help=f"{f.metadata['help']} [{show(f.default)}{paper}]".replace("%", "%%"),
+                    metavar=None if choices else kind.__name__.upper())
 
     def parse_args(self, arguments):
         self.words = arguments
@@ -1625,7 +1386,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_same_settings(out, given):
-    """UserError where the run in `out` was started with other settings than those given."""
+    """The settings of the run in `out`; UserError where others are given."""
     saved = saved_settings(out)
     for name, value in given.items():
         was = getattr(saved, name)
@@ -1641,59 +1402,61 @@ def command(arguments):
     rest = arguments[1:] if arguments[:1] == [verb] else arguments
     if verb not in HELP:
         near = difflib.get_close_matches(verb, HELP, 1)
-        raise UserError(f"unknown command {verb!r}{f', did you mean {near[0]}?' if near else ''}; use {', '.join(HELP)}")
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise UserError(f"unknown command {verb!r}{hint}; use {', '.join(HELP)}")
     if verb != "train" and world_size() > 1:
         raise UserError(f"{verb}: takes one process; run it without torchrun")
-    parser = Parser(verb, {"train": (), "compare": ("method", "seed")}.get(verb))
-    if verb in ("train", "compare"):
-        parser.add_argument("--preset", choices=("demo", "paper"), default="demo", help="values of the options not given")
-        parser.add_argument("--out", default="", help=f"directory of the results [runs/"
-                            f"{'METHOD-TARGET-sSEED' if verb == 'train' else 'compare'}]")
+    parser = Parser(verb)
+    add = parser.add_argument
     if verb in ("evaluate", "predict"):
-        parser.add_argument("run", type=Path, help="directory of the run")
-    if verb == "train":
-        parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
-        given = vars(parser.parse_args(rest))
-        preset, out, device, resume = (given.pop(name) for name in ("preset", "out", "device", "resume"))
-        settings = None if resume and out else make_settings(preset, **given)
-        out = Path(out or f"runs/{settings.method}-{settings.target}-s{settings.seed}")
-        if resume:
-            settings = check_same_settings(out, given)
-            if (out / "result.json").exists():
-                print(f"{out}: the run is finished")
-                return 0
-        if settings.batch_size % world_size():
-            raise UserError(f"--batch-size: must be a multiple of the {world_size()} processes, got {settings.batch_size}")
-        started, result = time.time(), train(settings, out, device, resume)
-        if rank() == 0:
-            print_result(result)
-            print(f"{time.time() - started:.0f} s, {peak_memory_gb()} GB; pictures in {out / 'figures'}")
-    elif verb == "evaluate":
-        options = parser.parse_args(rest)
-        evaluate_run(options.run, choose_device(options.device))
-    elif verb == "predict":
-        parser.add_argument("inputs", nargs="+", metavar="image", help=f"a picture or a folder ({' '.join(SUFFIXES)})")
-        parser.add_argument("--out", type=Path, required=True, help="directory of the results")
-        parser.add_argument("--box", type=parse_numbers, metavar="X,Y,W,H", help="the part of each picture that shows "
-                            "the person or hand: corner, width and height in its pixels [default: all of it]")
-        parser.add_argument("--network", choices=("student", "teacher"), default="student", help="[student]")
-        options = parser.parse_args(rest)
-        if options.box and not (len(options.box) == 4 and min(options.box[2:]) > 0):
-            raise UserError(f"--box: use x,y,w,h in pixels with w and h above 0, got {show(options.box)}")
-        return predict_run(options.run, options.inputs, options.out, options.box, options.network,
-                           choose_device(options.device))
+        add("run", type=Path, help="directory of the run")
     else:
-        parser.add_argument("--methods", default=",".join(METHODS), help="rows of the table [the five methods]")
-        parser.add_argument("--seeds", default="0,1,2", type=parse_numbers, help="seeds of each row [0,1,2]")
-        parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores [1]")
-        given = vars(parser.parse_args(rest))
-        names, seeds, jobs, preset, out, device = (given.pop(name) for name in ("methods", "seeds", "jobs", "preset",
-                                                                                "out", "device"))
-        if jobs < 1:
-            raise UserError(f"--jobs: must be at least 1, got {jobs}")
-        compare(list(dict.fromkeys(names.split(","))), list(dict.fromkeys(map(int, seeds))),
-                Path(out or "runs/compare"), jobs, preset, device, given)
+        add("--out", type=Path, help="directory of the results [runs/METHOD-TARGET-sSEED or runs/compare]")
+        add("--preset", choices=("demo", "paper"), default="demo", help="values of options not given [demo]")
+        parser.add_settings(skip=("method", "seed") if verb == "compare" else ())
+    if verb == "train":
+        add("--resume", action="store_true", help="go on with the unfinished run in --out")
+    elif verb == "predict":
+        add("inputs", nargs="+", metavar="image", help=f"a picture or a folder ({' '.join(SUFFIXES)})")
+        add("--out", type=Path, required=True, help="directory of the results")
+        add("--box", type=parse_numbers, metavar="X,Y,W,H", help="the part of each picture that shows the "
+            "person or hand: corner, width and height in its pixels [all of it]")
+        add("--network", choices=("student", "teacher"), default="student", help="[student]")
+    elif verb == "compare":
+        add("--methods", default=",".join(METHODS), help="rows of the table [the five methods]")
+        add("--seeds", default="0,1,2", type=parse_numbers, help="seeds of each row [0,1,2]")
+        add("--jobs", type=int, default=1, help="runs at a time, which share the cores [1]")
+    options = vars(parser.parse_args(rest))
+    if verb == "train":
+        train_command(**options)
+    elif verb == "evaluate":
+        evaluate_run(options["run"], choose_device(options["device"]))
+    elif verb == "predict":
+        box = options["box"]
+        if box and not (len(box) == 4 and min(box[2:]) > 0):
+            raise UserError(f"--box: use x,y,w,h in pixels with w and h above 0, got {show(box)}")
+        return predict_run(**{**options, "device": choose_device(options["device"])})
+    elif options["jobs"] < 1:
+        raise UserError(f"--jobs: must be at least 1, got {options['jobs']}")
+    else:
+        compare(**options)
     return 0
+
+
+def train_command(preset, out, device, resume, **given):
+    """`train` with the options of the command line."""
+    started = time.time()
+    settings = check_same_settings(out, given) if resume and out else make_settings(preset, **given)
+    out = out or Path(f"runs/{settings.method}-{settings.target}-s{settings.seed}")
+    if settings.batch_size % world_size():
+        raise UserError(f"--batch-size: {settings.batch_size} is no multiple of the {world_size()} processes")
+    if resume and (out / "result.json").exists():
+        print(f"{out}: the run is finished")
+        return
+    result = train(settings, out, device, resume)
+    if rank() == 0:
+        print_result(result)
+        print(f"{time.time() - started:.0f} s, {peak_memory_gb()} GB; pictures in {out / 'figures'}")
 
 
 def warn(message):
@@ -1703,28 +1466,30 @@ def warn(message):
 
 
 def main(arguments):
-    """`command` with expected errors on one line. Exit status 0; 1: a photograph failed; 2: a mistake; 130: Ctrl-C."""
+    """`command`, with expected errors on one line. Status 0; 1: a photograph failed; 2: a mistake; 130:
+    Ctrl-C."""
     status, processes = 2, int(os.environ.get("WORLD_SIZE", 1))
     try:
         if processes > 1:
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            cuda = torch.cuda.is_available()
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if cuda else None
+            dist.init_process_group("nccl" if cuda else "gloo")
         status = command(arguments)
     except (UserError, data.DataError) as e:
         warn(e)
-    except OSError as e:                                     # a full disk, say
-        warn(f"{e.filename or 'system'}: {e.strerror or e}; after a run's first epoch --resume goes on")
+    except OSError as e:                                        # a full disk, say
+        warn(f"{e.filename or 'system'}: {e.strerror or e}; --resume goes on from the last saved epoch")
     except KeyboardInterrupt:
-        warn("interrupted; a run goes on with --resume from its last finished epoch")
+        warn("interrupted; --resume goes on from the last saved epoch")
         status = 130
-    finally:
-        if processes > 1:                                    # under torchrun a normal shutdown can hang
-            sys.stdout.flush()
-            sys.stderr.flush()
-            if sys.exc_info()[0]:
-                sys.excepthook(*sys.exc_info())
-            os._exit(status)
+    except Exception:
+        if processes == 1:
+            raise
+        sys.excepthook(*sys.exc_info())
+    if processes > 1:                                           # under torchrun a normal shutdown can hang
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     return status
 
 

@@ -173,20 +173,52 @@ def test_eq4_relative_by_hand():
     curriculum = actupose.ActiveCurriculum(np.float32([1, 2, 3, 4]), epochs=2, num_bins=2)
     curriculum.observe([0, 1], [0.25, 0.75])
     curriculum.rerank()
-    # mean of what was seen 0.5: 1 * 0.5 / 0.25, 2 * 0.5 / 0.75, and factor 1 for what was not seen
+    # the epoch's mean is 0.5: 1 * 0.5 / 0.25, 2 * 0.5 / 0.75, and factor 1 for what was never seen
     assert curriculum.score == pytest.approx([2, 4 / 3, 3, 4])
     curriculum.rerank()
     assert curriculum.score == pytest.approx([2, 4 / 3, 3, 4])         # not cumulative
 
 
+def test_eq4_a_confidence_counts_relative_to_its_own_epoch():
+    """Networks grow surer: 0.08 in an epoch of mean 0.08 and 0.4 in one of mean 0.4 say the same of a sample.
+
+    All calls of `observe` between two `rerank`s are one epoch; what is not drawn keeps its relative value.
+    """
+    curriculum = actupose.ActiveCurriculum(np.float32([1, 2, 3, 4]), epochs=9, num_bins=2)
+    curriculum.observe([0], [0.08])
+    curriculum.observe([1], [0.08])
+    curriculum.rerank()
+    assert curriculum.score == pytest.approx([1, 2, 3, 4])
+    curriculum.observe([1], [0.2])
+    curriculum.observe([2], [0.6])
+    curriculum.rerank()                                                # mean 0.4: factors 2 and 2 / 3
+    assert curriculum.score == pytest.approx([1, 4, 2, 4])
+    curriculum.observe([0, 3], [0.9, 0.3])
+    curriculum.rerank()                                                # mean 0.6; samples 1 and 2 as before
+    assert curriculum.score == pytest.approx([2 / 3, 4, 2, 8])
+
+
 def test_eq4_literal_by_hand():
-    """The paper's own form, cumulative; only the order counts, so scores are divided by their mean."""
+    """As printed: each sample drawn in the epoch is multiplied once by 1 / confidence, and products accumulate.
+
+    Only the order counts, so scores are divided by their mean.
+    """
     curriculum = actupose.ActiveCurriculum(np.float32([1, 2, 3, 4]), epochs=2, num_bins=2, confidence="literal")
-    curriculum.observe([0, 1, 2, 3], [0.1, 0.5, 0.5, 1.0])
+    curriculum.observe([0, 1, 2], [0.1, 0.5, 0.5])
     curriculum.rerank()
     assert curriculum.score == pytest.approx(np.array([10, 4, 6, 4]) / 6)
+    curriculum.rerank()                                                # no epoch between: nothing is applied again
+    assert curriculum.score == pytest.approx(np.array([10, 4, 6, 4]) / 6)
+    curriculum.observe([1, 3], [0.4, 0.8])
     curriculum.rerank()
-    assert curriculum.score == pytest.approx(np.array([100, 8, 12, 4]) / 31)
+    assert curriculum.score == pytest.approx(np.array([10, 10, 6, 5]) / 7.75)
+
+
+@pytest.mark.parametrize("bad, word", [(dict(num_bins=9), "num_bins"), (dict(scale="x"), "scale"),
+                                       (dict(confidence="x"), "confidence"), (dict(pace=0), "pace")])
+def test_curriculum_errors_name_the_argument(bad, word):
+    with pytest.raises(ValueError, match=word):
+        actupose.ActiveCurriculum(np.float32([1, 2, 3, 4]), **{"epochs": 2, "num_bins": 2, **bad})
 
 
 def test_low_confidence_moves_a_sample_up():
@@ -275,14 +307,25 @@ def test_adain_agrees_with_published(golden):
 
 
 @pytest.mark.parametrize("networks", ["small", "vgg"])
-def test_style_transfer_shapes_and_range(networks):
+def test_style_transfer_gives_valid_pixels(networks):
+    """Whatever the decoder says, the output is an image: as large as the content, within black and white."""
     torch.manual_seed(0)
     transfer = actupose.StyleTransfer(networks).eval()
-    content, style = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 32, 32)
-    out = transfer(content, style, torch.tensor([0.0, 1.0]))
-    assert out.shape == content.shape
-    for channel in range(3):
-        assert content[:, channel].min() <= out[:, channel].min() and out[:, channel].max() <= content[:, channel].max()
+    content = data.normalise(torch.rand(2, 3, 32, 32))
+    with torch.no_grad():
+        transfer.decoder[-2 if networks == "small" else -1].bias.fill_(3.0)
+        out = transfer(content, data.normalise(torch.rand(2, 3, 32, 32)), 0.7)
+    low, high = (data.normalise(torch.full((1, 3, 1, 1), value)) for value in (0.0, 1.0))
+    assert out.shape == content.shape and (out >= low).all() and (out <= high).all() and (out == high).any()
+
+
+def test_adain_computes_in_float32():
+    """With bfloat16 features, the statistics are those of the same numbers in float32."""
+    content, style = torch.randn(2, 4, 16, 16).bfloat16() + 30, torch.randn(2, 4, 16, 16).bfloat16() + 30
+    (mean_c, std_c), (mean_s, std_s) = (actupose.channel_statistics(maps.double()) for maps in (content, style))
+    exact = (content.double() - mean_c) / std_c * std_s + mean_s
+    out = actupose.adain(content, style)
+    assert out.dtype == torch.float32 and torch.allclose(out.double(), exact, atol=1e-3)
 
 
 def test_style_transfer_learns_to_carry_colour():
@@ -297,9 +340,7 @@ def test_style_transfer_learns_to_carry_colour():
 
     transfer = actupose.train_style_transfer(actupose.StyleTransfer("small"), batches, 160, train_encoder=True)
     content, style = batches(1000)
-    content = torch.cat([content, style])                      # the range that the output is clamped to covers both
-    restyled = transfer(content, style.repeat(2, 1, 1, 1), torch.ones(16))[:8]
-    same = transfer(content, style.repeat(2, 1, 1, 1), torch.zeros(16))[:8]
+    restyled, same = transfer(content, style, 1.0), transfer(content, style, 0.0)
     assert (restyled.mean((0, 2, 3)) - blue).abs().max() < 0.4
     assert (same.mean((0, 2, 3)) - red).abs().max() < 0.2
     assert not any(p.requires_grad for p in transfer.parameters())
@@ -341,9 +382,12 @@ def test_consistency_by_hand():
 
 
 def test_confidence_mask_by_hand():
+    """The ratio is the share left out: 0.5 keeps those above the median, 0.2 eight of ten, 1 none, 0 all but the last."""
     confidence = torch.tensor([[0.9, 0.1, 0.5], [0.7, 0.3, 0.2]])
-    # sorted: 0.9 0.7 0.5 0.3 0.2 0.1; the threshold at ratio 0.5 is the fourth, 0.3; above it are three
     assert actupose.confidence_mask(confidence, 0.5).tolist() == [[True, False, True], [True, False, False]]
+    ten = torch.arange(10.0).view(2, 5)
+    assert actupose.confidence_mask(ten, 0.2).flatten().tolist() == [False] * 2 + [True] * 8
+    assert actupose.confidence_mask(ten, 1.0).sum() == 0 and actupose.confidence_mask(ten, 0.0).sum() == 9
 
 
 def test_occlusion_lands_on_the_keypoint():

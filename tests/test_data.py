@@ -145,25 +145,73 @@ def test_unlabelled_and_outside_have_no_weight():
 
 def test_normalise_round_trip():
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
-    assert torch.equal(data.denormalise(data.normalise(images)), images)
+    assert torch.equal(data.denormalise(data.normalise(data.unit_range(images))), images)
 
 
-def test_colour_jitter_by_hand():
-    """u = 1/2 changes nothing; full brightness multiplies the colours by 1 + strength."""
-    images = data.normalise(torch.full((1, 3, 4, 4), 100, dtype=torch.uint8))
-    assert torch.allclose(data.colour_jitter(images, torch.full((1, 3), 0.5), 0.25), images, atol=1e-5)
-    brighter = data.denormalise(data.colour_jitter(images, torch.tensor([[1.0, 0.5, 0.5]]), 0.25))
-    assert (brighter == 125).all()
+def test_outside_the_picture_views_are_black():
+    """A view that looks outside sees black, as beside a letterbox, and jitter and normalisation leave it so."""
+    images = torch.full((1, 3, 8, 8), 200, dtype=torch.uint8)
+    seen = data.warp(data.unit_range(images), torch.tensor([[[1.0, 0, 4], [0, 1, 0]]]))
+    seen = data.denormalise(data.normalise(data.colour_jitter(seen, torch.tensor([[1.0, 0.5, 1, 0, 0, 0]]), 0.25)))
+    assert (seen[..., :4] == 0).all() and (seen[..., 4:] > 200).all()
 
 
-def test_random_numbers_belong_to_the_sample():
-    """A sample's numbers do not depend on its batch; they differ by seed, sample and stream, and are uniform."""
-    index = torch.arange(1000)
-    u = data.hash_uniform(3, index, 8, stream=5)
-    assert torch.equal(u[[17]], data.hash_uniform(3, torch.tensor([17]), 8, stream=5))
-    assert u.min() >= 0 and u.max() < 1
-    assert abs(u.mean().item() - 0.5) < 0.02 and abs(u.var().item() - 1 / 12) < 0.005
-    assert abs(np.corrcoef(u[:-1, 0], u[1:, 0])[0, 1]) < 0.1 and abs(np.corrcoef(u[:, 0], u[:, 1])[0, 1]) < 0.1
-    for other in (data.hash_uniform(4, index, 8, stream=5), data.hash_uniform(3, index + 1000, 8, stream=5),
-                  data.hash_uniform(3, index, 8, stream=6)):
-        assert not (u == other).any(1).any()
+def pil_jitter(image, factors, order):
+    """Pillow's own enhancers, one after the other."""
+    from PIL import Image, ImageEnhance
+    picture = Image.fromarray(image)
+    for change in order:
+        enhancer = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[change]
+        picture = enhancer(picture).enhance(factors[change])
+    return np.asarray(picture)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_colour_jitter_agrees_with_pillow(order):
+    """Each image has its own order of brightness, contrast and saturation; each change is Pillow's, clamped."""
+    image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    u = torch.zeros(1, 6)
+    u[0, :3] = torch.tensor([1.0, 0.9, 0.1])
+    u[0, 3:] = torch.tensor([float(order.index(change)) for change in range(3)]) / 4
+    expected = pil_jitter(image, [1.5, 1.4, 0.6], order)
+    seen = data.colour_jitter(data.unit_range(torch.from_numpy(image).permute(2, 0, 1)[None]), u, 0.5)
+    assert np.abs(255 * seen[0].permute(1, 2, 0).numpy() - expected).max() < 4      # Pillow rounds in between
+    unchanged = data.colour_jitter(seen, torch.full((1, 6), 0.5), 0.5)
+    assert torch.allclose(unchanged, seen, atol=1e-5)
+
+
+# --- batches ----------------------------------------------------------------------------------------------
+
+
+def test_every_pass_of_batches_visits_all_once():
+    """Batches of 4 over 10 samples: 5 passes are 25 half-overlapping batches, each sample 10 times, passes differ."""
+    drawn = np.concatenate([data.shuffled_batch(10, 4, step, seed=3) for step in range(25)])
+    passes = drawn.reshape(10, 10)
+    assert (np.sort(passes, 1) == np.arange(10)).all() and not (passes[0] == passes[1]).all()
+    assert (data.shuffled_batch(10, 4, 7, seed=3) == drawn[28:32]).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_prefetch_keeps_the_order_and_the_errors(workers):
+    assert list(data.prefetch((lambda i=i: i * i for i in range(20)), workers)) == [i * i for i in range(20)]
+    with pytest.raises(ZeroDivisionError):
+        list(data.prefetch((lambda i=i: 1 // (5 - i) for i in range(9)), workers))
+
+
+@pytest.mark.parametrize("field, value", [("names", ()), ("limbs", ((0, 9),)), ("triplets", ((0, 1),)),
+                                          ("groups", {"some": (0,)}), ("root", ())])
+def test_a_skeleton_that_does_not_fit_is_refused(field, value):
+    good = dict(names=("a", "b", "c"), limbs=((0, 1),), triplets=((0, 1, 2),), groups={"all": (0, 1)}, root=(0,))
+    data.Skeleton(**good)
+    with pytest.raises(ValueError, match=field):
+        data.Skeleton(**{**good, field: value})
+
+
+def test_letterbox_by_hand():
+    """40 x 20 pixels in a square of 20: half the size, five black rows above and below; pixel centres map to centres."""
+    from PIL import Image
+    size, place, view = data.letterbox_view((0, 0, 40, 20), 20)
+    assert size == (20, 10) and place == (0, 5)
+    assert view @ [0.5, 0.5, 1] == pytest.approx([0, 5]) and view @ [39.5, 19.5, 1] == pytest.approx([19.5, 14.5])
+    square = data.letterbox(Image.new("RGB", (40, 20), (255, 0, 0)), (0, 0, 40, 20), 20)
+    assert square.shape == (3, 20, 20) and (square[0, 5:15] == 255).all() and square[:, :5].sum() == 0
