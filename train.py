@@ -21,6 +21,7 @@ import io
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -502,14 +503,14 @@ def train(settings, out, device="auto", resume=False):
             log[-1].update(validate(run))
         if rank() == 0:
             save_checkpoint(out / "last.pt", state_of(run))
-            write_lines(out / "log.jsonl", log)
+            write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
             write_speed(out / "speed.jsonl", epoch, seconds, trainer, started)
 
     scores, predictions = evaluate(run)
     result = {"method": s.method, "source": s.source, "target": s.target, "seed": s.seed, **scores["student"],
               "teacher": scores.get("teacher"), "val": log[-1]["val_student"], "epochs": s.epochs}
     if rank() == 0:
-        write_lines(out / "log.jsonl", log)                     # lacks a line if the run was killed before
+        write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))   # as in the checkpoint
         draw_figures(run, scores, predictions, out / "figures")
         write_json(out / "result.json", result)                 # last: with it the run is finished
     return result
@@ -737,22 +738,14 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def write_lines(path, rows):
-    """log.jsonl: a line per epoch."""
-    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-
-
 def read_json(path):
     """A JSON object that a run wrote. UserError when it is missing or damaged."""
     try:
-        value = json.loads(path.read_text())
+        return dict(json.loads(path.read_text()))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file; is {path.parent} the directory of a run?") from None
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: damaged, it holds no JSON object; remove {path.parent} and run again")
-    return value
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: damaged, no JSON object; remove {path.parent} and run again") from None
 
 
 def write_config(out, settings, skeleton, device):
@@ -787,11 +780,7 @@ def write_speed(path, epoch, seconds, trainer, started):
 
 
 def peak_memory_gb():
-    """The most memory that this process has held; None where the system does not say (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return None
+    """The most memory that this process has held."""
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
@@ -1057,22 +1046,6 @@ def draw_panels(path, rows, skeleton, side=320):
     save_picture(canvas, path)
 
 
-def draw_curves(path, log):
-    """The course of a run over its epochs. log: a dictionary per epoch, as the lines of log.jsonl."""
-    panels = {"L_mse": ["mse"], "L_consistency": ["consistency"], "EvalPose, Eq. 5": ["evalpose"],
-              "cross-domain, Eq. 6": ["cross_domain"], "validation PCK@0.05": ["val_student", "val_teacher"],
-              "confidence": ["confidence", "teacher_confidence"]}
-    canvas, draw = blank(2220, 1000)
-    for n, (title, names) in enumerate(panels.items()):
-        rows = {name: [(row["epoch"], row[name]) for row in log if row.get(name) is not None]
-                for name in names}
-        series = {name: zip(*values) for name, values in rows.items() if values}
-        if series:
-            x, y = 110 + n % 3 * 740, 80 + n // 3 * 500
-            chart(draw, (x, y, x + 590, y + 300), series, title, "epoch")
-    save_picture(canvas, path)
-
-
 def draw_by_bin(path, series, title, kind):
     """Fig. 5 (lines) and Fig. 9 (bars): label -> N_b values over the bins of rising complexity."""
     width = max(1800, 30 * max(map(len, series.values())) * len(series))
@@ -1135,7 +1108,6 @@ def draw_figures(run, scores, predictions, folder):
         epochs = np.unique(np.linspace(0, s.epochs - 1, 5).round().astype(int))
         drawn = {f"epoch {e}: {sum(run.drawn[e]):,}": run.drawn[e] for e in epochs}
         draw_by_bin(folder / "curriculum.png", drawn, "samples drawn", "line")
-    draw_curves(folder / "curves.png", run.log)
     by_bin = {name: [math.nan if v is None else v for v in values["bins"]] for name, values in scores.items()}
     draw_by_bin(folder / "bins.png", by_bin, "PCK@0.05", "bar")
     bins = actupose.assign_bins(run.curriculum.complexity, s.bins)
@@ -1335,19 +1307,15 @@ def resolve_amp(settings, device):
     return dataclasses.replace(settings, amp=auto if settings.amp == "auto" else settings.amp)
 
 
-def parse_switch(text):
-    """on or off -> bool."""
-    if text not in ("on", "off"):
-        raise argparse.ArgumentTypeError(f"use on or off, got {text!r}")
-    return text == "on"
-
-
-def parse_numbers(text):
-    """Comma-separated numbers -> tuple."""
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"use numbers with commas, got {text!r}") from None
+def parse(kind):
+    """What argparse calls with an option's text: on or off for a bool, comma-separated numbers for a tuple."""
+    def switch_or_numbers(text):
+        try:
+            return {"on": True, "off": False}[text] if kind is bool else tuple(map(float, text.split(",")))
+        except (KeyError, ValueError):
+            rule = "on or off" if kind is bool else "numbers with commas"
+            raise argparse.ArgumentTypeError(f"use {rule}, got {text!r}") from None
+    return switch_or_numbers if kind in (bool, tuple) else kind
 
 
 class Parser(argparse.ArgumentParser):
@@ -1368,7 +1336,7 @@ class Parser(argparse.ArgumentParser):
             if f.name not in skip:
                 group.add_argument(
                     "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, choices=choices,
-                    type={bool: parse_switch, tuple: parse_numbers}.get(kind, kind),
+                    type=parse(kind),
                     help=f"{f.metadata['help']} [{show(f.default)}{paper}]".replace("%", "%%"),
                     metavar=None if choices else kind.__name__.upper())
 
@@ -1419,12 +1387,12 @@ def command(arguments):
     elif verb == "predict":
         add("inputs", nargs="+", metavar="image", help=f"a picture or a folder ({' '.join(SUFFIXES)})")
         add("--out", type=Path, required=True, help="directory of the results")
-        add("--box", type=parse_numbers, metavar="X,Y,W,H", help="the part of each picture that shows the "
+        add("--box", type=parse(tuple), metavar="X,Y,W,H", help="the part of each picture that shows the "
             "person or hand: corner, width and height in its pixels [all of it]")
         add("--network", choices=("student", "teacher"), default="student", help="[student]")
     elif verb == "compare":
         add("--methods", default=",".join(METHODS), help="rows of the table [the five methods]")
-        add("--seeds", default="0,1,2", type=parse_numbers, help="seeds of each row [0,1,2]")
+        add("--seeds", default="0,1,2", type=parse(tuple), help="seeds of each row [0,1,2]")
         add("--jobs", type=int, default=1, help="runs at a time, which share the cores [1]")
     options = vars(parser.parse_args(rest))
     if verb == "train":

@@ -7,71 +7,42 @@ import zlib
 import numpy as np
 from PIL import Image
 
-# The format's numbers for a value's storage and for a variable's class.
+# The tables of the formats, written out again.
+LSP_SLOTS = [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15, 8, 9]
+SURREAL_JOINTS = [7, 4, 1, 2, 5, 8, 0, 9, 12, 15, 20, 18, 13, 14, 19, 21]
+RHD_ROWS = [0, 4, 3, 2, 1, 8, 7, 6, 5, 12, 11, 10, 9, 16, 15, 14, 13, 20, 19, 18, 17]
+MAT_HEADER = b"MATLAB 5.0 MAT-file, written by a test".ljust(124) + struct.pack("<H", 0x0100) + b"IM"
+# MATLAB's numbers for the storage of values and for the class of a variable.
 STORAGE = {"i1": 1, "u1": 2, "i2": 3, "u2": 4, "i4": 5, "u4": 6, "f4": 7, "f8": 9, "i8": 12, "u8": 13}
 CLASS = {"f8": 6, "f4": 7, "i1": 8, "u1": 9, "i2": 10, "u2": 11, "i4": 12, "u4": 13, "i8": 14, "u8": 15}
 
 
-def element(kind, payload, order="<", small=False):
+def element(kind, payload, small=False):
     if small and len(payload) <= 4:
-        return struct.pack(order + "I", len(payload) << 16 | kind) + payload.ljust(4, b"\0")
-    return struct.pack(order + "II", kind, len(payload)) + payload + b"\0" * (-len(payload) % 8)
+        return struct.pack("<I", len(payload) << 16 | kind) + payload.ljust(4, b"\0")
+    return struct.pack("<II", kind, len(payload)) + payload + b"\0" * (-len(payload) % 8)
 
 
-def variable(name, shape, values, matrix_class, storage, order="<", small=False, flags=0):
+def variable(name, shape, values, matrix_class, storage, small=False, flags=0):
     """A variable as the format describes it; `values` are its bytes, already column-major."""
-    body = element(6, struct.pack(order + "II", flags | matrix_class, 0), order)
-    body += element(5, struct.pack(f"{order}{len(shape)}i", *shape), order)
-    body += element(1, name.encode(), order, small) + element(storage, values, order, small)
-    return element(14, body, order)
+    body = element(6, struct.pack("<II", flags | matrix_class, 0))
+    body += element(5, struct.pack(f"<{len(shape)}i", *shape))
+    return element(14, body + element(1, name.encode(), small) + element(storage, values, small))
 
 
-def numeric(name, array, stored="f8", order="<", small=False, flags=0):
-    values = array.astype(order + stored).tobytes(order="F")
-    matrix_class = CLASS[array.dtype.str[1:]]
-    return variable(name, array.shape, values, matrix_class, STORAGE[stored], order, small, flags)
+def numeric(name, array, stored="f8", small=False, flags=0):
+    values = array.astype("<" + stored).tobytes(order="F")
+    return variable(name, array.shape, values, CLASS[array.dtype.str[1:]], STORAGE[stored], small, flags)
 
 
-def compressed(payload, order="<", level=6):
+def compressed(payload, level=6):
     body = zlib.compress(payload, level)
-    return struct.pack(order + "II", 15, len(body)) + body
+    return struct.pack("<II", 15, len(body)) + body
 
 
-def write_mat(path, *variables, order="<"):
-    header = b"MATLAB 5.0 MAT-file, written by a test".ljust(124) + struct.pack(order + "H", 0x0100)
-    path.write_bytes(header + (b"IM" if order == "<" else b"MI") + b"".join(variables))
+def write_mat(path, *variables):
+    path.write_bytes(MAT_HEADER + b"".join(variables))
     return path
-
-
-def make_tree(root, extended, sizes, dots=True, pack=True):
-    """A miniature release with a dot at each of the 14 joints, dark elsewhere -> positions (N, 14, 2)."""
-    (root / "images").mkdir(parents=True)
-    positions = np.zeros((len(sizes), 14, 2))
-    for i, (width, height) in enumerate(sizes):
-        # A 5 x 3 grid keeps the dots apart; which joint stands where changes from image to image.
-        place = (np.arange(14) * 3 + i) % 15
-        cell = np.stack([place % 5, place // 5], axis=1)
-        positions[i] = ((cell + 0.5) * [width / 5, height / 3]).round()
-        picture = np.zeros((height, width, 3), np.uint8)
-        if dots:
-            radius = max(1, round(max(width, height) / 100))
-            for x, y in positions[i].astype(int):
-                picture[y - radius:y + radius + 1, x - radius:x + radius + 1] = 255
-        name = f"im{i + 1:0{5 if extended else 4}d}.jpg"
-        Image.fromarray(picture).save(root / "images" / name, quality=95, subsampling=0)
-    flags = np.zeros((len(sizes), 14, 1))
-    flags[1::2, ::4] = 1  # occluded in LSP, labelled in LSP Extended
-    if extended:
-        flags = 1 - flags
-    joints = np.concatenate([positions, flags], axis=2).transpose((1, 2, 0) if extended else (2, 1, 0))
-    payload = numeric("joints", joints)
-    write_mat(root / "joints.mat", compressed(payload) if pack else payload)
-    return positions
-
-
-# The tables of the formats, written out again.
-SURREAL_JOINTS = [7, 4, 1, 2, 5, 8, 0, 9, 12, 15, 20, 18, 13, 14, 19, 21]
-RHD_ROWS = [0, 4, 3, 2, 1, 8, 7, 6, 5, 12, 11, 10, 9, 16, 15, 14, 13, 20, 19, 18, 17]
 
 
 def dots(width, height, points, radius):
@@ -84,6 +55,26 @@ def dots(width, height, points, radius):
     return Image.fromarray(np.repeat(picture[..., None].round().astype(np.uint8), 3, 2))
 
 
+def save(picture, file, quality=95):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(file, **({"quality": quality, "subsampling": 0} if file.suffix == ".jpg" else {}))
+
+
+def make_tree(root, extended, sizes):
+    """A miniature of LSP or LSP Extended -> positions (N, 14, 2), third values (N, 14)."""
+    positions, flags = np.zeros((len(sizes), 14, 2)), np.full((len(sizes), 14), float(extended))
+    flags[1::2, ::4] = 1 - extended                      # occluded in LSP, not labelled in LSP Extended
+    for i, (width, height) in enumerate(sizes):
+        place = (np.arange(14) * 3 + i) % 15             # a 5 x 3 grid keeps the dots apart
+        positions[i] = ((np.stack([place % 5, place // 5], 1) + 0.5) * [width / 5, height / 3]).round()
+        name = f"im{i + 1:0{5 if extended else 4}d}.jpg"
+        radius = max(1, round(max(width, height) / 100))
+        save(dots(width, height, positions[i], radius), root / "images" / name)
+    joints = np.concatenate([positions, flags[..., None]], 2).transpose((1, 2, 0) if extended else (2, 1, 0))
+    write_mat(root / "joints.mat", compressed(numeric("joints", joints)))
+    return positions, flags
+
+
 def grid_points(count, side, shift):
     """`count` places of a 5 x 5 grid in a square picture, whole pixels, in an order that `shift` changes."""
     place = (np.arange(count) * 7 + shift) % 25
@@ -91,13 +82,13 @@ def grid_points(count, side, shift):
 
 
 def entry(name, points):
-    """A sample as the prepared layouts list it."""
+    """A sample as the published prepared layouts list it."""
     return {"name": name, "keypoint2d": points.tolist(), "keypoint3d": np.ones((len(points), 3)).tolist(),
             "intrinsic_matrix": np.eye(3).tolist()}
 
 
 def make_surreal(root, folder="train", runs=(4, 5, 6), sizes=False, suffix="jpg"):
-    """A miniature of the prepared layout -> names in the order of the files, all 24 places of each."""
+    """A miniature of the prepared layout -> names in the files' order, all 24 places and side of each."""
     names, places = [], []
     for run, count in enumerate(runs):
         entries = []
@@ -105,10 +96,7 @@ def make_surreal(root, folder="train", runs=(4, 5, 6), sizes=False, suffix="jpg"
             side = 90 + 17 * ((i + run) % 5)
             points = grid_points(24, side, i)
             name = f"01_{run:02d}/01_{run:02d}_c0001_{i}.{suffix}"
-            file = root / folder / f"run{run}" / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            options = {"quality": 95, "subsampling": 0} if suffix == "jpg" else {}
-            dots(side, side, points[SURREAL_JOINTS + [16, 17]], 2).save(file, **options)
+            save(dots(side, side, points[SURREAL_JOINTS + [16, 17]], 2), root / folder / f"run{run}" / name)
             entries.append(entry(name, points) | ({"size": side} if sizes else {}))
             names.append(f"{folder}/run{run}/{name}")
             places.append((points, side))
@@ -125,9 +113,7 @@ def make_human36m(root, counts):
         for i in range(count):
             points = grid_points(16, 512, i + subject)
             name = f"s_{subject:02d}_act_02_subact_01_ca_01/s_{subject:02d}_act_02_{5 * i + 1:06d}.jpg"
-            file = root / "crop_images" / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            dots(512, 512, points, 4).save(file, quality=90)
+            save(dots(512, 512, points, 4), root / "crop_images" / name, quality=90)
             entries.append(entry(name, points))
         names[subject] = [f"crop_images/{sample['name']}" for sample in entries]
         (root / "annotations" / f"keypoints2d_{subject}.json").write_text(json.dumps(entries))
@@ -135,15 +121,13 @@ def make_human36m(root, counts):
 
 
 def make_h3d(root, count):
+    """A miniature in which every third hand holds an object -> its entries."""
     entries = []
     for i in range(count):
         side = 140 + 30 * (i % 4)
         points = grid_points(21, side, i)
-        name = f"part{i % 5 + 1}/{i:03d}.jpg"
-        file = root / "H3D_crop" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        dots(side, side, points, 2).save(file, quality=95, subsampling=0)
-        entries.append(entry(name, points) | {"without_object": int(i % 3 > 0)})
+        save(dots(side, side, points, 2), root / "H3D_crop" / f"part{i % 5 + 1}/{i:03d}.jpg")
+        entries.append(entry(f"part{i % 5 + 1}/{i:03d}.jpg", points) | {"without_object": int(i % 3 > 0)})
     (root / "H3D_crop" / "annotation.json").write_text(json.dumps(entries))
     return entries
 
@@ -171,15 +155,13 @@ RHD_PICTURES = [
 def make_rhd(root, folder, numbers, protocol=4):
     """A miniature with the pictures of the table; a dot at each keypoint of both hands."""
     base = root / "RHD_published_v2" / folder
-    (base / "color").mkdir(parents=True)
     annotations = {}
     for identity, number in enumerate(numbers):
         left, right, seen_left, seen_right, _ = RHD_PICTURES[number]
-        dots(320, 320, np.concatenate([left, right]), 2).save(base / "color" / f"{identity:05d}.png")
+        save(dots(320, 320, np.concatenate([left, right]), 2), base / "color" / f"{identity:05d}.png")
         stored = np.zeros((42, 3))
         for first, points, seen in ((0, left, seen_left), (21, right, seen_right)):
             for keypoint, row in enumerate(RHD_ROWS):               # fingers are stored from tip to base
                 stored[first + row] = *points[keypoint], keypoint < seen
         annotations[identity] = {"uv_vis": stored, "xyz": np.zeros((42, 3)), "K": np.eye(3)}
     (base / f"anno_{folder}.pickle").write_bytes(pickle.dumps(annotations, protocol=protocol))
-    return annotations
