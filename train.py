@@ -856,6 +856,7 @@ def starting_point(out, resume):
         if not previous.exists():
             raise
         state = load_run(previous)
+        broadcast([torch.zeros(1)])                             # all processes have read it
         if rank() == 0:
             warn(f"{damage}. Going on from {previous}, {len(state['log'])} epochs done, to the same result")
             os.replace(previous, last)                          # or the damaged file would become previous.pt

@@ -43,7 +43,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 import kernels
 from kernels import common, reference
@@ -468,7 +467,7 @@ def dispatch_cost(operators, seed, seconds):
     return rows
 
 
-# Tables and pictures ---------------------------------------------------------------------------------------
+# Tables ------------------------------------------------------------------------------------------------------
 
 def short(value):
     """Three digits, without an exponent."""
@@ -531,113 +530,6 @@ def show_progress(done, total, start, what):
         print("\r" + line.ljust(100), end="\r", file=sys.stderr, flush=True)
 
 
-COLOURS = {"triton": "#d95f02", "eager": "#4c78a8", "compile": "#6fb3ab", "numpy": "#a0a0a0"}
-INK, GRID = "#222222", "#dddddd"
-
-
-def write(draw, place, text, size=24, anchor="mm"):
-    """Text at `place` (x, y), in the font that Pillow brings."""
-    draw.text(place, text, INK, ImageFont.load_default(size=size), anchor=anchor)
-
-
-def frame(draw, box, rows, title, ticks, height_of):
-    """A panel's title, what it lacks, and its grid, with the text of each of `ticks` {value: text}."""
-    left, top, right, bottom = box
-    lacking = [name for name in rows[0]["providers"]
-               if all("skipped" in row["providers"][name] for row in rows)]
-    title += "".join(f"   ({PROVIDERS[name]}: not measured)" for name in lacking)
-    write(draw, (left, top - 40), title, 30, "lm")
-    for value, text in ticks.items():
-        draw.line((left, height_of(value), right, height_of(value)), GRID, 2)
-        write(draw, (left - 14, height_of(value)), text, anchor="rm")
-    draw.line((left, bottom, right, bottom), INK, 3)
-
-
-def bars(draw, box, rows, limit):
-    """Panel in `box` (left, top, right, bottom) of GB/s by shape, a bar for each provider, with a line at the
-    copy bandwidth `limit` (GB/s)."""
-    left, top, right, bottom = box
-    rates = [[cell.get("gb_per_second", 0.0) for cell in row["providers"].values()] for row in rows]
-    highest = 1.15 * max(limit, *sum(rates, []))
-    step = next(s for s in (10.0 ** n * m for n in range(-3, 9) for m in (1, 2, 5)) if highest / s <= 6)
-
-    def height_of(rate):
-        return bottom - (bottom - top) * rate / highest
-    ticks = {n * step: short(n * step) for n in range(int(highest / step) + 1)}
-    frame(draw, box, rows, TITLES[rows[0]["operator"]] + ", GB/s", ticks, height_of)
-    group, width = (right - left) / len(rows), min(0.8 * (right - left) / len(rows) / len(rates[0]), 90)
-    for i, row in enumerate(rows):
-        middle = left + (i + 0.5) * group
-        for j, (provider, rate) in enumerate(zip(row["providers"], rates[i])):
-            x = middle + (j - len(rates[i]) / 2) * width
-            if rate:
-                draw.rectangle((x + 2, height_of(rate), x + width - 2, bottom), COLOURS[provider])
-        write(draw, (middle, bottom + 28), shape_text(row))
-    for x in range(int(left), int(right), 24):
-        draw.line((x, height_of(limit), x + 12, height_of(limit)), INK, 3)
-    draw.rectangle((right - 170, height_of(limit) - 32, right, height_of(limit) - 4), "white")
-    write(draw, (right, height_of(limit) - 18), "copy bandwidth", 22, "rm")
-
-
-def curves(draw, box, rows):
-    """Panel in `box` (left, top, right, bottom) of the time over S = T, both logarithmic."""
-    left, top, right, bottom = box
-    sizes = [row["shape"][0] for row in rows if any("ms" in cell for cell in row["providers"].values())]
-    lines = {name: [(row["shape"][0], row["providers"][name]["ms"]) for row in rows
-                    if "ms" in row["providers"][name]] for name in rows[0]["providers"]}
-    times = [ms for line in lines.values() for _, ms in line]
-    low, high = math.floor(math.log10(min(times))), math.floor(math.log10(max(times))) + 1
-
-    def height_of(ms):
-        return bottom - (bottom - top) * (math.log10(ms) - low) / (high - low)
-
-    def across(size):
-        part = math.log(size / sizes[0]) / max(math.log(sizes[-1] / sizes[0]), 1)  # 0 if there is one size
-        return left + 40 + (right - left - 80) * part
-    title = "{}, ms over S = T; A = {}".format(TITLES[rows[0]["operator"]], rows[0]["shape"][2])
-    ticks = {10.0 ** n: f"{10.0 ** n:g}" for n in range(low, high + 1)}
-    frame(draw, box, rows, title, ticks, height_of)
-    for size in sizes:
-        write(draw, (across(size), bottom + 28), f"{size:,}")
-    for name, line in lines.items():
-        points = [(across(size), height_of(ms)) for size, ms in line]
-        draw.line(points, COLOURS[name], 6)
-        for x, y in points:
-            draw.ellipse((x - 8, y - 8, x + 8, y + 8), COLOURS[name])
-
-
-def plot(result, path):
-    """Write a PNG: rates of the operators on heatmaps (float32, contiguous), times of those on poses."""
-    panels = {}
-    for row in result["rows"]:
-        on_maps = row["operator"] in HEATMAP_OPERATORS
-        plain = row["layout"] in ("contiguous", "no masks")
-        if row["dtype"] == "float32" and plain and (on_maps or row["shape"][2] == 16):
-            panels.setdefault(row["operator"], []).append(row)
-    across = min(2, len(panels))
-    picture = Image.new("RGB", (1400 * across, 200 + 720 * math.ceil(len(panels) / 2)), "white")
-    draw = ImageDraw.Draw(picture)
-    facts = result["header"]
-    title = f"{facts['device']}, torch {facts['torch']}, Triton {facts['triton']}"
-    write(draw, (60, 56), title, 34, "lm")
-    x = 60
-    for provider, colour in COLOURS.items():
-        draw.rectangle((x, 108, x + 32, 140), colour)
-        write(draw, (x + 46, 124), PROVIDERS[provider], 28, "lm")
-        x += 100 + draw.textlength(PROVIDERS[provider], ImageFont.load_default(size=28))
-    for i, (operator, rows) in enumerate(panels.items()):
-        x, y = 1400 * (i % 2), 200 + 720 * (i // 2)
-        box = x + 130, y + 70, x + 1350, y + 630
-        if operator in HEATMAP_OPERATORS:
-            bars(draw, box, rows, facts["copy_bytes_per_second"] / 1e9)
-        else:
-            curves(draw, box, rows)
-    picture = picture.resize((picture.width // 2, picture.height // 2), Image.LANCZOS)
-    part = path.with_name(path.name + ".part")
-    picture.save(part, format="PNG")
-    os.replace(part, path)
-
-
 # Command line ----------------------------------------------------------------------------------------------
 
 def writable_file(text):
@@ -660,7 +552,6 @@ def main(arguments=None, plan=None):
     parser.add_argument("--quick", action="store_true", help="few sizes, measured shortly: about a minute")
     parser.add_argument("--only", choices=OPERATORS, metavar="NAME", help="one of " + ", ".join(OPERATORS))
     parser.add_argument("--json", type=writable_file, metavar="FILE", help="write all figures as JSON")
-    parser.add_argument("--plot", type=writable_file, metavar="FILE", help="draw the figures as PNG")
     parser.add_argument("--seed", type=int, help="of the random inputs [default: a new one]")
     options = parser.parse_args(arguments)
     if common.INTERPRET:
@@ -714,8 +605,6 @@ def main(arguments=None, plan=None):
         part = options.json.with_name(options.json.name + ".part")
         part.write_text(json.dumps(result, indent=1) + "\n")
         os.replace(part, options.json)
-    if options.plot:
-        plot(result, options.plot)
     return 0
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 import kernels
 from kernels import benchmark, common
@@ -62,13 +61,13 @@ def test_numpy_decoding_agrees_with_the_operator():
     assert (coords == ours.numpy()).all() and (confidence == value.numpy()).all()
 
 
-def test_every_operator_with_json_and_plot(tmp_path, capsys):
-    """A run checks and times every operator, prints a table for each, and writes the figures and a plot."""
-    files = tmp_path / "figures.json", tmp_path / "figures.png"
-    assert benchmark.main(["--json", str(files[0]), "--plot", str(files[1]), "--seed", "3"], plan=SMALL) == 0
+def test_every_operator_with_json(tmp_path, capsys):
+    """A run checks and times every operator, prints a table for each, and writes the figures."""
+    file = tmp_path / "figures.json"
+    assert benchmark.main(["--json", str(file), "--seed", "3"], plan=SMALL) == 0
     printed = capsys.readouterr().out
-    result = json.loads(files[0].read_text())
-    assert sorted(tmp_path.iterdir()) == sorted(files)   # no temporary file is left
+    result = json.loads(file.read_text())
+    assert list(tmp_path.iterdir()) == [file]            # no temporary file is left
     assert result["header"]["seed"] == 3 and result["header"]["copy_bytes_per_second"] == 1e10
     assert {check["operator"] for check in result["checks"]} == set(benchmark.OPERATORS)
     assert all(check["largest_error"] <= check["allowed"] for check in result["checks"])
@@ -90,8 +89,6 @@ def test_every_operator_with_json_and_plot(tmp_path, capsys):
     assert all(row["ratio"] > 0 for row in result["dispatch"])
     assert printed.startswith("No CUDA device: the Triton column is not measured") == (not CUDA)
     assert all(f"## {title}\n" in printed for title in benchmark.TITLES.values())
-    picture = Image.open(files[1])
-    assert picture.format == "PNG" and picture.size[0] == 1400
 
 
 @pytest.mark.skipif(not CUDA, reason="device times need a CUDA device")
@@ -148,7 +145,7 @@ def test_a_compiler_that_fails_costs_one_cell(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("arguments, said", [
     (["--json", "no/such/x.json"], "cannot write no/such/x.json: No such file or directory"),
-    (["--plot", "."], "cannot write .: it is a directory"),
+    (["--json", "."], "cannot write .: it is a directory"),
     (["--only", "soft_argmin"], "invalid choice: 'soft_argmin'"),
     (["--jsno", "x.json"], "unrecognized arguments: --jsno")])
 def test_mistakes_end_in_one_line_before_anything_is_measured(arguments, said, monkeypatch, capsys):

@@ -101,7 +101,7 @@ def test_vmap_is_a_loop(backend):
     check_vmap(lambda s, t, v: distance(s, t, triplets, v, every), (1, 0, 1),
                source[:, 0].transpose(0, 1), target[:1].expand(3, 5, 8, 2), valid)
     check_vmap(lambda v: distance(source[0, 0], target, triplets, v), (1,), valid)
-    with pytest.raises(ValueError, match="triplets"):
+    with pytest.raises(ValueError, match="triplets must be the same"):
         torch.func.vmap(lambda t: distance(source, target, t))(triplets.expand(2, 5, 3))
 
 
