@@ -40,8 +40,6 @@ def normalise_poses(keypoints, visible, root):
     seen = visible.bool()[..., None]
     low = torch.where(seen, keypoints, torch.inf).amin(1)
     high = torch.where(seen, keypoints, -torch.inf).amax(1)
-    empty = ~seen.any(1)
-    low, high = low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
     side = (high - low).amax(1).clamp(min=1e-6)
     poses = (keypoints - ((low + high) / 2)[:, None]) / side[:, None, None]
     root_seen = seen[:, list(root)].float()
@@ -240,8 +238,6 @@ class ActiveCurriculum:
         wanted = self.probabilities(epoch) * np.diff(self.edges)                  # p_j N / N_b
         count = np.floor(wanted + random.random(self.num_bins)).astype(np.int64)  # stochastic rounding
         count = np.minimum(count, np.diff(self.edges))
-        if count.sum() == 0:
-            count[self.peak_bin(epoch)] = 1
         drawn = np.concatenate([start + random.choice(end - start, n, replace=False, shuffle=False)
                                 for start, end, n in zip(self.edges[:-1], self.edges[1:], count)])
         random.shuffle(drawn)

@@ -1,12 +1,10 @@
 """Everything between a disk (or a renderer) and a training batch.
 
     skeletons      BODY16, HAND21: names, limb pairs (Eq. 5), triplets (Eq. 7), score groups
-    geometry       views as batched 2x3 matrices: one convention for images, heatmaps and keypoints
-    heatmaps       targets drawn in batch
-    augmentation   views and colour jitter in batch, on the training device
-    batches        shuffled, loaded ahead
+    geometry       views as batched 2x3 matrices: one convention for images, keypoints and target heatmaps
+    augmentation   views and colour jitter in batch, on the training device; batches, loaded ahead
     Mannequin      the built-in benchmark: bodies and hands, posed and drawn
-    datasets       LSP (and LSP Extended), SURREAL, Human36M, Hand3DStudio, RenderedHandPose: the paper's
+    datasets       LSP, SURREAL, Human36M, Hand3DStudio, RenderedHandPose: the paper's, read from a disk
     preparation    the original releases of SURREAL and Human3.6M -> the layouts that the loaders read
 
 The geometry convention, written once: keypoints are (x, y) in pixels of the network's input, and the centre
@@ -21,7 +19,6 @@ pixels, and visibility (B, K). Augmentation happens later, in batch and on the d
 
 import argparse
 import array
-import collections
 import functools
 import hashlib
 import json
@@ -53,13 +50,10 @@ class DataError(ValueError):
     """A file from outside that is not what it should be; the message names it and says what was expected."""
 
 
-# --- Shared: progress, atomic writes, the letterbox -------------------------------------------------
-
+# --- Shared: progress, atomic writes, the letterbox --------------------------------------------------------
 
 class Progress:
-    """One line on stderr that says how far the work is and how long it will take; quiet when not a
-    terminal."""
-
+    """A line on stderr, where that is a terminal: how far the work is and how long it will take."""
     unfinished = False                         # whether a line without its end stands on the terminal
 
     def __init__(self, title):
@@ -82,11 +76,8 @@ class Progress:
 
 @contextmanager
 def replacing(path, keep=None):
-    """A binary file to write. It takes the place of `path` when the block ends well and is removed otherwise.
-
-    A crash or a full disk leaves the old file or the new one, whole. keep: the name that the old file is
-    given. OSError names `path`.
-    """
+    """A binary file to write, which takes the place of `path` when the block ends well: a crash or a full
+    disk leaves the old file or the new one, whole. keep: a name for the old one. OSError names `path`."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")      # several processes may write the file
     try:
@@ -110,12 +101,9 @@ def write_text(path, text):
 
 
 def letterbox_view(region, size):
-    """Where a region of a picture lies in a size x size square: as large as fits, its aspect kept, centred.
-
-    region: edges (left, top, right, bottom) in pixels of the picture. Returns (width, height) and (left, top)
-    of its place in the square, whole pixels, and the view (2, 3), float64 numpy, from the picture's pixels to
-    the square's.
-    """
+    """Where a region (left, top, right, bottom) of a picture lies in a size x size square, as large as fits,
+    its aspect kept, centred: (width, height) and (left, top) of its place, whole pixels, and the view from
+    the picture's pixels to the square's, (2, 3) float64 numpy."""
     left, top, right, bottom = region
     scale = size / max(right - left, bottom - top)
     width, height = max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))
@@ -132,21 +120,18 @@ def letterbox(image, region, size):
     fitted, place, _ = letterbox_view(region, size)
     square = Image.new("RGB", (size, size))
     square.paste(image.resize(fitted, Image.Resampling.BILINEAR, region), place)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
 # --- Skeletons ---------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Skeleton:
     """Keypoints of one kind of body and what the paper's equations need to know of them.
 
-    names: K keypoint names; limbs: pairs (a, b), the vectors of Eq. 5; triplets: (a, b, c), the angles at
-    keypoint b of Eq. 7; groups: the columns of the paper's tables, name -> keypoint indices, with "all";
-    root: the keypoints whose mean stands in for a missing one in the Pose-VAE. ValueError names the field
-    that does not fit.
-    """
+    limbs: pairs (a, b), the vectors of Eq. 5; triplets: (a, b, c), the angles at b of Eq. 7; groups: the
+    columns of the paper's tables, name -> keypoints, with "all"; root: the keypoints whose mean stands in
+    for a missing one in the Pose-VAE."""
     names: tuple
     limbs: tuple
     triplets: tuple
@@ -157,24 +142,20 @@ class Skeleton:
         for name in ("names", "limbs", "triplets", "root"):       # lists, where they come from JSON
             rows = (tuple(row) if isinstance(row, list) else row for row in getattr(self, name))
             object.__setattr__(self, name, tuple(rows))
-        if not self.names or not all(isinstance(name, str) for name in self.names) or "all" not in self.groups:
+        if not self.names or not all(isinstance(n, str) for n in self.names) or "all" not in self.groups:
             raise ValueError("names must be strings, one per keypoint, and groups must have 'all'")
         for what, rows, length in (("limbs", self.limbs, 2), ("triplets", self.triplets, 3),
                                    ("groups", self.groups.values(), None), ("root", [self.root], None)):
             for row in rows:
-                known = all(keypoint in range(len(self.names)) for keypoint in row)
-                if not row or length not in (None, len(row)) or not known:
-                    raise ValueError(f"{what}: {row} must be {length or 'some'} keypoints below {len(self.names)}")
+                if not row or len(row) != (length or len(row)) or not all(i in range(len(self)) for i in row):
+                    raise ValueError(f"{what}: {row} must be {length or 'some'} keypoints below {len(self)}")
 
     def __len__(self):
         return len(self.names)
 
 
 def check_dataset(dataset, name):
-    """DataError, which says what is expected, where `dataset` is not what the module's docstring describes.
-
-    Looks at the skeleton, all keypoints and one sample. name: for the message.
-    """
+    """DataError, for `name`, where `dataset` is not what the module's docstring describes."""
     def require(fits, what):
         if not fits:
             raise DataError(f"{name}: {type(dataset).__name__} {what}")
@@ -184,14 +165,14 @@ def check_dataset(dataset, name):
     require(n > 0 and type(size) is int, "needs samples, and `size`, the side of its images in pixels")
     for attribute, shape in (("keypoints", (n, k, 2)), ("visible", (n, k))):
         values = getattr(dataset, attribute, None)
-        require(torch.is_tensor(values) and values.dtype == torch.float32 and tuple(values.shape) == shape,
+        require(torch.is_tensor(values) and values.dtype == torch.float32 and values.shape == shape,
                 f"needs `{attribute}`, a float32 tensor of shape {shape}")
     require(bool(torch.isfinite(dataset.keypoints.sum())),
             "has keypoints that are not finite; where one is not labelled, give (0, 0) and visible 0")
     require(len(dataset.names([0])) == 1, "needs names(indices), a string per sample")
-    images, keypoints, visible = dataset[torch.tensor([0])]
-    shapes = tuple(map(tuple, (images.shape, keypoints.shape, visible.shape)))
-    require(images.dtype == torch.uint8 and shapes == ((1, 3, size, size), (1, k, 2), (1, k)),
+    images, *labels = dataset[torch.tensor([0])]
+    shapes = [tuple(values.shape) for values in (images, *labels)]
+    require(images.dtype == torch.uint8 and shapes == [(1, 3, size, size), (1, k, 2), (1, k)],
             f"must give uint8 images (B, 3, {size}, {size}), keypoints (B, {k}, 2) and visible (B, {k})")
 
 
@@ -201,12 +182,10 @@ BODY16 = Skeleton(
     limbs=((0, 1), (1, 2), (2, 6), (3, 6), (3, 4), (4, 5), (6, 7), (7, 8), (8, 9),          # legs and spine
            (7, 12), (12, 11), (11, 10), (7, 13), (13, 14), (14, 15),                       # arms
            (2, 3), (12, 13), (2, 12), (3, 13)),                # the trunk's frame, labelled in LSP as well
-    triplets=((10, 11, 12), (13, 14, 15),                      # elbows
-              (0, 1, 2), (3, 4, 5),                            # knees
-              (11, 12, 13), (12, 13, 14), (11, 12, 2), (14, 13, 3),   # shoulders: to the other one, to the hip
-              (1, 2, 3), (2, 3, 4), (1, 2, 12), (4, 3, 13),           # hips: to the other one, to the shoulder
-              (12, 8, 9), (13, 8, 9), (7, 8, 9),               # neck
-              (6, 7, 8)),                                      # spine
+    triplets=((10, 11, 12), (13, 14, 15), (0, 1, 2), (3, 4, 5),      # elbows, knees
+              (11, 12, 13), (12, 13, 14), (11, 12, 2), (14, 13, 3),  # shoulders: to the other one, to the hip
+              (1, 2, 3), (2, 3, 4), (1, 2, 12), (4, 3, 13),    # hips: to the other one, to the shoulder
+              (12, 8, 9), (13, 8, 9), (7, 8, 9), (6, 7, 8)),   # neck, spine
     groups={"shoulder": (12, 13), "elbow": (11, 14), "wrist": (10, 15), "hip": (2, 3), "knee": (1, 4),
             "ankle": (0, 5), "all": (0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15)},
     root=(2, 3))
@@ -223,16 +202,12 @@ HAND21 = Skeleton(
     root=(0, 9))
 
 
-# --- Geometry ----------------------------------------------------------------------------------------------
-
+# --- Geometry and target heatmaps --------------------------------------------------------------------------
 
 def affine_view(size, rotation, shear, scale, translate):
-    """Views that rotate, shear and scale about the image's centre (size / 2), then translate.
-
-    size: side of the square image in pixels; rotation, shear: (B,) radians (positive rotation turns x towards
-    y, clockwise on a screen); scale: (B,); translate: (B, 2) pixels. Returns (B, 2, 3). The composition is
-    the one of the published base method (tests: `affine_*`).
-    """
+    """Views (B, 2, 3) that rotate, shear and scale about the centre (size / 2), then translate, composed as
+    in the published base method. rotation (clockwise on a screen), shear: (B,) radians; scale: (B,);
+    translate: (B, 2) and size, the image's side: pixels."""
     cos, sin, tan = torch.cos(rotation), torch.sin(rotation), torch.tan(shear)
     linear = torch.stack([torch.stack([cos, -cos * tan - sin], -1),
                           torch.stack([sin, -sin * tan + cos], -1)], -2) * scale[:, None, None]
@@ -260,11 +235,8 @@ def map_keypoints(keypoints, view):
 
 
 def warp(maps, view, stride=1):
-    """Images or heatmaps seen through views: output(M x) = input(x), zero where the view looks outside.
-
-    maps: (B, C, H, W); view: (B, 2, 3) in pixels; stride: pixels per cell of `maps` (1 for images). Bilinear
-    and differentiable. Returns (B, C, H, W).
-    """
+    """Images or heatmaps (B, C, H, W) seen through views (B, 2, 3): output(M x) = input(x), zero outside.
+    Bilinear and differentiable. stride: pixels per cell of `maps`, 1 for images."""
     height, width = maps.shape[-2:]
     x, y = (torch.arange(n, dtype=maps.dtype, device=maps.device) * stride for n in (width, height))
     inverse = invert_view(view).to(maps.dtype)
@@ -273,9 +245,6 @@ def warp(maps, view, stride=1):
     columns = inverse[:, None, :, 0] * x[:, None] * scale                                     # (B, W, 2)
     rows = (inverse[:, None, :, 1] * y[:, None] + inverse[:, None, :, 2]) * scale - 1         # (B, H, 2)
     return F.grid_sample(maps, columns[:, None] + rows[:, :, None], padding_mode="zeros", align_corners=True)
-
-
-# --- Target heatmaps ---------------------------------------------------------------------------------------
 
 
 def draw_gaussians(cells, size, sigma):
@@ -288,14 +257,12 @@ def draw_gaussians(cells, size, sigma):
 
 
 def render_heatmaps(keypoints, visible, size, stride, sigma, subcell=False):
-    """Target heatmaps of keypoints and the weight of each.
+    """Target heatmaps (B, K, size, size) of keypoints and the weight (B, K) of each.
 
-    keypoints: (B, K, 2) pixels; visible: (B, K), 1 where labelled; size: cells per side; stride: pixels per
-    cell; sigma: cells. The Gaussian stands on the nearest cell, int(x / stride + 1/2), as in the published
-    targets; `subcell` leaves it at x / stride, worth having where cells are coarse. Returns heatmaps (B, K,
-    size, size) and weight (B, K): 0, with an empty map, where a keypoint is unlabelled or its cell lies
-    outside.
-    """
+    keypoints: (B, K, 2) pixels; visible: (B, K), 1 where labelled; size: cells per side; stride: pixels
+    per cell; sigma: cells. The Gaussian stands on the nearest cell, int(x / stride + 1/2), as published;
+    `subcell` leaves it at x / stride, worth having where cells are coarse. Where a keypoint is unlabelled
+    or its cell lies outside, the weight is 0 and the map empty."""
     exact = keypoints / stride
     cell = torch.floor(exact + 0.5)
     weight = visible * ((cell >= 0) & (cell < size)).all(-1)
@@ -347,15 +314,12 @@ def random_affine_view(u, size, rotation, shear, translate, scale):
 
 
 def colour_jitter(images, u, strength):
-    """Brightness, contrast and saturation, each by a factor in 1 +- strength, in a random order per image.
-
-    images: (B, 3, H, W) in [0, 1]; u: (B, 6) in [0, 1), three for the factors and three for the order. Each
-    change blends the image with black, with its mean grey or with its own grey, and clamps, as the published
-    transforms do.
-    """
+    """Brightness, contrast and saturation of images (B, 3, H, W) in [0, 1], each by a factor in 1 +-
+    strength, in a random order per image; u: (B, 6) in [0, 1), factors and order. As in the published
+    transforms, a change blends the image with black, with its mean grey or with its own grey, and clamps."""
     factors = 1 + strength * (2 * u[:, :3] - 1)
     luma = per_channel((0.299, 0.587, 0.114), images.device)
-    for change in u[:, 3:].argsort(1).unbind(1):                  # (B,): 0 brightness, 1 contrast, 2 saturation
+    for change in u[:, 3:].argsort(1).unbind(1):      # (B,): 0 brightness, 1 contrast, 2 saturation
         factor, change = factors.gather(1, change[:, None])[..., None, None], change[:, None, None, None]
         grey = (images * luma).sum(1, keepdim=True)
         other = grey * (change == 2) + grey.mean((2, 3), keepdim=True) * (change == 1)
@@ -365,7 +329,6 @@ def colour_jitter(images, u, strength):
 
 # --- Batches -----------------------------------------------------------------------------------------------
 
-
 @functools.lru_cache(8)
 def shuffled(n, seed, i):
     """The order of 0 ... n - 1 in the i-th pass over them."""
@@ -373,8 +336,7 @@ def shuffled(n, seed, i):
 
 
 def shuffled_batch(n, size, step, seed):
-    """The `step`-th batch of `size` <= n positions, in endless passes over 0 ... n - 1, each in a new
-    order."""
+    """The `step`-th batch of `size` <= n positions: endless passes over 0 ... n - 1, each in a new order."""
     i, at = divmod(step * size, n)
     batch = shuffled(n, seed, i)[at:at + size]
     missing = size - len(batch)
@@ -382,44 +344,39 @@ def shuffled_batch(n, size, step, seed):
 
 
 def prefetch(jobs, workers):
-    """Results of the callables `jobs`, in order, computed ahead by `workers` threads: decoding releases
-    Python's lock."""
+    """Results of the callables `jobs`, in order, computed ahead by threads: decoding releases the GIL."""
     if not workers:
         yield from (job() for job in jobs)
         return
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = collections.deque()
-        try:
-            for job in jobs:
-                waiting.append(pool.submit(job))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:                         # an interrupted run does not wait for them
-                future.cancel()
+    pool, waiting = ThreadPoolExecutor(workers), []
+    try:
+        for job in jobs:
+            waiting.append(pool.submit(job))
+            if len(waiting) > 2 * workers:
+                yield waiting.pop(0).result()
+        while waiting:
+            yield waiting.pop(0).result()
+    finally:
+        pool.shutdown(cancel_futures=True)                 # an interrupted run does not wait for them
 
 
 # --- Built-in benchmark: bodies and hands, a clean source and a wild target --------------------------------
-#
-# A body or a left hand is posed by forward kinematics, seen by a perspective camera and drawn as shaded
-# limbs. All numbers of a sample come from default_rng((seed, domain, split, index)), whatever its batch.
-# Space is in metres: x to the image's right, y up, z to the camera. Tables of angles are in degrees.
 
+# Forward kinematics, a perspective camera, shaded limbs. Metres, x to the image's right, y up, z to the
+# camera; degrees. All numbers of a sample come from default_rng((seed, domain, split, index)).
 RENDERER_VERSION = 3        # part of the cache file's name: raise it when the pictures change
 POSE_NUMBERS = 43           # uniform numbers per sample: 4 camera, 12 proportions, kind and 26 angles
 SUPERSAMPLING = 4           # pictures are drawn this many times larger, then averaged
 
 # Difficulty of the target's appearance. Lengths are shares of the image side, colours are in [0, 1].
 WILD = {
-    "textured": 0.5, "pattern_contrast": 0.45,                # share of patterned garments, their contrast
-    "background": 0.55, "saturation": 0.35, "noise": 0.40,    # contrast, colour and noise of the background
-    "clutter": 6, "distractors": 2, "occluders": (0.2, 0.2),  # shapes, limbs; probability of each in front
-    "light": 0.20, "cast": 0.12, "contrast": (0.80, 1.15),    # light gradient, colour cast per channel
-    "blur": 0.008, "grain": 0.030}                            # largest standard deviations
-PLAIN = {"textured": 0, "background": 0.35, "saturation": 0.3, "noise": 0.15, "clutter": 0, "distractors": 0,
-         "occluders": ()}                                     # the source
+    "textured": 0.5, "pattern_contrast": 0.45, "gloves": 0.6,   # shares of patterned garments, gloved hands
+    "background": 0.55, "saturation": 0.35, "noise": 0.40,      # contrast, colour, noise of the background
+    "clutter": 6, "distractors": 2, "occluders": (0.2, 0.2),    # shapes, limbs; probability of each in front
+    "light": 0.20, "cast": 0.12, "contrast": (0.80, 1.15),      # light gradient, colour cast per channel
+    "blur": 0.008, "grain": 0.030}                              # largest standard deviations
+PLAIN = dict(gloves=0, textured=0, background=0.35, saturation=0.3, noise=0.15, clutter=0, distractors=0,
+             occluders=())                                      # the source
 
 # Angles of a body. a_/b_ name its two sides, left and right after a coin toss. Signs: `lean`, `bend`, `nod`
 # forward; `hip`, `arm` forward (flexion); `spread`, `lift` outwards (abduction); `legrot` outwards, `armrot`
@@ -477,8 +434,8 @@ HAND_LIMITS = dict(flex=(-20, 90), curl=(0, 110), splay=(-15, 15), radial=(0, 65
     tflex=(-10, 60), tcurl=(-15, 80), bend=(-60, 60), deviate=(-20, 30))
 HAND_OPEN = dict(bend=(-25, 25), deviate=(-10, 15), flex=(-5, 18), curl=(2, 20), splay=(-4, 4),
     radial=(25, 50), palmar=(5, 30), tflex=(0, 20), tcurl=(0, 25))
-HAND_VIEW = {"source": dict(pitch=(-35, 35), roll=(-180, 180), yaw=(-50, 50)),
-             "target": dict(pitch=(-40, 40), roll=(-180, 180), yaw=(-60, 60), bend=(-35, 35))}
+HAND_VIEW = {"source": dict(pitch=(-25, 25), roll=(-60, 60), yaw=(-35, 35)),
+             "target": dict(pitch=(-35, 35), roll=(-60, 60), yaw=(-50, 50), bend=(-35, 35))}
 FIST = dict(flex=(62, 88), curl=(75, 108), radial=(5, 20), palmar=(35, 58), tflex=(25, 58))
 THUMB_OUT = dict(radial=(40, 65), palmar=(0, 25), tflex=(-10, 5), tcurl=(-12, 8))
 INDEX, MIDDLE, RING, LITTLE = ({f"{finger}_flex": (-8, 20), f"{finger}_curl": (0, 18)} for finger in FINGERS)
@@ -508,6 +465,7 @@ HAND_BONES = {
 
 def draw_angles(u, domain, poses, names, rest, limits):
     """Kinds of pose (N,) and {name: (N,) radians} by the tables above; u: (N, 1 + names) uniform numbers."""
+    weights = np.cumsum([pose[domain == "target"] for pose in poses.values()])
     table = np.empty((len(poses), len(names), 2))
     for k, (_, _, _, ranges) in enumerate(poses.values()):
         for j, name in enumerate(names):
@@ -515,19 +473,20 @@ def draw_angles(u, domain, poses, names, rest, limits):
             table[k, j] = ranges.get(name, ranges.get(plain, rest[plain]))
             if "_" in name:                            # of a limb, a finger
                 table[k, j] += WIDER[domain] * (limits[plain] - table[k, j])
-    weights = np.cumsum([pose[0 if domain == "source" else 1] for pose in poses.values()])
     kind = np.searchsorted(weights[:-1] / weights[-1], u[:, 0], side="right")
     low, high = np.radians(table[kind]).T              # each (angles, N)
     return kind, dict(zip(names, low + (high - low) * u[:, 1:1 + len(names)].T))
 
 
-def rotation(axis, angle):
-    """Right-handed rotations (N, 3, 3) by `angle` (N,) radians about the axis 0, 1 or 2."""
-    matrix = np.tile(np.eye(3), (len(angle), 1, 1))
-    i, j = (axis + 1) % 3, (axis + 2) % 3
-    matrix[:, i, i] = matrix[:, j, j] = np.cos(angle)
-    matrix[:, j, i], matrix[:, i, j] = np.sin(angle), -np.sin(angle)
-    return matrix
+def turn(frame, axes, *angles):
+    """Frames (N, 3, 3) turned about their own `axes`, a string of x, y, z, by one angle (N,) per axis."""
+    for axis, angle in zip(axes, angles):
+        i, j = {"x": (1, 2), "y": (2, 0), "z": (0, 1)}[axis]
+        matrix = np.tile(np.eye(3), (len(angle), 1, 1))
+        matrix[:, i, i] = matrix[:, j, j] = np.cos(angle)
+        matrix[:, j, i], matrix[:, i, j] = np.sin(angle), -np.sin(angle)
+        frame = frame @ matrix
+    return frame
 
 
 def along(frame, x, y, z):
@@ -536,11 +495,9 @@ def along(frame, x, y, z):
 
 
 def stack_parts(parts, girth):
-    """P rows (role, a, b, radii[, group, normal]) -> roles, groups, ends (N, P, 2, 3), radii (N, P, 2).
-
-    role names the colour; a, b (N, 3) metres; radii are multiplied by girth (N,). The parts of a group merge
-    into one shape. A part with a normal (N, 3) lies on its group: it has no radius where it faces away.
-    """
+    """P rows (role, a, b, radii[, group, normal]) -> roles, groups, ends (N, P, 2, 3), radii (N, P, 2). Radii
+    are multiplied by girth (N,). A group merges into one shape. A part with a normal (N, 3) lies on its
+    group: it has no radius where it faces away."""
     roles, a, b, radii_a, radii_b, groups, normals = zip(*(row + (None,) * (7 - len(row)) for row in parts))
     shown = np.stack([girth if n is None else girth * (n[:, 2] > 0.15) for n in normals], 1)
     radii = np.stack([np.stack([r + 0 * girth for r in end], 1) * shown for end in (radii_a, radii_b)], 2)
@@ -557,10 +514,10 @@ def pose_bodies(u, domain):
     stature, girth = 0.92 + 0.16 * u[:, 10], 0.95 + 0.45 * u[:, 11]
     length = {name: mean * stature * (1 + PROPORTION[domain] * (2 * factor - 1))
               for (name, mean), factor in zip(SEGMENTS.items(), u.T)}
-    root = (rotation(0, angle["pitch"]) @ rotation(2, angle["roll"]) @ rotation(1, angle["yaw"])
-            @ rotation(0, angle["lean"]))              # columns: the body's left, up, front
-    chest = root @ rotation(0, angle["bend"]) @ rotation(2, angle["side"]) @ rotation(1, angle["twist"])
-    head = chest @ rotation(0, angle["nod"]) @ rotation(2, angle["tilt"]) @ rotation(1, angle["turn"])
+    # Columns of a frame: the left, up, front of what it belongs to.
+    root = turn(np.eye(3), "xzyx", angle["pitch"], angle["roll"], angle["yaw"], angle["lean"])
+    chest = turn(root, "xzy", angle["bend"], angle["side"], angle["twist"])
+    head = turn(chest, "xzy", angle["nod"], angle["tilt"], angle["turn"])
     pelvis = np.zeros((len(u), 3))
     thorax = along(chest, 0, length["spine"], 0)
     neck = thorax + along(chest, 0, length["neck"], 0)
@@ -574,12 +531,9 @@ def pose_bodies(u, domain):
     for side, indices in ((1, (5, 4, 3, 13, 14, 15)), (-1, (0, 1, 2, 12, 11, 10))):           # left, right
         swap = mirror == (side > 0)
         a = {name: np.where(swap, angle["b_" + name], angle["a_" + name]) for name in BODY_LIMB}
-        thigh = (root @ rotation(0, -a["hip"]) @ rotation(2, side * a["spread"])
-                 @ rotation(1, side * a["legrot"]))
-        shin = thigh @ rotation(0, a["knee"])
-        arm = (chest @ rotation(0, -a["arm"]) @ rotation(2, side * a["lift"])
-               @ rotation(1, -side * a["armrot"]))
-        fore = arm @ rotation(0, -a["elbow"])
+        thigh = turn(root, "xzy", -a["hip"], side * a["spread"], side * a["legrot"])
+        arm = turn(chest, "xzy", -a["arm"], side * a["lift"], -side * a["armrot"])
+        shin, fore = turn(thigh, "x", a["knee"]), turn(arm, "x", -a["elbow"])
         hip = along(root, side * length["hips"] / 2, 0, 0)
         knee = hip - along(thigh, 0, length["thigh"], 0)
         ankle = knee - along(shin, 0, length["shin"], 0)
@@ -606,23 +560,22 @@ def pose_hands(u, domain):
     kind, angle = draw_angles(u[:, 12:], domain, GESTURES, HAND_ANGLES, HAND_OPEN | HAND_VIEW[domain],
                               HAND_LIMITS)
     back, girth = np.where(u[:, 9] < 0.5, math.pi, 0), 0.9 + 0.3 * u[:, 10]     # the palm or the back is seen
-    palm = rotation(2, angle["roll"]) @ rotation(0, angle["pitch"]) @ rotation(1, angle["yaw"] + back)
-    fore = palm @ rotation(2, angle["deviate"]) @ rotation(0, angle["bend"])
+    palm = turn(np.eye(3), "zxy", angle["roll"], angle["pitch"], angle["yaw"] + back)
+    fore = turn(palm, "zx", angle["deviate"], angle["bend"])
     wrist, cuff, elbow = np.zeros((len(u), 3)), along(fore, 0, -0.05, 0), along(fore, 0, -0.22, 0)
     joints, parts = [wrist], [("skin", cuff, wrist, 0.029, 0.024), ("sleeve", elbow, cuff, 0.042, 0.037)]
     for (finger, (base, bones, splay, radii)), factor in zip(HAND_BONES.items(), u.T):
         start = along(palm, *base)
         joints.append(start)
         if finger == "thumb":                          # bends across the palm: turned about its axis
-            frame = (palm @ rotation(2, angle["radial"]) @ rotation(0, angle["palmar"])
-                     @ rotation(1, np.full(len(u), math.radians(60))))
+            frame = turn(palm, "zxy", angle["radial"], angle["palmar"], np.full(len(u), math.radians(60)))
             bends = 0 * factor, angle["tflex"], angle["tcurl"]
         else:                                          # the outer joint follows the middle one
-            frame = palm @ rotation(2, math.radians(splay) + angle[finger + "_splay"])
+            frame = turn(palm, "z", math.radians(splay) + angle[finger + "_splay"])
             bends = angle[finger + "_flex"], angle[finger + "_curl"], 0.6 * angle[finger + "_curl"]
             parts.append(("skin", along(palm, 0.45 * base[0], 0.012, 0), start, 0.0165, 0.0125, "palm"))
         for i, bend in enumerate(bends):
-            frame = frame @ rotation(0, bend)
+            frame = turn(frame, "x", bend)
             bone = along(frame, 0, bones[i] * (1 + PROPORTION[domain] * (2 * factor - 1)), 0)
             parts.append(("skin", start, start + bone, radii[i], radii[i + 1], f"{finger} {i}"))
             start = start + bone
@@ -637,11 +590,9 @@ def pose_hands(u, domain):
 
 
 def project_figures(u, joints, ends, radii, distances, size):
-    """Perspective cameras that put each figure's box at 60-80 % of the image, roughly centred.
-
-    u: (N, 4) uniform numbers; joints (N, K, 3), ends (N, P, 2, 3), radii (N, P, 2): metres; distances: the
-    nearest and the farthest camera, metres; size: pixels. Returns joints, ends and radii in pixels.
-    """
+    """Perspective cameras that put each figure's box at 60-80 % of the image, roughly centred: joints (N, K,
+    3), ends (N, P, 2, 3) and radii (N, P, 2) from metres to pixels. u: (N, 4) uniform numbers; distances:
+    the nearest and the farthest camera in metres; size: the image's side."""
     distance = (distances[0] + (distances[1] - distances[0]) * u[:, :1])[..., None]
     points, k = np.concatenate([joints, ends.reshape(len(u), -1, 3)], 1), joints.shape[1]
     near = distance / (distance - points[..., 2:])     # magnification (N, K + 2 P, 1)
@@ -665,11 +616,9 @@ PATTERNS = (((0.0, 0.2, -1, 1), (0.3, 0.5, -1, 1), (0.6, 0.8, -1, 1), (0.9, 1, -
 
 
 def draw_limbs(draw, order, ends, radii, colours, patches, lamp):
-    """Draw tapered limbs, two circles and what lies between them, as nested tones.
-
-    order: groups of limbs from far to near; ends (P, 2, 2), radii (P, 2): pixels of the canvas; colours
-    (P, 2, 3) in [0, 1]: of the limb and of its patches, P rows of PATTERNS; lamp (2,): its direction.
-    """
+    """Draw tapered limbs, two circles and what lies between them, as nested tones. order: groups of limbs
+    from far to near; ends (P, 2, 2), radii (P, 2): pixels; colours (P, 2, 3) in [0, 1]: of limb and
+    patches; patches: P rows of PATTERNS; lamp (2,): its direction."""
     tones = [((ends + shift * radii[..., None] * lamp).tolist(), (scale * radii).tolist(),
               np.clip(255 * bright * colours, 0, 255).astype(int).tolist()) for scale, shift, bright in TONES]
     for group in order:
@@ -727,6 +676,8 @@ def choose_colours(rng, look, roles):
     """Colours (P, 2, 3) in [0, 1] of P parts and of their patches, and the patches, by the parts' roles."""
     tone, (tint, shirt, trousers, shoe, hair, mark) = rng.random(), rng.random((6, 3))
     skin = (0.95, 0.78, 0.67) - tone * np.array((0.57, 0.54, 0.50)) + 0.06 * (tint - 0.5)    # pale to dark
+    gloved = "nail" in roles and rng.random() < look["gloves"]             # hands alone have nails
+    skin = tint if gloved else skin
     sleeves, legs = rng.random(2) < (0.5, 0.65)        # long ones
     # What tells front from back, hence left from right, must stand out: eyes, mark, nails, creases.
     colours = {"skin": skin, "hair": hair * (0.5, 0.35, 0.25), "eye": (0.04, 0.04, 0.04), "shoe": 0.7 * shoe,
@@ -736,7 +687,7 @@ def choose_colours(rng, look, roles):
                "shank": trousers if legs else skin}
     first = np.array([colours[role] for role in roles])
     second, patches = first.copy(), [()] * len(roles)
-    for garment in (shirt, trousers):
+    for garment in (shirt, trousers, *[skin] * gloved):
         worn, pattern, other = (first == garment).all(1), rng.integers(len(PATTERNS)), rng.random(3)
         if rng.random() < look["textured"]:
             second[worn] += WILD["pattern_contrast"] * (other - garment)
@@ -760,12 +711,9 @@ def photograph(rng, image):
 class Mannequin:
     """The built-in benchmark: bodies (BODY16) or left hands (HAND21), clean ('source') or wild ('target').
 
-    split: 'train', 'val' or 'test'; size: side S of the images in pixels; cache: a directory for the rendered
-    images, safe to delete. They are rendered when the first is asked for; progress(done, total) is called.
-    Attributes: skeleton, size, keypoints (N, K, 2) float32 pixels (x, y), visible (N, K) float32: 1 where the
-    keypoint lies inside the image (something may cover it), joints (N, K, 3) metres, upright (N,) bool: the
-    easy kinds of pose, most of the source.
-    """
+    cache: a directory for the images, safe to delete; they are rendered when the first is asked for, and
+    progress(done, total) is called. visible: 1 where a keypoint lies inside the image, covered or not.
+    joints: (N, K, 3) metres; upright: (N,) bool, the easy kinds of pose, most of the source."""
     DEFAULT_COUNTS = {("source", "train"): 6000, ("source", "val"): 500, ("source", "test"): 1000,
                       ("target", "train"): 2000, ("target", "val"): 500, ("target", "test"): 1000}
 
@@ -778,7 +726,7 @@ class Mannequin:
             if value < least:
                 raise ValueError(f"{name}: {value} is too small; give {least} or more")
         self.domain, self.split, self.size, self.seed, self.hand = domain, split, size, seed, hand
-        self.cache, self.progress, self._images = cache, progress, None     # images: rendered when asked for
+        self.cache, self.progress = cache, progress or (lambda *_: None)
         self.skeleton, poses, pose, distances = ((HAND21, GESTURES, pose_hands, (0.5, 1.1)) if hand else
                                                  (BODY16, POSES, pose_bodies, (3.0, 7.0)))
         self.key = seed, 2 * hand + (domain == "target"), ("train", "val", "test").index(split)
@@ -800,8 +748,6 @@ class Mannequin:
 
     def __getitem__(self, indices):
         """Images (B, 3, S, S) uint8, keypoints (B, K, 2) and visible (B, K) of 1-D `indices`."""
-        if self._images is None:
-            self._images = self._load()
         indices = torch.as_tensor(indices, dtype=torch.int64)
         return self._images[indices], self.keypoints[indices], self.visible[indices]
 
@@ -827,29 +773,24 @@ class Mannequin:
         image = canvas.reduce(SUPERSAMPLING)
         return np.asarray(photograph(rng, image) if look is WILD else image).transpose(2, 0, 1)
 
-    def _load(self):
+    @functools.cached_property
+    def _images(self):
         """All images (N, 3, S, S): from the cache if it holds them, else rendered and stored there."""
         tables = (WILD, PLAIN, TONES, PATTERNS, POSES, STANDING, JOINT_LIMITS, SEGMENTS, PROPORTION, WIDER,
                   GESTURES, HAND_LIMITS, HAND_OPEN, HAND_VIEW, HAND_BONES)
         digest = hashlib.sha256(repr((RENDERER_VERSION, self.seed, tables)).encode()).hexdigest()[:16]
-        name = f"mannequin-{self.names([len(self)])[0]}-{self.size}px-{digest}.npy"
+        name = f"mannequin-{self.names([len(self)])[0]}-{self.size}px-{digest}.u8"
         shape, path = (len(self), 3, self.size, self.size), Path(self.cache or ".") / name
-        if self.cache and path.exists():
-            try:
-                images = np.load(path)                 # without unpickling
-            except (ValueError, EOFError, OSError, zipfile.BadZipFile):
-                images = np.empty(0)                   # damaged: rendered again
-            if getattr(images, "shape", None) == shape and images.dtype == np.uint8:
-                return torch.from_numpy(images)
+        if self.cache and path.exists() and path.stat().st_size == math.prod(shape):    # else cut off
+            return torch.from_numpy(np.fromfile(path, np.uint8).reshape(shape))
         images = np.empty(shape, np.uint8)
         for i in range(len(self)):
             images[i] = self.render(i)
-            if self.progress and (i % 100 == 99 or i + 1 == len(self)):
-                self.progress(i + 1, len(self))
+            self.progress(i + 1, len(self))
         if self.cache:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as file:
-                np.save(file, images)
+                file.write(images)
         return torch.from_numpy(images)
 
 
@@ -859,22 +800,24 @@ MAX_CROPS_BYTES = 2 << 30  # a set whose crops fit is kept in memory; a larger o
 
 
 class _CropsOnDisk:
-    """Batched indexing over crops of pictures, each decoded when it is first asked for.
+    """Batched indexing over crops of pictures, each decoded when it is first asked for. Layouts, splits and
+    traps of the datasets: docs/datasets.md. root may be the directory named there, or hold it. All that
+    grows with N is an array: SURREAL has millions of samples. A file that is not as described is named."""
 
-    Every dataset below has skeleton, size (side S of the crops in pixels), keypoints (N, K, 2) float32 in
-    pixels (x, y) of the crop, and visible (N, K) float32. All that grows with N is an array: SURREAL has
-    millions of samples. FileNotFoundError or DataError names the file that is missing or not as described.
-    """
+    def __init__(self, root, split, size, folder=""):
+        if split not in ("train", "val", "test"):
+            raise ValueError(f"split {split!r}: must be 'train', 'val' or 'test'")
+        root, inner = Path(root), Path(root, folder)
+        self.root, self.size, self.split = inner if inner.is_dir() else root, size, split
 
-    def _fill(self, root, split, size, listed_in, names, sides, keypoints, visible):
+    def _fill(self, listed_in, names, sides, keypoints, visible):
         """names: (N,) bytes, the pictures below root; sides: (N, 2), their width and height in pixels."""
         if len(names) == 0:
-            raise DataError(f"{listed_in}: split {split!r} is empty; is the dataset complete?")
-        self.root, self.size, self.keypoints, self.visible = root, size, keypoints, visible
+            raise DataError(f"{listed_in}: split {self.split!r} is empty; is the dataset complete?")
+        self.keypoints, self.visible = keypoints, visible
         self._names, self._sides, self._listed_in = names, sides, listed_in
-        self._decoded, self._crops = torch.zeros(len(names), dtype=torch.bool), None
-        if len(names) * 3 * size ** 2 <= MAX_CROPS_BYTES:
-            self._crops = torch.zeros(len(names), 3, size, size, dtype=torch.uint8)
+        fits = len(names) * 3 * self.size ** 2 <= MAX_CROPS_BYTES
+        self._crop = functools.cache(self._decode) if fits else self._decode
 
     def __len__(self):
         return len(self.keypoints)
@@ -886,25 +829,14 @@ class _CropsOnDisk:
     def __getitem__(self, indices):
         """1-D indices -> images (B, 3, S, S) uint8, keypoints (B, K, 2) and visible (B, K) float32."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
-        if self._crops is None:
-            images = torch.zeros(len(indices), 3, self.size, self.size, dtype=torch.uint8)
-            for row, i in enumerate(indices.tolist()):
-                images[row] = self._decode(i)
-        else:
-            for i in indices[~self._decoded[indices]].unique().tolist():
-                self._crops[i] = self._decode(i)
-                self._decoded[i] = True
-            images = self._crops[indices]
+        images = torch.zeros(len(indices), 3, self.size, self.size, dtype=torch.uint8)
+        for row, i in enumerate(indices.tolist()):
+            images[row] = self._crop(i)
         return images, self.keypoints[indices], self.visible[indices]
 
     def _decode(self, i):
         file = self.root / self._names[i].decode()
         return _read_crop(file, self.size, self._sides[i].tolist(), None, self._listed_in)
-
-
-def _check_split(split):
-    if split not in ("train", "val", "test"):
-        raise ValueError(f"split {split!r}: must be 'train', 'val' or 'test'")
 
 
 def _find_annotation(root, relative):
@@ -951,10 +883,8 @@ _MAT_CLASS = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 
 
 
 def read_mat(path, name):
-    """One real numeric variable of a little-endian MATLAB level-5 file, plain or compressed.
-
-    The file is untrusted: a size is checked against MAX_MAT_BYTES and the bytes that are there.
-    """
+    """One real numeric variable of a little-endian MATLAB level-5 file, plain or compressed. The file is
+    untrusted: a size is checked against MAX_MAT_BYTES and the bytes that are there."""
     try:
         return _read_mat(Path(path).read_bytes(), name)
     except (ValueError, struct.error, zlib.error) as error:
@@ -985,7 +915,6 @@ def _read_mat(data, name):
             break
     else:
         raise DataError(f"no variable {name!r}; the file holds {', '.join(present[:20]) or 'none'}")
-
     matrix_class = flags[0] if len(flags) == 8 else None
     if matrix_class not in _MAT_CLASS or flags[1] & 8 or not 8 <= len(dimensions) <= 128:  # 8: complex
         raise DataError(f"variable {name!r} (class {matrix_class}) is not a real numeric array")
@@ -1017,52 +946,46 @@ def _mat_element(data, at):
     return data[begin:begin + nbytes], kind, following
 
 
-_LSP_SLOTS = (0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15, 8, 9)  # BODY16 keypoint of each of the 14 joints
-
-
 class LSP(_CropsOnDisk):
-    """Leeds Sports Pose and LSP Extended: sports photographs, 14 joints of BODY16.
+    """Leeds Sports Pose and LSP Extended: `joints.mat` and `images/`, 14 joints of BODY16.
 
-    `root` holds `joints.mat` and `images/`. The shape of `joints` tells which of the two it is:
-      LSP           (3, 14, N), `images/im0001.jpg` ...; third value 1 = occluded
-      LSP Extended  (14, 3, N), `images/im00001.jpg` ...; third value 1 = labelled
-    As published, an occluded joint of LSP has visible = 0: it is neither trained on nor scored (it keeps its
-    position). An unlabelled joint, pelvis and thorax have visible = 0, too, and lie at (0, 0).
-    transductive: True makes every split the whole set, the published protocol of SURREAL -> LSP. False: the
-    first half of LSP is 'train', the second 'test'; LSP Extended is 80 % 'train', 5 % 'val' and 15 % 'test',
-    in file order. None: True for LSP, False for LSP Extended.
-    """
+    As published, an occluded joint of LSP keeps its position but has visible = 0: it is neither trained on
+    nor scored. An unlabelled joint, pelvis and thorax have visible = 0, too, and lie at (0, 0).
+    transductive: True makes every split the whole set, as published for SURREAL -> LSP. False: LSP is half
+    'train', half 'test'; LSP Extended 80 % 'train', 5 % 'val', 15 % 'test'. None: True for LSP alone."""
     skeleton = BODY16
+    SLOTS = [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15, 8, 9]  # keypoint of each of the 14 joints
 
     def __init__(self, root, split="train", size=256, transductive=None):
-        _check_split(split)
-        file, folder = _find_annotation(Path(root), "joints.mat"), Path(root) / "images"
+        super().__init__(root, split, size)
+        file = _find_annotation(self.root, "joints.mat")
+        self.root = self.root / "images"
         extended, positions, visible = _read_lsp_joints(file)
-        names = _lsp_images(folder, len(positions), extended, file)
-        percent = {"train": (0, 80), "val": (80, 85), "test": (85, 100)}
+        names = _lsp_images(self.root, len(positions), extended, file)
+        percent = ({"train": (0, 80), "val": (80, 85), "test": (85, 100)} if extended else
+                   {"train": (0, 50), "test": (50, 100)})
         if transductive or (transductive is None and not extended):
             percent = {split: (0, 100)}
-        elif not extended:
-            percent = {"train": (0, 50), "test": (50, 100)}
         if split not in percent:
             raise DataError("split 'val': LSP has only 'train' and 'test'; or choose transductive=True")
         chosen = slice(*(len(names) * end // 100 for end in percent[split]))
-        names, positions, visible = names[chosen], positions[chosen], torch.from_numpy(visible[chosen])
+        names, positions = names[chosen], positions[chosen]
         sides, keypoints = np.zeros((len(names), 2), np.int64), torch.zeros(len(names), 16, 2)
         for i, name in enumerate(names):
-            with _open_image(folder / name.decode(), file) as image:
+            with _open_image(self.root / name.decode(), file) as image:
                 sides[i] = image.size
             _, _, view = letterbox_view((0, 0, *sides[i].tolist()), size)
-            keypoints[i, _LSP_SLOTS] = torch.from_numpy(positions[i] @ view[:, :2].T + view[:, 2]).float()
+            keypoints[i, self.SLOTS] = torch.from_numpy(positions[i] @ view[:, :2].T + view[:, 2]).float()
         seen = torch.zeros(len(names), 16)
-        seen[:, _LSP_SLOTS] = visible.float()
+        seen[:, self.SLOTS] = torch.from_numpy(visible[chosen]).float()
         if extended:
             keypoints[seen == 0] = 0
-        self._fill(folder, split, size, file, names, sides, keypoints, seen)
+        self._fill(file, names, sides, keypoints, seen)
 
 
 def _read_lsp_joints(file):
-    """joints.mat -> (extended, positions (N, 14, 2) in pixels of the photographs, visible (N, 14) bool)."""
+    """joints.mat -> (extended, positions (N, 14, 2) in pixels of the photographs, visible (N, 14) bool). LSP
+    is (3, 14, N), the third value 1 where occluded; LSP Extended (14, 3, N), and 1 where labelled."""
     joints = np.atleast_3d(read_mat(file, "joints"))  # MATLAB drops a last axis of one
     if joints.ndim != 3 or joints.shape[:2] not in ((3, 14), (14, 3)) or joints.shape[2] == 0:
         raise DataError(f"{file}: 'joints' has shape {joints.shape}, expected (3, 14, N) or (14, 3, N)")
@@ -1082,8 +1005,7 @@ def _lsp_images(folder, n, extended, listed_in):
     """Names of the n images of joints.mat, (n,) bytes; none may be missing or left over."""
     names = [f"im{i + 1:0{5 if extended else 4}d}.jpg" for i in range(n)]
     found = {name for name in os.listdir(folder) if re.fullmatch(r"im\d+\.jpg", name)}
-    wrong = min(found.symmetric_difference(names), default=None)
-    if wrong is not None:
+    for wrong in sorted(found.symmetric_difference(names)):
         kind, what = (FileNotFoundError, "missing") if wrong in names else (DataError, "has no annotation")
         raise kind(f"{folder / wrong}: {what}; {listed_in} is for {names[0]} ... {names[-1]}, the directory "
                    f"holds {len(found)} images. Take both from the same release")
@@ -1102,10 +1024,9 @@ def _is_safe_path(name):
 def _read_annotations(file, prefix, total, joints, keep):
     """A JSON list of {name, keypoint2d [total, 2], ...} -> names (n,) bytes, keypoints (n, K, 2), sides (n,).
 
-    Each entry is packed as soon as it is parsed, so that millions do not stay as Python objects. prefix: put
+    Each entry is packed as soon as it is parsed: millions do not stay as Python objects. prefix: put
     before each name; joints: the keypoints to take; keep(entry): whether the sample counts; sides: the
-    entry's `size`, the side of its square picture in pixels, or 0 where it has none.
-    """
+    entry's `size`, the side of its square picture in pixels, or 0 where it has none."""
     names, keypoints, sides, count = bytearray(), array.array("f"), array.array("H"), 0
 
     def pack(entry):
@@ -1137,16 +1058,14 @@ def _read_annotations(file, prefix, total, joints, keep):
             np.array(keypoints, np.float32).reshape(-1, len(joints), 2), np.array(sides, np.uint16))
 
 
-def _load_annotations(root, relative, prefix, total, joints, keep=lambda entry: True, side=0, progress=None):
-    """`_read_annotations`, or what an earlier call left beside a large file, with all sides known.
-
-    side: of all pictures, or 0: as the entry says, or else the header of the image.
-    """
-    file = _find_annotation(root, relative)
-    status = file.stat()
-    stamp = np.array([status.st_size, status.st_mtime_ns])
+def _load_annotations(root, path, prefix, total, joints, keep=lambda _: True, side=0, progress=lambda *_: 0):
+    """`_read_annotations`, or what an earlier call left beside a large file, with all sides known. side: of
+    all pictures, or 0: as the entry says, or else the header of the image."""
+    file = _find_annotation(root, path)
     index = file.with_name(f"{file.stem}.{zlib.crc32(bytes(joints)):08x}.npz")
-    if status.st_size > INDEX_CACHE_BYTES and index.is_file():
+    stamp = np.array([file.stat().st_size, file.stat().st_mtime_ns])
+    large = stamp[0] > INDEX_CACHE_BYTES
+    if large and index.is_file():
         try:
             with np.load(index, allow_pickle=False) as stored:
                 if np.array_equal(stored["stamp"], stamp):
@@ -1161,13 +1080,11 @@ def _load_annotations(root, relative, prefix, total, joints, keep=lambda entry: 
             return image.width
 
     unknown = np.flatnonzero(sides == 0)
-    with ThreadPoolExecutor(16) as pool:  # the time goes into waiting for the disk
-        for at in range(0, len(unknown), 4096):
-            rows = unknown[at:at + 4096]
-            sides[rows] = list(pool.map(side_of, rows))
-            if progress is not None:
-                progress(at + len(rows), len(unknown))
-    if status.st_size > INDEX_CACHE_BYTES and os.access(file.parent, os.W_OK):
+    found = prefetch((functools.partial(side_of, i) for i in unknown), 16)    # it is the disk that takes time
+    for n, (i, width) in enumerate(zip(unknown, found)):
+        sides[i] = width
+        progress(n + 1, len(unknown))
+    if large and os.access(file.parent, os.W_OK):
         with replacing(index) as stream:
             np.savez(stream, stamp=stamp, names=names, keypoints=keypoints, sides=sides)
     return names, keypoints, sides
@@ -1181,87 +1098,74 @@ def _shuffled(n):
 
 
 class _SquareCrops(_CropsOnDisk):
-    def _take(self, root, split, size, listed_in, parts, order):
+    def _take(self, listed_in, parts, order):
         """Take the samples `order` of the concatenated `parts`, each of `_load_annotations`."""
         names, keypoints, sides = (np.concatenate(column)[order] for column in zip(*parts))
-        scale = (size / sides).astype(np.float32)[:, None, None]
+        scale = (self.size / sides).astype(np.float32)[:, None, None]
         keypoints = torch.from_numpy((keypoints + 0.5) * scale - 0.5)  # pixel i covers i ... i + 1
         visible = torch.ones(1, 1).expand(len(names), len(self.skeleton))  # one number, seen N x K times
-        self._fill(root, split, size, listed_in, names, np.stack([sides, sides], 1), keypoints, visible)
+        self._fill(listed_in, names, np.stack([sides, sides], 1), keypoints, visible)
 
 
 class SURREAL(_SquareCrops):
-    """SURREAL in the prepared layout: synthetic people, 16 keypoints (BODY16).
+    """SURREAL, prepared: `{train,val}/run{0,1,2}.json` and square crops of synthetic people (BODY16).
 
-    `root` holds `{train,val}/run{0,1,2}.json`, lists of {name, keypoint2d [24, 2], ...}, and the square crops
-    `{train,val}/run{r}/{name}`. split: the runs of `train` are shuffled with seed 42; the first
-    min(20 %, 3200) are 'test', the others 'train'. 'val' is the runs of `val`. Left and right are mirrored in
-    SURREAL, consistently; the labels are kept as published.
-    shoulders: 'published' fills keypoints 12 and 13 with SMPL's *collar* joints 13 and 14, as all published
-    results do (hence their low scores on shoulders); 'true' takes the shoulders, SMPL's 16 and 17.
-    progress(done, total): called while image headers are read, which happens where entries have no `size`.
-    """
+    split: of the runs of `train`, shuffled with seed 42, the first min(20 %, 3200) are 'test', the others
+    'train'; 'val' is the runs of `val`. shoulders: 'published' fills keypoints 12 and 13 with SMPL's
+    *collar* joints, as all published results do (hence their low scores on shoulders); 'true' takes the
+    shoulders. progress(done, total): called while image headers are read, where entries have no `size`."""
     skeleton = BODY16
 
-    def __init__(self, root, split="train", size=256, shoulders="published", progress=None):
-        _check_split(split)
-        smpl = {"published": (13, 14), "true": (16, 17)}
-        if shoulders not in smpl:
-            raise ValueError(f"shoulders {shoulders!r}: must be 'published' or 'true'")
-        root, folder = Path(root), "val" if split == "val" else "train"
-        joints = (7, 4, 1, 2, 5, 8, 0, 9, 12, 15, 20, 18, *smpl[shoulders], 19, 21)
-        parts = [_load_annotations(root, f"{folder}/run{run}.json", f"{folder}/run{run}/", 24, joints,
+    def __init__(self, root, split="train", size=256, shoulders="published", progress=lambda *_: None):
+        super().__init__(root, split, size)
+        smpl = {"published": (13, 14), "true": (16, 17)}[shoulders]
+        folder = "val" if split == "val" else "train"
+        joints = (7, 4, 1, 2, 5, 8, 0, 9, 12, 15, 20, 18, *smpl, 19, 21)
+        parts = [_load_annotations(self.root, f"{folder}/run{run}.json", f"{folder}/run{run}/", 24, joints,
                                    progress=progress) for run in range(3)]
         order, held_out = _shuffled(sum(len(names) for names, _, _ in parts))
         chosen = {"train": order[held_out:], "val": order, "test": order[:held_out]}[split]
-        self._take(root, split, size, root / folder / "run*.json", parts, chosen)
+        self._take(self.root / folder / "run*.json", parts, chosen)
 
 
 class Human36M(_SquareCrops):
-    """Human3.6M in the prepared layout: photographs of actors, 16 keypoints (BODY16).
+    """Human3.6M, prepared: `annotations/keypoints2d_{subject}.json` and `crop_images/` of actors (BODY16).
 
-    `root` holds `annotations/keypoints2d_{1,5,6,7,8,9,11}.json`, lists of {name, keypoint2d [16, 2], ...},
-    and the images `crop_images/{name}`, 512 x 512 pixels. split: 'train' is subjects 1, 5, 6, 7, 8; 'test' is
-    3,200 samples of subjects 9 and 11, drawn with seed 42 and with repeats, as published; 'val' (not in the
-    published protocol) is 3,200 of the training samples, without repeats.
-    """
+    split: 'train' is subjects 1, 5, 6, 7, 8; 'test' is 3,200 samples of subjects 9 and 11, drawn with seed
+    42 and with repeats, as published; 'val', not published, is 3,200 of the training samples, without
+    repeats."""
     skeleton = BODY16
 
     def __init__(self, root, split="train", size=256):
-        _check_split(split)
-        root, subjects = Path(root), (9, 11) if split == "test" else (1, 5, 6, 7, 8)
-        parts = [_load_annotations(root, f"annotations/keypoints2d_{subject}.json", "crop_images/", 16,
+        super().__init__(root, split, size)
+        subjects = (9, 11) if split == "test" else (1, 5, 6, 7, 8)
+        parts = [_load_annotations(self.root, f"annotations/keypoints2d_{subject}.json", "crop_images/", 16,
                                    range(16), side=512) for subject in subjects]
         order = range(sum(len(names) for names, _, _ in parts))
         if split == "test" and order:
             order = random.Random(42).choices(order, k=3200)
         elif split == "val":
             order = random.Random(42).sample(order, min(3200, len(order)))
-        self._take(root, split, size, root / "annotations", parts, np.array(order, np.int64))
+        self._take(self.root / "annotations", parts, np.array(order, np.int64))
 
 
 class Hand3DStudio(_SquareCrops):
-    """Hand-3D-Studio in the prepared layout: photographs of hands, 21 keypoints (HAND21).
+    """Hand-3D-Studio, prepared: `H3D_crop/annotation.json` and square crops of hands (HAND21).
 
-    `root` holds `H3D_crop/`, or is it: `annotation.json`, a list of {name, keypoint2d [21, 2],
-    without_object, ...}, and the square crops `{name}`. Only hands with `without_object` 1 count. split:
-    shuffled with seed 42, the first min(20 %, 3200) are 'test', the others 'train'; 'val' is as many again,
-    the first of 'train', as in the published base method.
-    """
+    Only hands with `without_object` 1 count. split: shuffled with seed 42, the first min(20 %, 3200) are
+    'test', the others 'train'; 'val' is as many again, the first of 'train', as published."""
     skeleton = HAND21
 
     def __init__(self, root, split="train", size=256):
-        _check_split(split)
-        root = Path(root, "H3D_crop") if Path(root, "H3D_crop").is_dir() else Path(root)
-        part = _load_annotations(root, "annotation.json", "", 21, range(21),
+        super().__init__(root, split, size, "H3D_crop")
+        part = _load_annotations(self.root, "annotation.json", "", 21, range(21),
                                  lambda entry: entry.get("without_object") in (1, "1"))
         order, held_out = _shuffled(len(part[0]))
         begin, end = {"test": (0, held_out), "val": (held_out, 2 * held_out)}.get(split, (held_out, None))
-        self._take(root, split, size, root / "annotation.json", [part], order[begin:end])
+        self._take(self.root / "annotation.json", [part], order[begin:end])
 
 
 # --- RHD, annotated in pickles -----------------------------------------------------------------------------
-
 
 class _PickledDtype:
     """Stands in for numpy.dtype: number types alone, by their code."""
@@ -1277,43 +1181,37 @@ class _PickledDtype:
 
 class _PickledArray:
     """Stands in for numpy.ndarray; built from the bytes that are there, so that no size is taken on trust."""
+    array = None
 
-    def __init__(self, *_):
-        self.array = None
+    def fill(self, values, dtype, shape=(), order="C"):
+        values = values.encode("latin-1") if isinstance(values, str) else values  # a string of Python 2
+        self.array = np.frombuffer(values, dtype.dtype).reshape(shape, order=order)
+        return self
 
     def __setstate__(self, state):
         _, shape, dtype, fortran, values = state
-        values = values.encode("latin-1") if isinstance(values, str) else values  # a string of Python 2
-        self.array = np.frombuffer(values, dtype.dtype).reshape(shape, order="F" if fortran else "C")
-
-
-def _pickled_array(values, dtype, shape=(), order="C"):
-    pickled = _PickledArray()
-    pickled.__setstate__((1, shape, dtype, order == "F", values))
-    return pickled
+        self.fill(values, dtype, shape, "F" if fortran else "C")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Maps the names that a pickled NumPy array uses to the stand-ins above, and refuses all others."""
-    ADMITTED = {("numpy", "ndarray"): _PickledArray, ("numpy", "dtype"): _PickledDtype,
-                ("_codecs", "encode"): lambda text, _: text.encode("latin-1")}  # bytes, in old protocols
-    for core in ("numpy.core", "numpy._core"):  # NumPy 2 renamed its core
-        ADMITTED[core + ".multiarray", "_reconstruct"] = _PickledArray
-        ADMITTED[core + ".numeric", "_frombuffer"] = _pickled_array
-        ADMITTED[core + ".multiarray", "scalar"] = lambda dtype, values: _pickled_array(values, dtype)
+    """Maps the names of a pickled NumPy array (2 renamed its core) to the stand-ins, refuses all others."""
+    ADMITTED = {"numpy.ndarray": _PickledArray, "numpy.dtype": _PickledDtype,
+                "multiarray._reconstruct": lambda *_: _PickledArray(),
+                "multiarray.scalar": lambda dtype, values: _PickledArray().fill(values, dtype),
+                "numeric._frombuffer": lambda *state: _PickledArray().fill(*state),
+                "_codecs.encode": lambda text, _: text.encode("latin-1")}  # bytes, in old protocols
 
     def find_class(self, module, name):
-        if (module, name) not in self.ADMITTED:
+        admitted = self.ADMITTED.get(re.sub(r"^numpy\._?core\.", "", f"{module}.{name}"))
+        if admitted is None:
             raise DataError(f"asks for {module}.{name}, which no array or number needs. It may be hostile: "
                             "fetch it from the dataset's own site")
-        return self.ADMITTED[module, name]
+        return admitted
 
 
 def read_array_pickle(path):
     """A pickle of nested dicts of NumPy arrays (read-only here), numbers and strings, Python 2's included.
-
-    The file is untrusted: whatever else it names is refused, and nothing in it is executed.
-    """
+    The file is untrusted: whatever else it names is refused, and nothing in it is executed."""
     def plain(value):
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
@@ -1329,23 +1227,18 @@ def read_array_pickle(path):
 class RenderedHandPose(_CropsOnDisk):
     """RHD, Rendered Hand Pose: synthetic hands, 21 keypoints (HAND21), all turned into left hands.
 
-    `root` holds `RHD_published_v2/`, or is it: `{training,evaluation}/color/00000.png` ... (320 x 320) and
-    `{training,evaluation}/anno_{training,evaluation}.pickle`, id -> {uv_vis [42, 3], ...}: x, y, visible of
-    the left hand, then of the right. A hand counts when its square box, 1.5 times the box of its keypoints,
-    is larger than 64 pixels, more than 16 keypoints are visible, and the box of the other hand's keypoints
-    covers less than 30 % of it. It is cropped to that box; a right hand is mirrored. Invisible keypoints keep
-    their place. split: 'train' (`training`), 'test' (`evaluation`), or 'val', every fifth sample of 'train',
-    as in the published base method. left: (N,) bool, the hands not mirrored.
-    """
+    A hand is a sample when its square box, 1.5 times the box of its keypoints, is larger than 64 pixels,
+    more than 16 keypoints are visible, and the box of the other hand's keypoints covers less than 30 % of
+    it. It is cropped to that box; a right hand is mirrored. Invisible keypoints keep their place. split:
+    'val' is every fifth sample of 'train', as published. left: (N,) bool, the hands not mirrored."""
     skeleton = HAND21
     SIDE = 320
-    ROWS = (0, 4, 3, 2, 1, 8, 7, 6, 5, 12, 11, 10, 9, 16, 15, 14, 13, 20, 19, 18, 17)  # from tip to base
+    ROWS = [0, 4, 3, 2, 1, 8, 7, 6, 5, 12, 11, 10, 9, 16, 15, 14, 13, 20, 19, 18, 17]  # from tip to base
 
     def __init__(self, root, split="train", size=256):
-        _check_split(split)
-        root = Path(root, "RHD_published_v2") if Path(root, "RHD_published_v2").is_dir() else Path(root)
+        super().__init__(root, split, size, "RHD_published_v2")
         part = "evaluation" if split == "test" else "training"
-        file = _find_annotation(root, f"{part}/anno_{part}.pickle")
+        file = _find_annotation(self.root, f"{part}/anno_{part}.pickle")
         ids, hands = self._read(file)
         positions, seen = hands[..., :2], hands[..., 2] > 0.5      # (pictures, left or right hand, 21, 2)
         low, high = positions.min(2), positions.max(2)
@@ -1362,8 +1255,7 @@ class RenderedHandPose(_CropsOnDisk):
         keypoints = torch.from_numpy(keypoints).float()
         keypoints[~self.left, :, 0] = size - 1 - keypoints[~self.left, :, 0]
         names = [f"{part}/color/{ids[i]:05d}.png {('left', 'right')[h]}" for i, h in zip(picture, hand)]
-        visible = torch.from_numpy(seen[picture, hand]).float()
-        self._fill(root, split, size, file, np.array(names, "S"), None, keypoints, visible)
+        self._fill(file, np.array(names, "S"), None, keypoints, torch.from_numpy(seen[picture, hand]).float())
 
     def _decode(self, i):
         file = self.root / self._names[i].decode().split()[0]
@@ -1371,34 +1263,31 @@ class RenderedHandPose(_CropsOnDisk):
         return crop if self.left[i] else crop.flip(-1)
 
     def _read(self, file):
-        """anno_*.pickle -> ids (n,) int64, hands (n, 2, 21, 3): x, y, visible; left hand first."""
+        """anno_*.pickle -> ids of the pictures [n], hands (n, 2, 21, 3): x, y, visible; left one first."""
         annotations = read_array_pickle(file)
         if not isinstance(annotations, dict) or not annotations:
             raise DataError(f"{file}: not a dict id -> {{uv_vis [42, 3], ...}}")
-        for identity, entry in annotations.items():
-            if type(identity) is not int or not 0 <= identity < 10 ** 9:
-                raise DataError(f"{file}: the id {str(identity)[:40]!r} is not the number of a picture")
+        for i, entry in annotations.items():
             values = entry.get("uv_vis") if isinstance(entry, dict) else None
-            if not isinstance(values, np.ndarray) or values.shape != (42, 3) or not (abs(values) < 1e6).all():
-                raise DataError(f"{file}: uv_vis of picture {identity} is not [42, 3] pixel coordinates")
+            if not (type(i) is int and 0 <= i < 10 ** 9 and isinstance(values, np.ndarray)
+                    and values.shape == (42, 3) and (abs(values) < 1e6).all()):
+                raise DataError(f"{file}: entry {str(i)[:40]!r} is not the number of a picture -> uv_vis, "
+                                "[42, 3] pixel coordinates")
         hands = np.stack([entry["uv_vis"] for entry in annotations.values()]).astype(np.float64)
-        return np.array(list(annotations)), hands.reshape(-1, 2, 21, 3)[:, :, list(self.ROWS)]
+        return list(annotations), hands.reshape(-1, 2, 21, 3)[:, :, self.ROWS]
 
 
 def square_box(low, high, sides):
-    """Square boxes around boxes of keypoints, moved into the picture: the crops of the published protocol.
-
-    low, high: (..., 2) smallest and largest (x, y) of the keypoints in pixels; sides: (width, height) of the
-    picture. Returns int64 pixels: corner (..., 2), the box's first column and row, and its side (...), 1.5
-    times the larger side of the keypoints' box, at most the picture's smaller one.
-    """
+    """The crops of the published protocol: square boxes around boxes of keypoints, moved into the picture.
+    low, high: (..., 2) smallest and largest (x, y); sides: (width, height) of the picture. Returns corner
+    (..., 2) and side (...), int64 pixels; side: 1.5 times the box's larger one, at most the picture's
+    smaller."""
     side = np.minimum(np.round(1.5 * (high - low).max(-1)), min(sides)).astype(np.int64)
     corner = np.round((low + high) / 2 - side[..., None] / 2).astype(np.int64)
     return np.clip(corner, 0, np.array(sides) - side[..., None]), side
 
 
 # --- Preparation: the original releases of SURREAL and Human3.6M -> the layouts that the loaders read ------
-
 
 def _in_processes(work, tasks, jobs, title):
     """work(*task) for all tasks in `jobs` processes -> (results, messages of the tasks that failed)."""
@@ -1429,40 +1318,34 @@ def _save_crop(picture, box, side, file, name, keypoints):
 
 
 def prepare_surreal(raw, out, jobs):
-    """SURREAL's original release -> the layout of `SURREAL`: every run that is there and not yet prepared.
+    """SURREAL's original release (the directory of `cmu`, or `cmu` itself) -> the layout of `SURREAL`.
 
-    raw: directory with `cmu/{train,val,test}/run{0,1,2}/<sequence>/<clip>.mp4` and `<clip>_info.mat`, or
-    `cmu` itself. A frame is cropped to its `square_box`; frames that show no joint, or a person of less than
-    16 pixels, are left out. Started again, it does the clips that are not done. Returns (summary lines,
-    messages of clips that failed).
-    """
+    A frame is cropped to its `square_box`; frames that show no joint, or a person of less than 16 pixels,
+    are left out. Started again, it does the clips that are not done. Yields, per run, a summary and the
+    messages of the clips that failed."""
     raw, ffmpeg = raw / "cmu" if (raw / "cmu").is_dir() else raw, shutil.which("ffmpeg")
-    runs = [f"{split}/run{run}" for split in ("train", "val", "test") for run in range(3)
-            if (raw / split / f"run{run}").is_dir()]
+    runs = [run for split in ("train", "val", "test") for run in sorted((raw / split).glob("run[012]"))]
     if not runs:
         raise FileNotFoundError(f"{raw}: no SURREAL release; give the directory that holds cmu/train/run0")
-    lines, failures = [], []
-    for run in runs:
-        listed, parts = out / f"{run}.json", out / f"{run}.parts"  # parts: the entries of each clip done
+    for folder in runs:
+        run = folder.relative_to(raw)
+        listed, parts = out / f"{run}.json", out / f"{run}.parts"    # parts: the entries of each clip done
         if listed.is_file() and not parts.is_dir():
-            lines.append(f"{listed}: there already")
+            yield f"{listed}: there already", []
             continue
         if ffmpeg is None:
             raise FileNotFoundError("ffmpeg: not found; it decodes the videos: `apt-get install ffmpeg`")
         parts.mkdir(parents=True, exist_ok=True)
-        clips = {parts / f"{video.parent.name}--{video.stem}.json": video
-                 for video in sorted((raw / run).glob("*/*.mp4"))}
-        tasks = [(video, ffmpeg, out / run, part) for part, video in clips.items() if not part.is_file()]
-        made, errors = _in_processes(_prepare_clip, tasks, jobs, f"{run}: clip")
-        done = [part for part in clips if part.is_file()]
-        entries = [line for part in done for line in part.read_text().splitlines()]
+        videos = sorted(folder.glob("*/*.mp4"))
+        clips = [parts / f"{video.parent.name}--{video.stem}.json" for video in videos]
+        tasks = [(video, ffmpeg, out / run, part) for video, part in zip(videos, clips) if not part.is_file()]
+        _, errors = _in_processes(_prepare_clip, tasks, jobs, f"{run}: clip")
+        done = [part.read_text() for part in clips if part.is_file()]
+        entries = "".join(done).splitlines()
         write_text(listed, "[\n" + ",\n".join(entries) + "\n]\n")
         if not errors:
             shutil.rmtree(parts)  # kept otherwise: the next start tries the failed clips alone
-        failures += errors
-        lines.append(f"{listed}: {len(entries)} frames of {len(done)} clips ({len(made)} of them new), "
-                     f"{len(errors)} clips failed")
-    return lines, failures
+        yield f"{listed}: {len(entries)} frames of {len(done)} clips, {len(errors)} clips failed", errors
 
 
 def _prepare_clip(video, ffmpeg, folder, part):
@@ -1471,9 +1354,8 @@ def _prepare_clip(video, ffmpeg, folder, part):
     points = np.atleast_3d(read_mat(info, "joints2D")).T.astype(np.float64)  # (T, 24, 2)
     if points.shape[1:] != (24, 2) or not (np.abs(points) < 1e6).all():
         raise DataError(f"{info}: joints2D of shape {points.T.shape} is not (2, 24, T) pixel coordinates")
-    # One frame more than needed is asked for, to see too many.
     command = [ffmpeg, "-v", "error", "-nostdin", "-threads", "1", "-i", str(video.resolve()), "-frames:v",
-               str(len(points) + 1), "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]
+               str(len(points) + 1), "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]  # + 1: to see too many
     done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
     frames = len(done.stdout) / (240 * 320 * 3)
     if done.returncode or frames != len(points):
@@ -1489,31 +1371,26 @@ def _prepare_clip(video, ffmpeg, folder, part):
 
 
 def prepare_human36m(raw, out, jobs):
-    """Human3.6M's JSON release -> the layout of `Human36M`: every subject that is there and not yet prepared.
+    """Human3.6M's JSON release -> the layout of `Human36M`.
 
-    raw: directory with `annotations/Human36M_subject{n}_{camera,data,joint_3d}.json` and `images/`. Every
-    fifth frame is cropped to its `square_box` and resized to 512 x 512. Started again, it goes on. Returns
-    (summary lines, messages of images that failed).
-    """
+    Every fifth frame is cropped to its `square_box` and resized to 512 x 512. Started again, it goes on.
+    Yields, per subject, a summary and the messages of the images that failed."""
     found = "annotations/Human36M_subject{}_data.json"
     subjects = [n for n in (1, 5, 6, 7, 8, 9, 11) if (raw / found.format(n)).is_file()]
     if not subjects:
         _find_annotation(raw, found.format(1))
-    lines, failures = [], []
     (out / "annotations").mkdir(parents=True, exist_ok=True)
     for subject in subjects:
         listed = out / f"annotations/keypoints2d_{subject}.json"
         if listed.is_file():
-            lines.append(f"{listed}: there already")
+            yield f"{listed}: there already", []
             continue
         tasks = [(raw / "images" / name, out / "crop_images" / name, name, places)
                  for name, places in _project_human36m(raw / "annotations", subject)]
         entries, errors = _in_processes(_crop_human36m, tasks, jobs, f"subject {subject}: image")
         write_text(listed, "[\n" + ",\n".join(entries) + "\n]\n")
-        failures += errors
-        lines.append(f"{listed}: {len(entries)} images, {len(errors)} failed"
-                     + ("; delete it to try these again" if errors else ""))
-    return lines, failures
+        again = "; delete it to try these again" if errors else ""
+        yield f"{listed}: {len(entries)} images, {len(errors)} failed{again}", errors
 
 
 def _project_human36m(folder, subject):
@@ -1526,12 +1403,11 @@ def _project_human36m(folder, subject):
         cameras, images, joints = loaded
         file = folder / f"Human36M_subject{subject}_*.json"
         for image in images["images"][::5]:
-            name, camera, world = image["file_name"], cameras[str(image["cam_idx"])], joints
-            for key in ("action_idx", "subaction_idx", "frame_idx"):
-                world = world[str(image[key])]
+            name, camera = image["file_name"], cameras[str(image["cam_idx"])]
+            action, subaction, frame = (str(image[f"{key}_idx"]) for key in ("action", "subaction", "frame"))
             rotation, t, f, c = (np.array(camera[key], np.float64) for key in ("R", "t", "f", "c"))
             # 17 joints -> BODY16; keypoint 7 becomes the middle of the shoulders.
-            world = np.array(world, np.float64).reshape(17, 3)
+            world = np.array(joints[action][subaction][frame], np.float64).reshape(17, 3)
             world = world[[3, 2, 1, 4, 5, 6, 0, 11, 8, 10, 16, 15, 14, 11, 12, 13]]
             world[7] = (world[12] + world[13]) / 2
             seen = world @ rotation.reshape(3, 3).T + t.reshape(3)
@@ -1558,15 +1434,17 @@ def main(arguments):
     parser.add_argument("out", type=Path, help="directory to fill; started again, it goes on")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
     given = parser.parse_args(arguments)
+    work, failures = prepare_surreal if given.dataset == "surreal" else prepare_human36m, []
     try:
-        work = prepare_surreal if given.dataset == "surreal" else prepare_human36m
-        lines, failures = work(given.raw, given.out, given.jobs)
+        for line, errors in work(given.raw, given.out, given.jobs):
+            print(line)
+            failures += errors
     except (DataError, OSError, BrokenProcessPool) as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
     for message in failures[:20] + [f"{len(failures) - 20} more"] * (len(failures) > 20):
         print(f"failed: {message}", file=sys.stderr)
-    print(*lines, f"{len(failures)} failed", sep="\n")
+    print(f"{len(failures)} failed")
     return 1 if failures else 0
 
 

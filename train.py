@@ -205,11 +205,11 @@ def show(value):
 def make_settings(preset="demo", **given):
     """Settings of a preset, then what the method changes, then what is given; the later wins."""
     values = dict(PAPER) if preset == "paper" else {}
-    if given.get("source") in ("mannequin-hand", "rhd"):
-        # Hands come in every direction, as in the base method; Gamma leaves as many random pairs as on bodies.
-        values.update(rotation=180.0, gamma=0.018)
+    if given.get("source") == "rhd":
+        values["rotation"] = 180.0                     # its hands come in every direction
     if given.get("source") == "mannequin-hand":
-        values["target"] = "mannequin-hand-wild"
+        # Gamma: as large a share of random source pairs is similar as on bodies.
+        values.update(target="mannequin-hand-wild", gamma=0.019)
     return Settings(**{**values, **METHODS.get(given.get("method", "actupose"), {}), **given})
 
 
@@ -500,13 +500,14 @@ def train(settings, out, device="auto", resume=False):
         for network in filter(None, (trainer.student, trainer.teacher)):
             broadcast(network.buffers())                        # BatchNorm's, where each process has its own
         if (epoch + 1) % 10 == 0 or epoch + 1 == s.epochs:
-            log[-1].update(validate(run))
+            scores, _ = evaluate(run, run.domains.val)
+            log[-1].update((f"val_{name}", score["pck"]["all"]) for name, score in scores.items())
         if rank() == 0:
             save_checkpoint(out / "last.pt", state_of(run))
             write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
             write_speed(out / "speed.jsonl", epoch, seconds, trainer, started)
 
-    scores, predictions = evaluate(run)
+    scores, predictions = evaluate(run, run.domains.test)
     result = {"method": s.method, "source": s.source, "target": s.target, "seed": s.seed, **scores["student"],
               "teacher": scores.get("teacher"), "val": log[-1]["val_student"], "epochs": s.epochs}
     if rank() == 0:
@@ -630,33 +631,22 @@ def scored_teacher(trainer):
     return teacher
 
 
-def validate(run):
-    """PCK of student and teacher on the validation split, for choices and curves."""
-    trainer, val, result = run.trainer, run.domains.val, {}
-    for name, network in (("val_student", trainer.student), ("val_teacher", scored_teacher(trainer))):
-        if network is not None:
-            found, _ = predict(trainer, network, val)
-            result[name] = actupose.score(found, val, trainer.stride, run.settings.subcell)["pck"]["all"]
-    return result
-
-
-def evaluate(run):
-    """Scores of the present weights on the test split, {"student": ..., "teacher": ...}, and the student's
-    predictions: keypoints (N, K, 2) in pixels, confidences (N, K)."""
-    trainer, test, s = run.trainer, run.domains.test, run.settings
-    complexity = actupose.pose_complexity(run.vae, test.keypoints, test.visible, test.skeleton.root)
-    bins, predictions, scores = actupose.assign_bins(complexity, s.bins), {}, {}
+def evaluate(run, dataset):
+    """Scores of the present weights, {"student": ..., "teacher": ...}, and the student's predictions."""
+    trainer, s, predictions, scores = run.trainer, run.settings, {}, {}
+    complexity = actupose.pose_complexity(run.vae, dataset.keypoints, dataset.visible, dataset.skeleton.root)
+    bins = actupose.assign_bins(complexity, min(s.bins, len(dataset)))
     for name, network in (("student", trainer.student), ("teacher", scored_teacher(trainer))):
         if network is not None:
-            predictions[name] = predict(trainer, network, test)
-            scores[name] = actupose.score(predictions[name][0], test, trainer.stride, s.subcell, bins, s.bins)
+            found = predictions[name] = predict(trainer, network, dataset)
+            scores[name] = actupose.score(found[0], dataset, trainer.stride, s.subcell, bins, s.bins)
     return scores, predictions["student"]
 
 
 def evaluate_run(out, device):
     """`evaluate RUN`: score the last checkpoint again. UserError where result.json says something else."""
     run = set_up(saved_settings(out), device, load_run(out / "last.pt"))
-    scores, _ = evaluate(run)
+    scores, _ = evaluate(run, run.domains.test)
     result = {**scores["student"], "teacher": scores.get("teacher")}
     print_result(result)
     if not (out / "result.json").exists():
@@ -684,9 +674,8 @@ def fmt(value, digits=1):
 
 # --- Processes: `torchrun --nproc-per-node N train.py ...` -------------------------------------------------
 #
-# Every process draws the same epoch and the same random numbers, computes its share of each batch, and
-# averages gradients. What looks at the whole batch (confidence mask, pairs of Eq. 6, BatchNorm on GPUs) is
-# gathered.
+# All draw the same epoch and random numbers, compute their share of each batch, and average gradients. What
+# looks at the whole batch (confidence mask, pairs of Eq. 6, BatchNorm on GPUs) is gathered.
 
 
 def world_size():
@@ -715,8 +704,7 @@ def gather(rows):
 
 
 def broadcast(tensors):
-    """Give all processes the values of process 0, in place: what each computes may differ in the last
-    bits."""
+    """Give all processes the values of process 0, in place: each computes its own last bits."""
     for tensor in tensors if world_size() > 1 else ():
         on_device = tensor.cuda() if dist.get_backend() == "nccl" else tensor.contiguous()
         dist.broadcast(on_device, 0)
@@ -1309,7 +1297,7 @@ def resolve_amp(settings, device):
 
 
 def parse(kind):
-    """What argparse calls with an option's text: on or off for a bool, comma-separated numbers for a tuple."""
+    """argparse's type of an option: on or off for a bool, numbers with commas for a tuple, else itself."""
     def switch_or_numbers(text):
         try:
             return {"on": True, "off": False}[text] if kind is bool else tuple(map(float, text.split(",")))

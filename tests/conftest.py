@@ -1,9 +1,9 @@
-"""Defines the Triton kernels for the interpreter where there is no GPU.
+"""Shared fixtures. Without a GPU, also defines the Triton kernels for Triton's interpreter.
 
-Triton reads TRITON_INTERPRET where a kernel is defined, so it is set while `kernels` is imported, and only
-then: the tests' own subprocesses must not inherit it. The operators keep to the PyTorch reference on the CPU,
-as they do for users, except in the tests of the kernels, which set `kernels.common.INTERPRET` themselves.
-With TRITON_INTERPRET=1 in the environment the whole suite goes through the kernels, slowly.
+Triton reads TRITON_INTERPRET when a kernel is defined. It is set only while `kernels` is imported, since
+subprocesses of the tests must not inherit it. On the CPU the operators use the PyTorch reference, as they do
+for users; the kernel tests set `kernels.common.INTERPRET` themselves. With TRITON_INTERPRET=1 in the
+environment the whole suite goes through the kernels, slowly.
 """
 import os
 import signal
@@ -24,8 +24,8 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible():
-    """Ctrl-C is listened to. A shell starts jobs in the background with SIGINT ignored; runs respect that, as under nohup, and
-    tests that interrupt one would wait for ever or fail."""
+    """Turns Ctrl-C on. A shell starts background jobs with SIGINT ignored, and a run respects that, as under
+    nohup. Tests that interrupt a run would then hang or fail."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -33,11 +33,12 @@ def interruptible():
 
 @pytest.fixture(scope="session")
 def golden():
-    """Inputs and outputs of the published base method's code, as tensors; tests that ask for it skip without the file."""
+    """Inputs and outputs of the published base method's code, as tensors. Skips the test without the file."""
     path = Path(__file__).resolve().parents[2] / "shared" / "golden" / "udape.npz"
     if not path.exists():
         pytest.skip("golden values of the base method (shared/golden/udape.npz) are not here")
-    return {name: torch.from_numpy(np.array(value)) for name, value in np.load(path, allow_pickle=False).items()}
+    arrays = np.load(path, allow_pickle=False)
+    return {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
 
 
 @pytest.fixture(params=["reference", "triton"])
@@ -61,8 +62,8 @@ def run_python():
     """Runs code in a fresh interpreter at the project's root, without TRITON_INTERPRET unless it is given."""
     def run(code, *arguments, **environment):
         clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=Path(__file__).resolve().parents[1],
-                                env={**clean, **environment}, text=True, capture_output=True)
+        result = subprocess.run([sys.executable, "-c", code, *arguments], env={**clean, **environment},
+                                cwd=Path(__file__).resolve().parents[1], text=True, capture_output=True)
         assert result.returncode == 0, result.stderr
         return result.stdout
     return run

@@ -165,3 +165,44 @@ def make_rhd(root, folder, numbers, protocol=4):
                 stored[first + row] = *points[keypoint], keypoint < seen
         annotations[identity] = {"uv_vis": stored, "xyz": np.zeros((42, 3)), "K": np.eye(3)}
     (base / f"anno_{folder}.pickle").write_bytes(pickle.dumps(annotations, protocol=protocol))
+
+
+def make_clip(folder, name, frames, shift=0):
+    """A clip of the original release, raw frames in place of a video -> places (T, 24, 2)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    places = [grid_points(24, 120 + 20 * t, t + shift) + [60 + 30 * shift, 20] for t in range(frames)]
+    (folder / f"{name}.mp4").write_bytes(b"".join(dots(320, 240, points, 2).tobytes() for points in places))
+    write_info(folder / f"{name}_info.mat", places[0].T if frames == 1 else np.stack(places).T)
+    return places
+
+
+def write_info(path, joints):
+    joints = compressed(numeric("joints2D", joints.astype("f4"), "f4"))
+    write_mat(path, variable("sequence", (1, 3), b"abc", 4, 16), joints)
+
+
+def make_human36m_release(root, subject):
+    """The JSON release of one subject, one camera, six frames -> names of every fifth, places of all."""
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    images, joints, places = [], {}, {}
+    cos, sin = np.cos(0.3), np.sin(0.3)
+    rotation = np.array([[cos, -sin, 0], [0, 0, -1], [sin, cos, 0]])   # world z is up, the camera's y is down
+    t, f, c = np.array([100.0, 900, 5000]), np.array([1145.0, 1143.0]), np.array([512.5, 515.4])
+    for frame in range(6):
+        grid = (grid_points(17, 1000, 0) - 500) * [1.2, 1.5 + 0.1 * frame]
+        grid[[14, 15, 11, 6]] = grid[[15, 14, 6, 11]]          # none in the middle of the shoulders
+        world = np.stack([grid[:, 0], 40.0 * (np.arange(17) % 5), grid[:, 1] + 900], 1)
+        joints[str(frame)] = world.tolist()
+        seen = world[[3, 2, 1, 4, 5, 6, 0, 11, 8, 10, 16, 15, 14, 11, 12, 13]]
+        seen[7] = (seen[12] + seen[13]) / 2
+        seen = seen @ rotation.T + t
+        name = f"s_{subject:02d}/f_{frame:06d}.jpg"
+        places[name] = seen[:, :2] / seen[:, 2:] * f + c
+        images.append(dict(file_name=name, cam_idx=1, action_idx=2, subaction_idx=1, frame_idx=frame))
+        if frame % 5 == 0:
+            save(dots(1000, 1002, places[name], 4), root / "images" / name)
+    camera = {"R": rotation.tolist(), "t": t.tolist(), "f": f.tolist(), "c": c.tolist()}
+    for kind, content in {"data": {"images": images}, "joint_3d": {"2": {"1": joints}},
+                          "camera": {"1": camera}}.items():
+        (root / "annotations" / f"Human36M_subject{subject}_{kind}.json").write_text(json.dumps(content))
+    return list(places)[::5], places

@@ -5,6 +5,7 @@ handedness are the published ones; a missing or damaged file is named in one lin
 nothing and take no memory on trust; preparation goes on where it stopped.
 """
 import json
+import math
 import pickle
 import random
 import re
@@ -12,6 +13,7 @@ import struct
 import sys
 import tracemalloc
 import zlib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +23,18 @@ from PIL import Image
 
 import data
 from data import BODY16, HAND21, LSP, SURREAL, DataError, Hand3DStudio, Human36M, RenderedHandPose, read_mat
-from miniatures import (CLASS, LSP_SLOTS, MAT_HEADER, RHD_PICTURES, SURREAL_JOINTS, compressed, dots, element,
-                        entry, grid_points, make_h3d, make_human36m, make_rhd, make_surreal, make_tree,
-                        numeric, save, variable, write_mat)
+from miniatures import (CLASS, LSP_SLOTS, MAT_HEADER, RHD_PICTURES, SURREAL_JOINTS, compressed, element,
+                        entry, grid_points, make_clip, make_h3d, make_human36m, make_human36m_release,
+                        make_rhd, make_surreal, make_tree, numeric, variable, write_info, write_mat)
+
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-needs_mat = pytest.mark.skipif(not (SHARED / "mat").is_dir(), reason="no original files in ../shared/mat")
-needs_lspet = pytest.mark.skipif(not (SHARED / "lspet").is_dir(), reason="no photographs in ../shared/lspet")
 
 
 def check_dots(ds, counted=None, tolerance=0.6):
     """Shapes and types as promised; the centre of the light near each keypoint is the keypoint."""
-    images, keypoints, visible = ds[range(len(ds))]
-    n, size, k = len(ds), ds.size, len(ds.skeleton)
-    assert images.dtype == torch.uint8 and images.shape == (n, 3, size, size)
-    assert keypoints.dtype == visible.dtype == torch.float32
-    assert keypoints.shape == (n, k, 2) and visible.shape == (n, k)
+    data.check_dataset(ds, "")
+    (images, keypoints, visible), size = ds[range(len(ds))], ds.size
     light = images.float().mean(1)
     light = light * (light > 40)                                   # JPEG ringing is no dot
     line = torch.arange(size)
@@ -48,7 +46,7 @@ def check_dots(ds, counted=None, tolerance=0.6):
 
 
 def shuffled(n):
-    """The published shuffle, on a list, with the module's own generator."""
+    """The published shuffle."""
     order = list(range(n))
     random.seed(42)
     random.shuffle(order)
@@ -59,21 +57,27 @@ def all_names(ds):
     return ds.names(range(len(ds)))
 
 
-# --- LSP and LSP Extended -----------------------------------------------------------------------------
+@contextmanager
+def memory(limit):
+    """The block's peak of traced memory stays below `limit` bytes."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("extended", [False, True], ids=["LSP", "LSP Extended"])
 @pytest.mark.parametrize("size", [100, 256])
 def test_lsp(tmp_path, extended, size):
-    """Dots within 0.3 pixels in enlarged and strongly reduced pictures. Occluded joints of LSP and unlabelled
-    ones of LSP Extended are not visible; nor are pelvis and thorax."""
+    """Dots within 0.3 pixels in enlarged and reduced pictures; which joints are visible."""
     sizes = [(200, 100), (90, 161), (333, 77), (64, 64), (1501, 997), (601, 1202), (40, 31), (809, 1617)]
     _, flags = make_tree(tmp_path, extended, sizes)
     ds = LSP(tmp_path, "train", size, transductive=True)
     expected = torch.zeros(8, 16)
     expected[:, LSP_SLOTS] = torch.from_numpy(flags == (1 if extended else 0)).float()
     assert ds.skeleton is BODY16 and torch.equal(ds.visible, expected)
-    assert expected[0].sum() == 14 and expected[1].sum() == 10
     placed = expected > 0
     placed[:, LSP_SLOTS] |= not extended                           # occluded joints keep their place
     assert (ds.keypoints[~placed] == 0).all()
@@ -84,48 +88,45 @@ def test_lsp_splits(tmp_path):
     """LSP: all images everywhere (published), or its halves; LSP Extended: 80 / 5 / 15 % in file order."""
     make_tree(tmp_path / "lsp", False, [(20, 20)] * 10)
     make_tree(tmp_path / "lspet", True, [(20, 20)] * 40)
-
-    def numbers(root, split, transductive=None):
-        return [int(name[2:-4]) for name in all_names(LSP(tmp_path / root, split, 8, transductive))]
+    cases = [("lsp", "train", False, 0, 5), ("lsp", "test", False, 5, 10), ("lspet", "train", None, 0, 32),
+             ("lspet", "val", None, 32, 34), ("lspet", "test", None, 34, 40)]
     for split in ("train", "val", "test"):
-        assert numbers("lsp", split) == list(range(1, 11))
-        assert numbers("lspet", split, True) == list(range(1, 41))
-    assert numbers("lsp", "train", False) == [1, 2, 3, 4, 5]
-    assert numbers("lsp", "test", False) == [6, 7, 8, 9, 10]
+        cases += [("lsp", split, None, 0, 10), ("lspet", split, True, 0, 40)]
+    for root, split, transductive, begin, end in cases:
+        names = all_names(LSP(tmp_path / root, split, 8, transductive))
+        assert [int(name[2:-4]) for name in names] == list(range(begin + 1, end + 1))
     with pytest.raises(DataError, match="'val'.*'train' and 'test'"):
-        numbers("lsp", "val", False)
-    assert numbers("lspet", "train") == list(range(1, 33))
-    assert numbers("lspet", "val") == [33, 34] and numbers("lspet", "test") == list(range(35, 41))
+        LSP(tmp_path / "lsp", "val", 8, False)
 
 
 def test_lsp_errors_name_the_file(tmp_path):
-    """Missing, damaged, cut and superfluous images, the failed decode not kept as a crop; bad labels."""
+    """Missing, damaged, cut (not kept as a crop) and superfluous images; bad labels."""
     make_tree(tmp_path, False, [(30, 20)] * 4)
     third = tmp_path / "images" / "im0003.jpg"
     whole = third.read_bytes()
+
+    def refuse(error, message):
+        with pytest.raises(error, match=message):
+            LSP(tmp_path)[[1, 2]]
     third.unlink()
-    with pytest.raises(FileNotFoundError, match="im0003.jpg: missing; .*joints.mat is for .* holds 3 images"):
-        LSP(tmp_path)
+    refuse(FileNotFoundError, "im0003.jpg: missing; .*joints.mat is for .* holds 3 images")
     third.write_bytes(b"no image")
-    with pytest.raises(DataError, match="im0003.jpg: not a readable image"):
-        LSP(tmp_path)
+    refuse(DataError, "im0003.jpg: not a readable image")
     third.write_bytes(whole[:-30])
     ds = LSP(tmp_path)
     for _ in range(2):
         with pytest.raises(DataError, match="im0003.jpg: cannot be decoded.*truncated"):
             ds[[1, 2]]
     third.with_name("im0005.jpg").write_bytes(whole)
-    with pytest.raises(DataError, match="im0005.jpg: has no annotation"):
-        LSP(tmp_path)
+    refuse(DataError, "im0005.jpg: has no annotation")
     for array, message in ((np.zeros((2, 14, 4)), "shape .*, expected "), (np.zeros((3, 14, 0)), "shape"),
                            (np.full((3, 14, 4), 0.5), "must be 0 or 1"),
                            (np.full((3, 14, 4), [[[np.nan]], [[0]], [[1]]]), "out of range in image 1")):
         write_mat(tmp_path / "joints.mat", numeric("joints", array))
-        with pytest.raises(DataError, match="joints.mat.*" + message):
-            LSP(tmp_path)
+        refuse(DataError, "joints.mat.*" + message)
 
 
-@needs_lspet
+@pytest.mark.skipif(not (SHARED / "lspet").is_dir(), reason="no photographs in ../shared/lspet")
 def test_photographs():
     """LSP Extended as released: split sizes, and one joint by hand from its image's size."""
     ds = LSP(SHARED / "lspet", "train", 128)
@@ -139,13 +140,9 @@ def test_photographs():
     assert (ds[range(0, 1600, 100)][0].float().std((1, 2, 3)) > 10).all()
 
 
-# --- MATLAB's files -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("pack", [False, True], ids=["plain", "compressed"])
 def test_mat(tmp_path, pack):
-    """All numeric classes, stored narrower as MATLAB does, column-major, up to four bytes in the tag; text,
-    cells, sparse and complex matrices are stepped over."""
+    """All numeric classes, stored narrower, small ones in the tag; other matrices are stepped over."""
     cell = element(14, element(6, struct.pack("<II", 1, 0)) + element(5, struct.pack("<2i", 1, 1))
                    + element(1, b"bg", small=True) + numeric("", np.ones((1, 1))))
     variables = [variable("text", (1, 4), b"abcd", 4, 16), cell, variable("s", (3, 3), b"\0" * 8, 5, 5),
@@ -199,28 +196,23 @@ def test_hostile_mat_files(tmp_path, what):
     """A size that the bytes do not bear out, or a lying type: an error with the path, no memory taken."""
     payload, message = HOSTILE[what]
     (tmp_path / "a.mat").write_bytes(payload)
-    tracemalloc.start()
-    with pytest.raises(DataError, match="a.mat: .*" + message):
+    with memory(4 << 20), pytest.raises(DataError, match="a.mat: .*" + message):
         read_mat(tmp_path / "a.mat", "joints")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 4 << 20
 
 
-def corruptions(whole, head):
-    """200, seeded: flipped bits, cuts, overwritten sizes; half of the bits and sizes lie in `head` bytes."""
-    rng = random.Random(3)
-    for trial in range(200):
-        broken = bytearray(whole)
-        if trial % 3 == 0:
-            for _ in range(rng.randint(1, 4)):
-                broken[rng.randrange(len(broken) if trial % 2 else head)] ^= 1 << rng.randrange(8)
-        elif trial % 3 == 1:
-            del broken[rng.randrange(len(broken)):]
-        else:
-            at = 4 * rng.randrange(32, (head if trial % 2 else len(broken)) // 4)
-            broken[at:at + 4] = struct.pack("<I", rng.choice([0, 1, 255, 2**16, 2**28, 2**31, 2**32 - 8]))
-        yield broken
+def corrupted(whole, head, trial):
+    """Flipped bits, a cut or an overwritten size; half of the bits and sizes in the first `head` bytes."""
+    rng, broken = random.Random(trial), bytearray(whole)
+    reach = head if trial % 2 else len(broken)
+    if trial % 3 == 0:
+        for _ in range(rng.randint(1, 4)):
+            broken[rng.randrange(reach)] ^= 1 << rng.randrange(8)
+    elif trial % 3 == 1:
+        del broken[rng.randrange(len(broken)):]
+    else:
+        at = 4 * rng.randrange(32, reach // 4)
+        broken[at:at + 4] = struct.pack("<I", rng.choice([0, 1, 255, 2**16, 2**28, 2**31, 2**32 - 8]))
+    return broken
 
 
 @pytest.mark.parametrize("form", ["lsp", "lspet", "lsp inflated", "lspet inflated", "pickle"])
@@ -235,25 +227,23 @@ def test_corrupted_files(tmp_path, form):
     whole, refused = mat.read_bytes(), 0
     if "inflated" in form:
         whole = whole[:128] + zlib.decompress(whole[136:])
-    tracemalloc.start()
-    for broken in corruptions(whole, 320):
-        file.write_bytes(broken)
-        try:
-            if form == "pickle":
-                RenderedHandPose(tmp_path, size=8)
-            else:
-                assert read_mat(file, "joints").size == 14 * 3 * (10000 if "lspet" in form else 2000)
-        except DataError as error:
-            assert file.name in str(error)
-            refused += 1
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert (form == "pickle" or peak < 1 << 26) and 40 < refused < 200
+    with memory(math.inf if form == "pickle" else 1 << 26):
+        for trial in range(200):
+            file.write_bytes(corrupted(whole, 320, trial))
+            try:
+                if form == "pickle":
+                    RenderedHandPose(tmp_path, size=8)
+                else:
+                    assert read_mat(file, "joints").size == 14 * 3 * (10000 if "lspet" in form else 2000)
+            except DataError as error:
+                assert file.name in str(error)
+                refused += 1
+    assert 40 < refused < 200
 
 
-@needs_mat
+@pytest.mark.skipif(not (SHARED / "mat").is_dir(), reason="no original files in ../shared/mat")
 def test_original_annotations():
-    """The files of both releases, written by MATLAB: shapes, a joint and shares as published."""
+    """Both releases, written by MATLAB: shapes, a joint and shares as published."""
     _, positions, visible = data._read_lsp_joints(SHARED / "mat" / "lsp_joints.mat")
     assert positions.shape == (2000, 14, 2)
     np.testing.assert_allclose(positions[0, 0], [473.95283019, 552.63152053], atol=5e-9)
@@ -263,13 +253,9 @@ def test_original_annotations():
     np.testing.assert_allclose(extended[1, :, 0], [26.03094352, 86.41022512, 1], atol=5e-9)
 
 
-# --- SURREAL, Human3.6M, Hand-3D-Studio ---------------------------------------------------------------
-
-
 @pytest.mark.parametrize("sizes, suffix, size", [(False, "jpg", 128), (True, "png", 256)])
 def test_surreal(tmp_path, sizes, suffix, size):
-    """Published and true shoulders. All runs together, shuffled with seed 42, a fifth held out; validation is
-    its own folder."""
+    """Published and true shoulders; runs shuffled with seed 42, a fifth held out; val is its own folder."""
     names, places = make_surreal(tmp_path, sizes=sizes, suffix=suffix)
     validation, _ = make_surreal(tmp_path, "val", (1, 2, 1))
     order = shuffled(15)
@@ -317,16 +303,13 @@ def test_index_is_kept_beside_a_large_file(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("**/*.npz"))
     monkeypatch.setattr(data, "INDEX_CACHE_BYTES", 0)
     read = data._read_annotations
-    for reader in (read, None, read, None):                         # None: it may not be read again
+    for reader in (read, None, read):                               # None: it may not be read again
         monkeypatch.setattr(data, "_read_annotations", reader)
         for shoulders, ds in plain.items():
             again = SURREAL(tmp_path, "train", 64, shoulders)
             assert torch.equal(again.keypoints, ds.keypoints) and all_names(again) == all_names(ds)
-        if reader is None:
-            for copy in tmp_path.glob("train/*.npz"):
-                copy.write_bytes(copy.read_bytes()[:100])
-    monkeypatch.setattr(data, "_read_annotations", read)
-    SURREAL(tmp_path, "train", 64)
+        for copy in tmp_path.glob("train/*.npz") if reader is None else ():
+            copy.write_bytes(copy.read_bytes()[:100])
     file = tmp_path / "train" / "run0.json"
     file.write_text(json.dumps(json.loads(file.read_text())[:2]))
     assert len(SURREAL(tmp_path, "train", 64)) == 13 - 2
@@ -336,20 +319,16 @@ def test_no_object_per_sample(tmp_path):
     """Parsing an entry leaves nothing but its numbers: as objects they would take ten times the text."""
     file = tmp_path / "run0.json"
     file.write_text(json.dumps([entry("a/b.jpg", grid_points(24, 99, 0))] * 2000))
-    tracemalloc.start()
-    names, *_ = data._read_annotations(file, "", 24, list(range(24)), lambda entry: True)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(names) == 2000 and peak < 3 * file.stat().st_size + 4e6
+    with memory(3 * file.stat().st_size + 4e6):
+        assert len(data._read_annotations(file, "", 24, list(range(24)), bool)[0]) == 2000
 
 
 def test_indexing(tmp_path, monkeypatch):
     """1-D indices of any kind; crops are the same kept in memory, decoded anew, or by another process."""
     make_surreal(tmp_path)
     ds = SURREAL(tmp_path, "train", 32)
-    images, keypoints, visible = ds[torch.tensor([3, 0, 3])]
-    assert torch.equal(images[0], images[2]) and not torch.equal(images[0], images[1])
-    assert torch.equal(keypoints, ds.keypoints[[3, 0, 3]]) and torch.equal(visible, ds.visible[[3, 0, 3]])
+    images, keypoints, _ = ds[torch.tensor([3, 0, 3])]
+    assert torch.equal(images[0], images[2]) and torch.equal(keypoints, ds.keypoints[[3, 0, 3]])
     assert torch.equal(ds[np.array([-1, 0])][0][1], images[1]) and ds[[]][0].shape == (0, 3, 32, 32)
     kept = ds[range(12)][0]
     monkeypatch.setattr(data, "MAX_CROPS_BYTES", 0)
@@ -359,8 +338,6 @@ def test_indexing(tmp_path, monkeypatch):
     (tmp_path / "train").rename(tmp_path / "elsewhere")
     assert torch.equal(ds[range(12)][0], kept)                      # decoded once
 
-
-# --- trees that are not as they should be -------------------------------------------------------------
 
 MAKERS = {
     "SURREAL": (make_surreal, SURREAL, "train/run1.json"),
@@ -403,8 +380,8 @@ def test_damaged_json(tmp_path, text):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_bad_trees(tmp_path, name):
-    """A missing root says which directory to give. A missing, unreadable, truncated image, or one of another
-    size, is named, and what lists it. A wrong argument is named."""
+    """Named: which directory to give for a missing root, a missing, unreadable, truncated image, one of
+    another size, and what lists it; a wrong argument."""
     make, loader, _ = MAKERS[name]
     make(tmp_path / "set")
     for root in (tmp_path / "nowhere", tmp_path):
@@ -429,23 +406,17 @@ def test_bad_trees(tmp_path, name):
             reader[[0]]
 
 
-# --- RHD and its pickles ------------------------------------------------------------------------------
-
-
 def test_rhd(tmp_path):
-    """Which hands are samples, their visibility and handedness; mirrored hands have their dots mirrored.
-
-    By hand: the first left hand is at 30 ... 110 by 40 ... 120, so its side is 120, its corner 70 - 60 = 10,
-    80 - 60 = 20. Its right hand is at 200 ... 290 by 180 ... 260: side 135, corner round(177.5) = 178 (to
-    even), round(152.5) = 152."""
+    """Which hands are samples, their visibility and handedness. By hand: the first left one, 30 ... 110 by
+    40 ... 120, has side 120, corner (10, 20); the right one, 200 ... 290 by 180 ... 260, side 135, corner
+    round(177.5, 152.5) = (178, 152), to even."""
     make_rhd(tmp_path, "training", range(len(RHD_PICTURES)))
     make_rhd(tmp_path, "evaluation", [1, 2])
     ds = RenderedHandPose(tmp_path, "train", 240)
-    words = {"L": "left", "R": "right"}
-    kept = [(i, words[side]) for i, picture in enumerate(RHD_PICTURES) for side in picture[4]]
-    assert all_names(ds) == [f"training/color/{i:05d}.png {side}" for i, side in kept]
-    assert ds.left.tolist() == [side == "left" for _, side in kept]
-    assert ds.visible.sum(1).tolist() == [RHD_PICTURES[i][2 if side == "left" else 3] for i, side in kept]
+    kept = [(i, int(side == "R")) for i, picture in enumerate(RHD_PICTURES) for side in picture[4]]
+    assert all_names(ds) == [f"training/color/{i:05d}.png {('left', 'right')[right]}" for i, right in kept]
+    assert ds.left.tolist() == [not right for _, right in kept]
+    assert ds.visible.sum(1).tolist() == [RHD_PICTURES[i][2 + right] for i, right in kept]
     check_dots(ds, torch.ones(len(ds), 21, dtype=torch.bool))
     left, right, *_ = RHD_PICTURES[0]
     np.testing.assert_allclose(ds.keypoints[0], (left - [10, 20] + 0.5) * 2 - 0.5, atol=1e-4)
@@ -458,8 +429,7 @@ def test_rhd(tmp_path):
 
 
 def test_array_pickles(tmp_path):
-    """Arrays of every number type, order and layout, in all protocols; and as Python 2 wrote them, under the
-    old name of NumPy's core, the bytes a string."""
+    """Arrays of every number type, order and layout, in all protocols; and as Python 2 wrote them."""
     values = np.array([[1.5, -2.25, 1e300], [0.1, 7.0, -1e-9]])
     arrays = {kind: np.arange(12).reshape(3, 4).astype(kind) for kind in ("f4", "f8", "i8", "u1", ">f8", "?")}
     arrays |= {"fortran": np.asfortranarray(values), "scalar": np.float32(1.5), "strided": values[:, ::2]}
@@ -486,9 +456,9 @@ def test_array_pickles(tmp_path):
     (pickle.dumps(np.zeros(2, [("a", "f4")])), "an array of type 'V4'"),
     (b"Pelsewhere\n.", "cannot be read.*persistent"), (b"", "cannot be read"),
     (pickle.dumps(np.zeros((2, 3)), 2).replace(b"K\2K\3\x86", b"J\xff\xff\xff\x7fK\3\x86"), "reshape"),
-    (pickle.dumps([1, 2]), "not a dict"), (pickle.dumps({"a": {}}), "the id 'a'"),
-    (pickle.dumps({3: 4}), "uv_vis of picture 3"), (pickle.dumps({3: {"uv_vis": 1}}), "uv_vis of picture 3"),
-    (pickle.dumps({3: {"uv_vis": np.full((42, 3), np.nan)}}), "uv_vis of picture 3"),
+    (pickle.dumps([1, 2]), "not a dict"), (pickle.dumps({"a": {}}), "entry .a. is not"),
+    (pickle.dumps({3: 4}), "entry .3. is not"), (pickle.dumps({3: {"uv_vis": 1}}), "entry .3. is not"),
+    (pickle.dumps({3: {"uv_vis": np.full((42, 3), np.nan)}}), "entry .3. is not"),
 ])
 def test_bad_pickles(tmp_path, monkeypatch, payload, message):
     """Whatever is no array or number is refused by name and not run; a clear error for damage."""
@@ -499,8 +469,6 @@ def test_bad_pickles(tmp_path, monkeypatch, payload, message):
         RenderedHandPose(tmp_path)
     assert not (tmp_path / "owned").exists()
 
-
-# --- preparation --------------------------------------------------------------------------------------
 
 STUB = """#!{python}
 import sys
@@ -523,20 +491,6 @@ def calls(tmp_path, monkeypatch):
     return tmp_path / "bin" / "ffmpeg.calls"
 
 
-def make_clip(folder, name, frames, shift=0):
-    """A clip of the original release, raw frames in place of a video -> places (T, 24, 2)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    places = [grid_points(24, 120 + 20 * t, t + shift) + [60 + 30 * shift, 20] for t in range(frames)]
-    (folder / f"{name}.mp4").write_bytes(b"".join(dots(320, 240, points, 2).tobytes() for points in places))
-    write_info(folder / f"{name}_info.mat", places[0].T if frames == 1 else np.stack(places).T)
-    return places
-
-
-def write_info(path, joints):
-    joints = compressed(numeric("joints2D", joints.astype("f4"), "f4"))
-    write_mat(path, variable("sequence", (1, 3), b"abc", 4, 16), joints)
-
-
 def prepare(capsys, *arguments):
     status = data.main(["prepare", *map(str, arguments), "--jobs", "2"])
     return status, *capsys.readouterr()
@@ -550,7 +504,7 @@ def test_prepare_surreal(tmp_path, calls, capsys):
     make_clip(raw / "cmu/train/run2/03", "d", 2, 2)
     status, printed, errors = prepare(capsys, "surreal", raw, out)
     assert status == 0 and errors == ""
-    assert "run0.json: 4 frames of 2 clips (2 of them new), 0 clips failed" in printed
+    assert "run0.json: 4 frames of 2 clips, 0 clips failed" in printed
     entries = json.loads((out / "train/run0.json").read_text())
     assert [sample["name"][3:-4] for sample in entries] == ["a_f000", "a_f001", "a_f002", "b_f000"]
     assert not list(out.glob("**/*.parts")) and not list(out.glob("**/*.tmp"))
@@ -572,8 +526,7 @@ def test_prepare_surreal(tmp_path, calls, capsys):
 
 
 def test_prepare_surreal_goes_on(tmp_path, calls, capsys):
-    """A clip that fails is named and left out; the next start does that one alone. Frames that show nobody or
-    a person of a few pixels are left out."""
+    """A clip that fails is named, and the next start does it alone. Frames of nobody or a few pixels go."""
     raw, folder = tmp_path / "raw", tmp_path / "raw" / "cmu" / "train" / "run0" / "01"
     for clip in "abcde":
         make_clip(folder, clip, 2)
@@ -582,7 +535,7 @@ def test_prepare_surreal_goes_on(tmp_path, calls, capsys):
     write_info(folder / "d_info.mat", np.zeros((2, 24, 3)))
     write_info(folder / "e_info.mat", np.full((2, 24, 2), np.nan))
     status, printed, errors = prepare(capsys, "surreal", raw, tmp_path / "out")
-    assert status == 1 and "2 frames of 1 clips (1 of them new), 4 clips failed" in printed
+    assert status == 1 and "2 frames of 1 clips, 4 clips failed" in printed
     for message in ("b.mp4: ffmpeg: .*moov atom not found", "c_info.mat", "e_info.mat: joints2D of shape",
                     "d.mp4: ffmpeg: 2 frames of 320 x 240 pixels; d_info.mat has 3 frames"):
         assert re.search("failed: .*" + message, errors)
@@ -593,38 +546,10 @@ def test_prepare_surreal_goes_on(tmp_path, calls, capsys):
     (folder / "d.mp4").write_bytes(bytes(3 * 240 * 320 * 3))
     calls.unlink()
     status, printed, errors = prepare(capsys, "surreal", raw, tmp_path / "out")
-    assert status == 0 and errors == "" and "6 frames of 5 clips (4 of them new), 0 clips failed" in printed
+    assert status == 0 and errors == "" and "6 frames of 5 clips, 0 clips failed" in printed
     assert sorted(calls.read_text().split()) == ["b.mp4", "c.mp4", "d.mp4", "e.mp4"]
     entries = json.loads((tmp_path / "out" / "train" / "run0.json").read_text())
     assert [e["name"][3:-4] for e in entries] == ["a_f000", "a_f001", "b_f000", "c_f000", "d_f002", "e_f000"]
-
-
-def make_human36m_release(root, subject):
-    """The JSON release of one subject, one camera, six frames -> names of every fifth, places of all."""
-    (root / "annotations").mkdir(parents=True, exist_ok=True)
-    images, joints, places = [], {}, {}
-    cos, sin = np.cos(0.3), np.sin(0.3)
-    rotation = np.array([[cos, -sin, 0], [0, 0, -1], [sin, cos, 0]])   # world z is up, the camera's y is down
-    t, f, c = np.array([100.0, 900, 5000]), np.array([1145.0, 1143.0]), np.array([512.5, 515.4])
-    for frame in range(6):
-        grid = (grid_points(17, 1000, 0) - 500) * [1.2, 1.5 + 0.1 * frame]
-        grid[[14, 15, 11, 6]] = grid[[15, 14, 6, 11]]          # none in the middle of the shoulders
-        world = np.stack([grid[:, 0], 40.0 * (np.arange(17) % 5), grid[:, 1] + 900], 1)
-        joints[str(frame)] = world.tolist()
-        seen = world[[3, 2, 1, 4, 5, 6, 0, 11, 8, 10, 16, 15, 14, 11, 12, 13]]
-        seen[7] = (seen[12] + seen[13]) / 2
-        seen = seen @ rotation.T + t
-        name = f"s_{subject:02d}/f_{frame:06d}.jpg"
-        places[name] = seen[:, :2] / seen[:, 2:] * f + c
-        images.append({"file_name": name, "cam_idx": 1, "action_idx": 2, "subaction_idx": 1,
-                       "frame_idx": frame})
-        if frame % 5 == 0:
-            save(dots(1000, 1002, places[name], 4), root / "images" / name)
-    camera = {"R": rotation.tolist(), "t": t.tolist(), "f": f.tolist(), "c": c.tolist()}
-    for kind, content in {"data": {"images": images}, "joint_3d": {"2": {"1": joints}},
-                          "camera": {"1": camera}}.items():
-        (root / "annotations" / f"Human36M_subject{subject}_{kind}.json").write_text(json.dumps(content))
-    return list(places)[::5], places
 
 
 def test_prepare_human36m(tmp_path, capsys):
@@ -633,14 +558,14 @@ def test_prepare_human36m(tmp_path, capsys):
     for subject in (1, 5, 6, 7, 8):
         kept, places = make_human36m_release(raw, subject)
     status, printed, errors = prepare(capsys, "human36m", raw, out)
-    assert status == 0 and errors == "" and printed.count("2 images, 0 failed") == 5
+    assert (status, errors) == (0, "") and printed.count("2 images, 0 failed") == 5
     listed = out / "annotations" / "keypoints2d_8.json"
     entries = json.loads(listed.read_text())
     assert [sample["name"] for sample in entries] == kept
     for sample in entries:
-        low, high = places[sample["name"]].min(0), places[sample["name"]].max(0)
-        side = round(1.5 * (high - low).max())
-        expected = (places[sample["name"]] - np.round((low + high - side) / 2) + 0.5) * 512 / side - 0.5
+        points = places[sample["name"]]
+        side = round(1.5 * np.ptp(points, 0).max())
+        expected = (points - np.round((points.min(0) + points.max(0) - side) / 2) + 0.5) * 512 / side - 0.5
         np.testing.assert_allclose(sample["keypoint2d"], expected, atol=1e-3)
     check_dots(Human36M(out, "train", 256))
     listed.unlink()

@@ -1,13 +1,11 @@
-"""The command line and a whole run, tiny: what it writes, that it repeats, resumes and refuses with one clear line."""
-
-import dataclasses
+"""Runs and the command line: the loop, the step (Fig. 4), settings, refusals, evaluate, compare."""
+import functools
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
+import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,255 +15,434 @@ from PIL import Image
 import actupose
 import data
 import train
+from miniatures import make_h3d, make_human36m, make_rhd, make_surreal, make_tree
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = ["--epochs", "3", "--pretrain-epochs", "1", "--iters-per-epoch", "2", "--batch-size", "4", "--source-count", "60",
-        "--target-count", "30", "--style-iters", "4", "--vae-steps", "5", "--image-size", "32", "--device", "cpu"]
+TINY = ("--epochs 3 --pretrain-epochs 1 --iters-per-epoch 2 --batch-size 4 --source-count 60 --image-size 32 "
+        "--target-count 30 --style-iters 2 --vae-steps 5 --bins 5 --hard-bins 2 --lr-drops 1,2 --device cpu "
+        "--lr-factor 0.5").split()
+# What each row of the paper's tables differs in from ACTUPose.
+UDAPE = dict(curriculum="off", w_evalpose=0.0, w_cross=0.0)
+SUPERVISED = dict(UDAPE, adapt=False, style="off")
+ROWS = {"actupose": {}, "udape": UDAPE, "udape+vae-hm": dict(UDAPE, curriculum="hardest"),
+        "source-only": SUPERVISED, "oracle": dict(SUPERVISED, supervise="target")}
 
 
-@pytest.fixture(autouse=True)
-def few_test_images(monkeypatch):
-    """Validation and test splits of a few images, so that a run takes seconds."""
-    from data import Mannequin
-    monkeypatch.setattr(Mannequin, "DEFAULT_COUNTS", {key: min(n, 50) for key, n in Mannequin.DEFAULT_COUNTS.items()})
+def record(patch, calls, owner, *names):
+    """Append (name, arguments, result) of each call of these functions of `owner` to calls."""
+    for name in names:
+        def spy(*arguments, name=name, function=getattr(owner, name), **options):
+            result = function(*arguments, **options)
+            calls.append((name, arguments, result))
+            return result
+        patch.setattr(owner, name, spy)
 
 
-def run(*arguments):
-    """The command line in this process -> exit status."""
-    return train.main(list(arguments))
+def read(path):
+    """A JSON file, or the list that a file of JSON lines is."""
+    text = path.read_text()
+    return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def launch(tmp_path_factory):
+    """`train.py TINY ...` in this process, 30 images to score. launch.looks: the batches it looked at."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+
+    def launch(out, *options):
+        launch.looks.clear()
+        return train.main([*TINY, "--cache", cache, "--out", str(out), *map(str, options)])
+
+    launch.looks = []
+    with pytest.MonkeyPatch.context() as patch:
+        few = {key: min(n, 30) for key, n in data.Mannequin.DEFAULT_COUNTS.items()}
+        patch.setattr(data.Mannequin, "DEFAULT_COUNTS", few)
+        patch.setattr(train, "draw_panels", functools.partial(train.draw_panels, side=40))     # saves seconds
+        record(patch, launch.looks, data.Mannequin, "__getitem__")
+        yield launch
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished tiny run of ACTUPose."""
-    from data import Mannequin
-    counts, Mannequin.DEFAULT_COUNTS = Mannequin.DEFAULT_COUNTS, {k: min(n, 50) for k, n in Mannequin.DEFAULT_COUNTS.items()}
-    out = tmp_path_factory.mktemp("runs") / "run"
-    try:
-        assert run(*TINY, "--out", str(out)) == 0
-    finally:
-        Mannequin.DEFAULT_COUNTS = counts
-    return out
+def finished(tmp_path_factory, launch):
+    """A finished run by name of method or ablation, made once -> its directory, the splits it looked at."""
+    @functools.cache
+    def get(name):
+        changes, out = train.ABLATIONS.get(name, dict(method=name)), tmp_path_factory.mktemp("runs") / name
+        assert launch(out, *(f"--{key.replace('_', '-')}={value}" for key, value in changes.items())) == 0
+        return out, {(dataset.domain, dataset.split) for _, (dataset, _), _ in launch.looks}
+    return get
 
 
-def test_a_runs_directory(finished):
-    def no_constant(name):
-        raise AssertionError(f"{name} is not JSON")
-    result = json.loads((finished / "result.json").read_text(), parse_constant=no_constant)
-    assert result["method"] == "actupose" and result["target"] == "mannequin-wild" and result["seed"] == 0
-    assert set(result["pck"]) == {"shoulder", "elbow", "wrist", "hip", "knee", "ankle", "all"}
-    assert all(0 <= v <= 100 for v in result["pck"].values()) and len(result["bins"]) == 25
-    assert set(result["teacher"]["pck"]) == set(result["pck"]) and -100 <= result["evalpose"] <= 100
-    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in log] == [0, 1, 2]
-    assert "consistency" not in log[0] and {"mse", "consistency", "evalpose", "cross_domain", "pairs", "kept"} <= set(log[1])
-    assert json.loads((finished / "config.json").read_text())["epochs"] == 3
-    pictures = sorted((finished / "figures").glob("*.png"))
-    assert {"predictions.png", "domains.png", "style.png", "curriculum.png", "curves.png", "bins.png",
-            "complexity.png"} <= {p.name for p in pictures}
-    for picture in pictures:
-        with Image.open(picture) as image:
-            assert min(image.size) >= 100
+# --- Whole runs ---------------------------------------------------------------------------------------------
 
 
-def test_evaluate_gets_the_same_numbers(finished, capsys):
-    assert run("evaluate", str(finished), "--device", "cpu") == 0
-    assert "the same as" in capsys.readouterr().out
+@pytest.mark.parametrize("name", [*ROWS, *train.ABLATIONS])
+def test_every_method_and_ablation_end_to_end(name, finished):
+    """One loop with parts on or off: settings, terms, samples drawn, images looked at, files of the run."""
+    assert ROWS.keys() == train.METHODS.keys()
+    changes, (out, looked_at) = {**ROWS, **train.ABLATIONS}[name], finished(name)
+    config, result, log = (read(out / file) for file in ("config.json", "result.json", "log.jsonl"))
+    assert all(config[key] == value for key, value in changes.items()) and config["amp"] in ("bf16", "off")
+    w_evalpose, w_cross = changes.get("w_evalpose", 0.1), changes.get("w_cross", 0.01)
+    adapts, active = changes.get("adapt", True), changes.get("curriculum", "active") == "active"
+
+    supervised = {"epoch", "lr", "pool", "mse", "confidence", "loss"}
+    adapted = supervised | {"consistency", "teacher_confidence", "kept", "hidden"} if adapts else supervised
+    adapted = adapted.union(["evalpose"][:w_evalpose > 0], ["cross_domain", "pairs"][:2 * (w_cross > 0)])
+    last = adapted.union(["val_student"], ["val_teacher"][:adapts])
+    assert [set(row) for row in log] == [supervised, adapted, last]
+    assert [(row["epoch"], row["lr"]) for row in log] == [(0, 1e-3), (1, 5e-4), (2, 2.5e-4)]
+    for row in log:                                                                                   # Eq. 8
+        extra = w_evalpose * row.get("evalpose", 0) + w_cross * row.get("cross_domain", 0)
+        assert row["loss"] == pytest.approx(row["mse"] + row.get("consistency", 0) + extra, rel=1e-4)
+    assert name != "no-occlusion" or log[1]["hidden"] == log[2]["hidden"] == 0
+
+    if active:
+        drawn = train.load_run(out / "last.pt")["drawn"]
+        assert [sum(bins) for bins in drawn] == [row["pool"] for row in log] and len(drawn[0]) == 5
+        assert drawn[0][0] == drawn[1][4] == drawn[2][4] == 12      # the peak bin is drawn whole; g = 0, 4, 4
+        if name != "min-max":                   # Eq. 3 with s_j = j / 4: 12 exp(-j^2 / 2), rounded up or down
+            assert all(abs(n - 12 * math.exp(-j * j / 2)) < 1 for j, n in enumerate(drawn[0]))
+    else:
+        assert {row["pool"] for row in log} == {{"oracle": 30, "udape+vae-hm": 24}.get(name, 60)}
+    trained = {"source-only": ["source"], "oracle": ["target"]}.get(name, ["source", "target"])
+    assert looked_at == {("target", "val"), ("target", "test"), *((domain, "train") for domain in trained)}
+
+    assert set(result) == set("method source target seed pck evalpose bins teacher val epochs".split())
+    assert result["method"] == (name if name in ROWS else "actupose")
+    assert result["val"] == log[2]["val_student"] and (result["teacher"] is not None) == adapts
+    for scores in filter(None, (result, result["teacher"])):
+        assert set(scores["pck"]) == {"shoulder", "elbow", "wrist", "hip", "knee", "ankle", "all"}
+        assert all(0 <= value <= 100 for value in (*scores["pck"].values(), *scores["bins"]))
+        assert len(scores["bins"]) == 5 and -100 <= scores["evalpose"] <= 100
+    pictures = {"predictions", "bins", "complexity"}
+    pictures = pictures.union(["curriculum"][:active], ["style"][:changes.get("style") != "off"])
+    assert {path.stem for path in (out / "figures").iterdir()} == pictures
 
 
-def test_evaluate_says_when_the_figures_differ(finished, tmp_path, capsys):
-    out = tmp_path / "r"
-    shutil.copytree(finished, out)
-    result = json.loads((out / "result.json").read_text())
-    result["evalpose"] += 1.0
-    (out / "result.json").write_text(json.dumps(result))
-    assert run("evaluate", str(out), "--device", "cpu") == 2
-    assert "result.json" in capsys.readouterr().err
+def test_nothing_depends_on_the_clock_or_on_workers(finished, launch, tmp_path, monkeypatch):
+    """Same seed, a clock that leaps and threads that decode ahead: the same bytes."""
+    monkeypatch.setattr(train, "time", Mock(time=Mock(side_effect=range(0, 10 ** 9, 1000))))
+    assert launch(tmp_path, "--workers", 2) == 0
+    speed = read(tmp_path / "speed.jsonl")
+    assert set(speed[0]) >= {"epoch", "seconds", "images_per_second", "total_seconds", "memory_gb"}
+    assert len(speed) == 3 and speed[0]["seconds"] == 1000
+    for name in ("log.jsonl", "result.json", "last.pt"):
+        assert (tmp_path / name).read_bytes() == (finished("actupose")[0] / name).read_bytes(), name
 
 
-def test_a_finished_run_is_not_overwritten(finished, capsys):
-    before = (finished / "last.pt").read_bytes()
-    assert run(*TINY, "--out", str(finished)) == 2
-    assert "finished run" in capsys.readouterr().err and (finished / "last.pt").read_bytes() == before
+def test_the_curriculum_observes_and_ranks_again_at_each_epochs_end(launch, tmp_path, monkeypatch):
+    """Eq. 4 gets what the epoch's steps trained on, each sample with its own confidence. `grep "Eq. 4"` finds
+    the class in actupose.py, and one line in train.py."""
+    calls, poses = [], data.Mannequin("source", "train", 32, 60).keypoints
+    record(monkeypatch, calls, actupose.ActiveCurriculum, "sample", "observe", "rerank")
+    record(monkeypatch, calls, train.Trainer, "step")
+    assert launch(tmp_path, "--style", "off") == 0
+    assert [name for name, _, _ in calls] == ["sample", "step", "step", "observe", "rerank"] * 3
+    for e in range(3):
+        sample, one, two, (_, (_, indices, confidence), _), _ = calls[5 * e:5 * e + 5]
+        assert sample[1][1] == e and set(indices.tolist()) <= set(sample[2].tolist()) and len(indices) == 8
+        assert torch.equal(poses[indices], torch.cat([step[1][2][1] for step in (one, two)]))
+        assert torch.equal(confidence, torch.cat([step[2][1] for step in (one, two)]))
+    module, loop = (Path(m.__file__).read_text() for m in (actupose, train))
+    inside = module.partition("\nclass ActiveCurriculum:")[2].partition("\n# ---")[0]
+    assert inside.count("Eq. 4") == module.count("Eq. 4") > 0 and loop.count("Eq. 4") == 1
 
 
-def test_the_same_seed_gives_the_same_result_and_resume_goes_on(finished, tmp_path, monkeypatch):
-    """A run stopped after its second epoch and resumed ends where the uninterrupted one did."""
-    whole = train.train_epoch
-
-    def stop(run_, epoch, progress):
-        if epoch == 2:
-            raise KeyboardInterrupt
-        return whole(run_, epoch, progress)
-
-    monkeypatch.setattr(train, "train_epoch", stop)
-    assert run(*TINY, "--out", str(tmp_path / "r")) == 130
-    monkeypatch.setattr(train, "train_epoch", whole)
-    assert run(*TINY, "--out", str(tmp_path / "r")) == 2                  # not without --resume
-    assert run("--resume", "--out", str(tmp_path / "r"), "--device", "cpu", "--lr", "0.5") == 2      # not with other settings
-    assert run("--resume", "--out", str(tmp_path / "r"), "--device", "cpu") == 0
-    one, two = (torch.load(d / "last.pt", weights_only=True)["student"] for d in (finished, tmp_path / "r"))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    one, two = (json.loads((d / "result.json").read_text()) for d in (finished, tmp_path / "r"))
-    assert one["pck"] == two["pck"] and one["bins"] == two["bins"]
+class Toy(data.Mannequin):
+    """A dataset with a skeleton of 30 keypoints."""
+    def __init__(self, root, split, size):
+        super().__init__("target", split, size, 20)
+        limbs, triplets = [[k, k + 1] for k in range(29)], [[k, k + 1, k + 2] for k in range(28)]
+        names, groups = [f"p{k}" for k in range(30)], {"all": [*range(30)]}
+        self.skeleton = data.Skeleton(names, limbs, triplets, groups, [0, 29])
+        random = torch.Generator().manual_seed(len(root))
+        self.keypoints = torch.rand(20, 30, 2, generator=random) * (size - 1)
+        self.visible = torch.ones(20, 30)
 
 
-@pytest.mark.parametrize("method", ["source-only", "udape", "udape+vae-hm", "oracle"])
-def test_methods_are_one_loop_with_parts_off(method, tmp_path):
-    assert run(*TINY, "--method", method, "--out", str(tmp_path / "r")) == 0
-    log = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
-    assert ("consistency" in log[-1]) == method.startswith("udape") and "evalpose" not in log[-1]
-    assert log[-1]["pool"] == {"source-only": 60, "udape": 60, "udape+vae-hm": 60 - 17 * 60 // 25, "oracle": 30}[method]
+def test_a_skeleton_of_thirty_keypoints(launch, tmp_path, monkeypatch, capsys):
+    """Nothing is sized for 16 or 21 keypoints: 26 and more crashed the first version."""
+    monkeypatch.setitem(train.SOURCES, "rhd", Toy)
+    monkeypatch.setitem(train.TARGETS, "h3d", Toy)
+    options = "--source rhd --target h3d --source-root a --target-root bc --style off".split()
+    run, picture, out = (str(tmp_path / name) for name in ("run", "x.png", "out"))
+    assert launch(run, *options) == 0 and "pairs" in read(tmp_path / "run" / "log.jsonl")[1]
+    Image.new("RGB", (50, 40)).save(picture)
+    assert train.main(["predict", run, picture, "--out", out, "--device", "cpu"]) == 0
+    found = read(tmp_path / "out" / "x.png.json")["keypoints"]
+    assert [keypoint["name"] for keypoint in found] == [f"p{k}" for k in range(30)]
+    capsys.readouterr()
+    monkeypatch.setattr(Toy, "__len__", lambda self: 19)            # what a dataset needs is said
+    assert launch(tmp_path / "bad", *options) == 2
+    assert "--source rhd: Toy needs `keypoints`" in capsys.readouterr().err
 
 
-def test_compare_runs_what_is_missing_and_prints_a_table(tmp_path, capsys):
-    options = ["compare", "--methods", "source-only,no-evalpose", "--seeds", "0,1", "--out", str(tmp_path / "c"), *TINY]
-    assert run(*options) == 0
-    table = capsys.readouterr().out
-    assert "| source-only | 2 |" in table and "| no-evalpose | 2 |" in table
-    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "c").rglob("result.json")}
-    assert len(stamps) == 4
-    assert run(*options) == 0
-    assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
-    assert run(*options, "--lr", "0.5") == 2 and "--lr" in capsys.readouterr().err
+@pytest.mark.parametrize("source, target", [("surreal", "lsp"), ("surreal", "human36m"), ("rhd", "h3d")])
+def test_the_papers_tasks_from_their_command(source, target, tmp_path, monkeypatch):
+    """--preset paper made small, on miniature trees in the exact layouts."""
+    choices, hand = data.random.Random.choices, source == "rhd"
+    monkeypatch.setattr(data.random.Random, "choices", lambda self, order, k: choices(self, order, k=20))
+    makers = {"surreal": make_surreal, "h3d": lambda root: make_h3d(root, 40),
+              "rhd": lambda root: make_rhd(root, "training", [*range(7)] * 2),
+              "lsp": lambda root: make_tree(root, False, [(90 + 5 * i, 80) for i in range(6)]),
+              "human36m": lambda root: make_human36m(root, {1: 2, 5: 1, 6: 1, 7: 1, 8: 1, 9: 1, 11: 1})}
+    options = "--architecture narrow --weights= --style small --bins 3 --hard-bins 1 --workers 1".split()
+    for role, name in (("source", source), ("target", target)):
+        (tmp_path / name).mkdir()
+        makers[name](tmp_path / name)
+        options += [f"--{role}={name}", f"--{role}-root={tmp_path / name}"]
+    assert train.main(["--preset", "paper", *TINY, *options, "--out", str(tmp_path / "run")]) == 0
+    result, config = (read(tmp_path / "run" / name) for name in ("result.json", "config.json"))
+    assert (result["source"], result["target"]) == (source, target)
+    assert set(result["pck"]) == set((data.HAND21 if hand else data.BODY16).groups)
+    assert config["rotation"] == (180 if hand else 60) and not config["subcell"] and config["ema"] == 0.999
+
+
+# --- The step -----------------------------------------------------------------------------------------------
+
+
+def make_trainer(**changes):
+    tiny = dict(image_size=32, batch_size=4, style="off", amp="off")
+    settings = train.make_settings(**{**tiny, **changes})
+    trainer = train.Trainer(settings, data.BODY16, torch.device("cpu"))
+    trainer.teacher = actupose.make_teacher(trainer.student)
+    return trainer
+
+
+def batches(size=32, n=4):
+    return [data.Mannequin(domain, "train", size, n)[torch.arange(n)] for domain in ("source", "target")]
+
+
+def test_the_step():
+    """Eq. 8 of its terms before and after the teacher joins; the teacher is the student's moving average;
+    where nothing is sure the target adds nothing; the share of images with a hidden keypoint is told."""
+    trainer = make_trainer(w_udape=0.5, w_evalpose=0.3, w_cross=0.2, gamma=9.0)      # gamma: all are similar
+    teacher, trainer.teacher = trainer.teacher, None
+    terms, _ = trainer.step(0, batches()[0], None)
+    assert set(terms) == {"mse", "confidence", "loss"} and terms["loss"] == 0.5 * terms["mse"] > 0
+    trainer.teacher, before = teacher, [p.clone() for p in teacher.parameters()]
+    terms, _ = trainer.step(1, *batches())
+    extra = 0.3 * terms["evalpose"] + 0.2 * terms["cross_domain"]
+    assert torch.isclose(terms["loss"], 0.5 * (terms["mse"] + terms["consistency"]) + extra) and extra != 0
+    assert terms["cross_domain"] < 0 < terms["pairs"] <= 16 and 0 < terms["kept"] <= 0.5
+    for old, new, student in zip(before, teacher.parameters(), trainer.student.parameters()):
+        assert torch.allclose(new, 0.99 * old + 0.01 * student, atol=1e-7) and not torch.equal(old, student)
+    terms, _ = make_trainer(mask_ratio=1.0, gamma=9.0).step(0, *batches())
+    assert terms["kept"] == terms["consistency"] == terms["pairs"] == 0 < terms["mse"]
+    for probability, threshold, share in ((1.0, 0.0, 1), (0.0, 0.0, 0), (1.0, 1e9, 0)):
+        trainer = make_trainer(occlusion=probability, occlusion_confidence=threshold)
+        trainer.teacher.head.bias.data.fill_(0.3)                                # every confidence is above 0
+        assert trainer.step(0, *batches())[0]["hidden"] == share
+
+
+def test_random_numbers_are_a_function_of_seed_and_step(monkeypatch):
+    """And of nothing else: not of global generators; each of several processes has its slice of them."""
+    def draw(seed=3, step=5):
+        numbers = vars(train.draw_step(seed, step, 6, 30, "cpu"))
+        return {name: torch.as_tensor(value) for name, value in numbers.items()}
+
+    def same(a, b):
+        return [torch.equal(a[name], b[name]) for name in whole]
+
+    whole = draw()
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert all(same(whole, draw())) and not any(same(whole, draw(step=6)) + same(whole, draw(seed=4)))
+    numbers = torch.cat([value.flatten() for value in whole.values()])
+    assert 0 <= numbers.min() and numbers.max() < 1 and len(numbers.unique()) > 0.99 * len(numbers)
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    shares = []
+    for number in (0, 1):
+        monkeypatch.setattr(train, "rank", lambda: number)
+        shares.append(draw())
+    for name, value in whole.items():
+        one, two = (share[name] for share in shares)                                 # or one number per batch
+        assert torch.equal(torch.cat([one, two]), value) if value.ndim else one == two == value, name
+
+
+def test_poses_are_compared_as_they_stand_in_the_image(monkeypatch):
+    """Eq. 7: with a network that is always right, the source pose compared is the image's own, whatever
+    rotation and shear the student saw it under."""
+    trainer, (source, target), calls = make_trainer(image_size=64, batch_size=8), batches(64, 8), []
+    record(monkeypatch, calls, train, "render_heatmaps")
+    record(monkeypatch, calls, actupose, "mine_pairs")
+    trainer.forward = lambda network, _: (calls[0][2][0] + 0 * network.head.weight.sum(), torch.ones(8, 4))
+    terms, _ = trainer.step(3, source, target)
+    (_, _, (_, weight)), (_, (pose, *_), _) = calls
+    error = (pose - source[1]).norm(dim=-1)[weight > 0]
+    assert len(error) > 80 and error.quantile(0.9) < 1.0 and terms["mse"] == 0       # pixels; a cell is 2
+
+
+# --- Settings and refusals ----------------------------------------------------------------------------------
+
+
+def test_the_papers_preset_and_what_wins(monkeypatch):
+    """§4 and the base method's published settings. A preset gives way to the method, that to what is given.
+    --amp auto becomes what the processor computes in."""
+    s = train.make_settings("paper", style_weights="x")
+    assert (s.architecture, s.weights, s.image_size, s.sigma, s.subcell) == (
+        "resnet101", "imagenet", 256, 2.0, False)
+    assert (s.epochs, s.pretrain_epochs, s.iters_per_epoch, s.batch_size) == (70, 40, 500, 32)
+    assert (s.lr, s.lr_drops, s.lr_factor, s.ema, s.mask_ratio) == (1e-4, (44.0, 59.0), 0.1, 0.999, 0.5)
+    assert (s.bins, s.pace, s.spread, s.w_udape, s.w_evalpose, s.w_cross) == (25, 2.0, 0.25, 1.0, 0.1, 0.01)
+    assert (s.style, s.style_prob, s.occlusion, s.occlusion_confidence) == ("vgg", 0.5, 0.5, 0.9)
+    assert (s.rotation, s.shear, s.translate, s.jitter) == (60, 30, 0.05, 0.25)
+    assert (s.zoom, s.crop) == ((0.6, 1.3), (0.6, 1.0))
+    assert train.make_settings("paper", method="source-only").style == "off"
+    s = train.make_settings("paper", method="source-only", style="small", lr=0.5)
+    assert (s.style, s.lr, s.sigma, s.w_cross) == ("small", 0.5, 2.0, 0.0)
+    hand = train.make_settings(source="mannequin-hand")
+    assert (hand.target, hand.rotation) == ("mannequin-hand-wild", 180)              # as in the base method
+    for native, auto in ((True, "bf16"), (False, "off")):
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda: native)
+        resolved = [train.resolve_amp(train.make_settings(amp=amp), torch.device("cpu")).amp
+                    for amp in ("auto", "bf16", "off")]
+        assert resolved == [auto, "bf16", "off"]
+
+
+# "=>": what the answer says. Without it, it names the first option.
+MISTAKES = """
+--method actupos; --epochs many; --epochs 0 => --epochs: must be at least 1, got 0; --seed -1; --lr nan;
+--lr 0; --seed 99999999999999999999; --sigma inf; --lr-drops 5,nan; --ema 1.5; --vae-kl -1; --crop 0,1;
+--crop 1,0.6; --zoom 1; --zoom 1x2; --subcell yes; --image-size 65; --hard-bins 26; --shoulders left;
+--preset demi; --style-weights x; --source-root x; --supervise target => --curriculum;
+--weights no/file => no/file; --epochs 20 => --pretrain-epochs; --style vgg => --style-weights;
+--weights imagenet => --architecture; --device warp9 => --device: 'warp9'; --source surreal => --source-root;
+--source mannequin-wild => --target: must differ from --source;
+--target lsp --target-root no/place => --target-root: no/place/joints.mat;
+--source mannequin-hand --target mannequin-wild --source-count 60 => two domains of bodies or two of hands;
+--bins 61 --hard-bins 1 --source-count 60 => --bins: 61 is more than the 60 training images of the source;
+--batch-size 31 --source-count 60 --target-count 30 => --batch-size: 31 is more than the 30;
+--hard-bins 8 --method udape+vae-hm --source-count 60 --vae-steps 1 --image-size 32;
+--epochz 3 => did you mean --epochs?; --metod=udape => did you mean --method?; frobnicate => unknown command;
+--resume --out no/run => no/run; evaluate no/run => no/run; evaluate => run; evalate x => mean evaluate?;
+compare --methods udap => --methods; compare --seeds a => --seeds; compare --seeds nan => --seeds;
+compare --jobs 0 => --jobs; compare --method udape => did you mean --methods?"""
+
+
+@pytest.mark.parametrize("mistake", [" ".join(mistake.split()) for mistake in MISTAKES.split(";")])
+def test_mistakes_are_answered_in_one_line(mistake, capsys, tmp_path, monkeypatch):
+    """On stderr, naming the option; exit status 2; nothing written."""
+    monkeypatch.chdir(tmp_path)
+    arguments, _, text = mistake.partition(" => ")
+    assert train.main(arguments.split()) == 2
+    said = capsys.readouterr()
+    assert (text or arguments.split()[0]) in said.err and said.err.startswith("train.py: ")
+    assert said.err.count("\n") == 1 and not said.out and not list(tmp_path.iterdir())
+
+
+def test_what_is_there_is_not_overwritten(finished, tmp_path, capsys, monkeypatch):
+    """A finished run is refused; so is a file in place of a run; so are other settings with --resume, also
+    where the directory is the default one."""
+    out = tmp_path / "runs" / "source-only-mannequin-wild-s0"
+    shutil.copytree(finished("source-only")[0], out)
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+
+    def files():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    before, resume = files(), ["--method", "source-only", "--device", "cpu", "--resume"]
+    assert train.main(resume) == 0 and "finished" in capsys.readouterr().out
+    for options, text in ((["--out", "file"], "file"), (["--resume", "--lr", "0.5"], "--lr"),
+                          (["--resume", "--lr", "0.5", "--out", str(out)], "--lr"), ([], "holds a run")):
+        assert train.main([*TINY, "--method", "source-only", *options]) == 2, options
+        assert text in capsys.readouterr().err and files() == before
+    (out / "result.json").unlink()
+    assert train.main(resume) == 0 and read(out / "result.json")["epochs"] == 3       # not the default
+
+
+@pytest.mark.parametrize("broken", ["loss", "weight"])
+def test_nan_stops_the_run_and_names_the_batch(broken, launch, tmp_path, capsys, monkeypatch):
+    """At the step where it happens, the second of epoch 1; the last good state stays."""
+    losses, mse = [], actupose.heatmap_mse
+
+    def spoil_loss(*arguments):
+        losses.append(mse(*arguments) * (math.nan if broken == "loss" and len(losses) == 3 else 1))
+        return losses[-1]
+
+    def spoil_weight(network):
+        network.head.bias.data[0] = math.inf if broken == "weight" and len(losses) == 4 else 0
+
+    monkeypatch.setattr(actupose, "heatmap_mse", spoil_loss)
+    monkeypatch.setattr(train, "average_gradients", spoil_weight)
+    assert launch(tmp_path, "--method", "source-only") == 2
+    error, state = capsys.readouterr().err, train.load_run(tmp_path / "last.pt")
+    _, (source, batch), _ = launch.looks[-1]
+    assert "step 3: " in error and ", ".join(source.names(batch)) in error and "--lr" in error
+    assert error.count("\n") == 1 and "last.pt keeps the last good state" in error
+    assert len(state["log"]) == len(read(tmp_path / "log.jsonl")) == 1
+    assert all(value.isfinite().all() for value in state["student"].values())
+
+
+# --- evaluate and compare -----------------------------------------------------------------------------------
+
+
+def test_evaluate_scores_a_run_again(finished, tmp_path, capsys):
+    """The same numbers; says where result.json holds others, the run is unfinished, config.json damaged."""
+    shutil.copytree(finished("actupose")[0], tmp_path / "r")
+    path, command = tmp_path / "r" / "result.json", ["evaluate", str(tmp_path / "r"), "--device", "cpu"]
+    assert train.main(command) == 0
+    result, said = read(path), capsys.readouterr().out
+    assert "the same as" in said
+    assert f"{result['pck']['all']:.1f}" in said and f"{result['evalpose']:.1f}" in said
+    result["teacher"]["pck"]["all"] += 1
+    path.write_text(json.dumps(result))
+    assert train.main(command) == 2 and "result.json: holds other scores" in capsys.readouterr().err
+    path.unlink()
+    assert train.main(command) == 0 and "after 3 of 3 epochs" in capsys.readouterr().out
+    for text in ("", "{", "[]", '{"lr": "fast"}', '{"lr": NaN}', '{"zoom": [1, "x"]}', '{"bins": 0}'):
+        (tmp_path / "r" / "config.json").write_text(text)
+        assert train.main(command) == 2, text
+        error = capsys.readouterr().err
+        assert "config.json" in error and error.count("\n") == 1
+
+
+def test_compare_runs_what_is_missing(launch, tmp_path, capsys, monkeypatch):
+    """What is finished is left alone, what was interrupted goes on, other settings than those of the runs are
+    refused. The processes run here, in turn."""
+    started, options = [], ["--style", "off", "--epochs", "2"]
+
+    def process(command, **_):
+        out = next(Path(word).name for word in command if word.startswith("--out="))
+        started.append((out, "--resume" in command))
+        status = train.main(command[2:])
+        return Mock(returncode=status, poll=lambda: status)
+
+    def compare(*more):
+        rows = ["--methods", "source-only,no-eq4", "--seeds", "0,1"]
+        status = train.main(["compare", *rows, *TINY, *options, "--out", str(tmp_path), *more])
+        return status, [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+
+    assert launch(tmp_path / "source-only-s0", "--method", "source-only", *options) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_speed", Mock(side_effect=KeyboardInterrupt))      # after the first epoch
+        assert launch(tmp_path / "no-eq4-s1", "--rescoring", "off", "--seed", 1, *options) == 130
+    monkeypatch.setattr(train.subprocess, "Popen", process)
+    monkeypatch.setattr(train, "time", Mock(time=time.time))
+    capsys.readouterr()
+    status, table = compare()
+    assert status == 0 and started == [("source-only-s1", False), ("no-eq4-s0", False), ("no-eq4-s1", True)]
+    a, b = (read(tmp_path / f"source-only-s{seed}" / "result.json")["pck"]["all"] for seed in (0, 1))
+    assert [line.split("|")[1:3] for line in table[1:]] == [[" source-only ", " 2 "], [" no-eq4 ", " 2 "]]
+    assert f"| **{(a + b) / 2:.1f}** ± {abs(a - b) / math.sqrt(2):.1f} |" in table[1]
+    assert compare() == (0, table) and compare("--lr", "0.5") == (2, []) and len(started) == 3
 
 
 def test_comparison_table_by_hand():
     def result(value, seed, teacher=None):
-        return {"pck": {"elbow": value - 1, "all": value}, "evalpose": 50.0, "seed": seed,
-                "teacher": {"pck": {"all": teacher}} if teacher else None}
-    rows = {"source-only": [result(30.0, 0), result(32.0, 1)], "udape": [result(42.0, 0, 43.0), result(44.0, 1, 45.0)],
-            "oracle": [result(61.0, 0), result(61.0, 1)]}
-    assert "| udape | 2 | 42.0 | **43.0** ± 1.4 | 44.0 | 50.0 | 40 % |" in train.comparison_table(rows)   # (43-31) / (61-31)
-    rows["actupose"] = [result(47.0, 1), result(41.0, 0), result(90.0, 2)]        # to udape, by seed: 42 - 41, 44 - 47
-    table = train.comparison_table(rows)
-    assert "| 40 % | -1.0 ± 2.8 |" in table and table.splitlines()[0].endswith("| gap closed | to actupose |")
-    assert train.comparison_table({"udape": rows["udape"]}).splitlines()[0].endswith("| EvalPose |")
+        pck = {"elbow": value - 1, "wrist": None, "all": value}
+        return dict(pck=pck, evalpose=50.0 + seed, seed=seed, teacher=teacher and {"pck": {"all": teacher}})
 
-
-@pytest.mark.parametrize("arguments, text", [
-    (["--method", "actupos"], "--method"),
-    (["--epochz", "3"], "did you mean --epochs"),
-    (["--epochs", "many"], "--epochs"),
-    (["--epochs", "0"], "--epochs"),
-    (["--epochs", "20"], "--pretrain-epochs"),
-    (["--seed", "-1"], "--seed"),
-    (["--bins", "100", "--source-count", "60", "--vae-steps", "1", "--style", "off"], "--bins"),
-    (["--crop", "0,0"], "--crop"),
-    (["--supervise", "target"], "--curriculum"),
-    (["--method", "udape+vae-hm", "--source-count", "60", "--vae-steps", "1", "--style-iters", "1"], "--hard-bins"),
-    (["--batch-size", "9999"], "--batch-size"),
-    (["--image-size", "65"], "--image-size"),
-    (["--target", "lsp"], "--target-root"),
-    (["--target", "lsp", "--target-root", "no/such/place"], "no/such/place"),
-    (["--device", "warp9"], "--device"),
-    (["--zoom", "1"], "--zoom"),
-    (["--style", "vgg"], "--style-weights"),
-    (["--preset", "demi"], "--preset"),
-    (["--resume", "--out", "no/such/run"], "no/such/run"),
-    (["evaluate", "no/such/run"], "no/such/run"),
-    (["evalate", "x"], "evalate"),
-    (["compare", "--methods", "udap"], "udap"),
-    (["compare", "--seeds", "a"], "--seeds"),
-    (["compare", "--jobs", "0"], "--jobs"),
-])
-def test_mistakes_get_one_line(arguments, text, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert run(*arguments) == 2
-    error = capsys.readouterr().err
-    assert text in error and error.count("\n") == 1 and error.startswith("train.py: ")
-    assert not list(tmp_path.rglob("*.json"))
-
-
-def test_a_checkpoint_of_another_shape(finished, tmp_path, capsys):
-    out = tmp_path / "r"
-    out.mkdir()
-    config = json.loads((finished / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**config, "architecture": "resnet18"}))
-    (out / "last.pt").write_bytes((finished / "last.pt").read_bytes())
-    assert run("evaluate", str(out), "--device", "cpu") == 2
-    error = capsys.readouterr().err
-    assert "last.pt" in error and "--architecture" in error
-    (out / "last.pt").write_bytes(b"not a checkpoint")
-    assert run("evaluate", str(out), "--device", "cpu") == 2
-    assert "last.pt" in capsys.readouterr().err
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(actupose, "heatmap_mse", lambda p, t, w: (p * math.nan).mean())
-    assert run(*TINY, "--out", str(tmp_path / "r")) == 2
-    error = capsys.readouterr().err
-    assert "not finite" in error and "--lr" in error and not (tmp_path / "r" / "last.pt").exists()
-
-
-def test_help_names_default_and_papers_value():
-    environment = dict(os.environ, COLUMNS="200")
-    text = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True,
-                          env=environment).stdout
-    assert "[default 0.001; paper 0.0001]" in text and "curriculum (§3.1)" in text and "--preset {demo,paper}" in text
-    for field in dataclasses.fields(train.Settings):
-        default = {True: "on", False: "off"}[field.default] if isinstance(field.default, bool) else field.default
-        assert f"--{field.name.replace('_', '-')} " in text and f"default {default}" in text
-
-
-def test_paper_preset_is_the_papers():
-    """§4 and the base method's published settings."""
-    s = train.make_settings("paper", style_weights="x")
-    assert (s.architecture, s.image_size, s.sigma, s.batch_size, s.epochs, s.iters_per_epoch, s.lr) == \
-        ("resnet101", 256, 2.0, 32, 70, 500, 1e-4)
-    assert (s.bins, s.pace, s.spread, s.ema, s.w_udape, s.w_evalpose, s.w_cross) == (25, 2.0, 0.25, 0.999, 1.0, 0.1, 0.01)
-
-
-def test_batches_cover_the_data():
-    """Every pass visits each sample once, whatever the batch size; a batch depends on (seed, step) alone."""
-    order = train.Shuffler(0, 10)
-    drawn = np.concatenate([order.batch(4, step) for step in range(5)])
-    assert sorted(drawn[:10]) == sorted(drawn[10:20]) == list(range(10))
-    assert np.array_equal(train.Shuffler(0, 10).batch(4, 3), drawn[12:16])
-
-
-def make_trainer(style_transfer=None, **changes):
-    settings = train.make_settings("demo", **{"image_size": 32, "batch_size": 4, "source_count": 8, "target_count": 8, **changes})
-    return train.Trainer(settings, data.BODY16, style_transfer, torch.device("cpu"))
-
-
-@pytest.mark.parametrize("style_prob", [0.0, 1.0])
-def test_training_step_never_waits_for_the_device(style_prob):
-    """No .item(), .cpu(), nonzero or boolean indexing inside a step: on the meta device, which has no values, each raises.
-    (A copy from the host would pass.)"""
-    trainer = make_trainer(actupose.StyleTransfer("small").to("meta"), style_prob=style_prob)
-    trainer.teacher = actupose.make_teacher(trainer.student)
-    for module in (trainer.student, trainer.teacher):
-        module.to("meta")
-    trainer.optimiser = torch.optim.SGD(trainer.student.parameters(), lr=0.1)
-    trainer.device = torch.device("meta")
-    trainer.limbs, trainer.triplets = trainer.limbs.to("meta"), trainer.triplets.to("meta")
-    batch = (torch.arange(4), torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, 16, 2), torch.ones(4, 16))
-    terms, confidence = trainer.step(0, batch, batch[:2])
-    assert confidence.device.type == "meta" and terms["consistency"].device.type == "meta"
-
-
-def test_poses_are_compared_as_they_stand_in_the_image():
-    """Eq. 7: with a network that is always right, the source pose that is compared is the image's own, whatever rotation
-    and shear the student saw it under."""
-    from data import Mannequin
-    trainer = make_trainer(image_size=64)
-    indices = torch.arange(8)
-    batch = (indices, *Mannequin("source", "train", 64, 8)[indices])
-    _, heatmaps, weight, _, _, _ = trainer.labelled_view(batch, step=3)
-    trainer.student = lambda images: (heatmaps, torch.zeros(8, 4))
-    source = trainer.supervised(batch, step=3)
-    error = (source["pose"] - batch[2]).norm(dim=-1)[weight > 0]
-    assert len(error) > 80 and error.quantile(0.9) < 1.0           # pixels; a cell is two
-    assert (source["confidence"] > 0.8).all()
-
-
-def test_masked_target_keypoints_do_not_count():
-    """With nothing sure (mask ratio 0), the target adds neither consistency nor EvalPose nor pairs."""
-    from data import Mannequin
-    trainer = make_trainer(mask_ratio=0.0, image_size=64)
-    trainer.teacher = actupose.make_teacher(trainer.student)
-    indices = torch.arange(4)
-    source, target = ((indices, *Mannequin(domain, "train", 64, 4)[indices]) for domain in ("source", "target"))
-    terms, _ = trainer.step(0, source, target)
-    assert terms["kept"] == 0 and terms["consistency"] == 0 and terms["pairs"] == 0 and terms["mse"] > 0
+    rows = {"source-only": [result(30.0, 0), result(32.0, 1)], "oracle": [result(61.0, 0), result(61.0, 1)],
+            "udape": [result(42.0, 0, 43.0), result(44.0, 1, 45.0)]}
+    table = train.comparison_table(rows).splitlines()
+    # The deviation of 42 and 44 is sqrt(2); (43 - 31) / (61 - 31) of the gap are closed.
+    assert table[4] == "| udape | 2 | 42.0 | - | **43.0** ± 1.4 | 44.0 | 50.5 | 40 % |"
+    rows["actupose"] = [result(47.0, 1), result(41.0, 0), result(90.0, 2)]         # by seed: 42 - 41, 44 - 47
+    table = train.comparison_table(rows).splitlines()
+    assert table[0].endswith("| gap closed | to actupose |") and table[4].endswith("| 40 % | -1.0 ± 2.8 |")
+    assert table[5].startswith("| actupose | 3 |") and table[5].endswith("| - |")
+    only = train.comparison_table({"udape": rows["udape"][:1]}).splitlines()
+    assert only[0].endswith("| EvalPose |") and only[2] == "| udape | 1 | 41.0 | - | **42.0** | 43.0 | 50.0 |"
