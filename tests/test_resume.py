@@ -154,7 +154,7 @@ def test_killed_anywhere_and_resumed_to_the_same_bits(start, finished, tmp_path)
     ("actupose.total_loss", 6, signal.SIGINT, 130, "interrupted", 1), ("limit", 0, 0, 2, "File too large", 1),
     ("write", 5, signal.SIGINT, 130, "interrupted", 1)])
 def test_ended_at_one_moment(kind, which, number, expected, text, epochs, start, finished, tmp_path):
-    """Killed before the first epoch was saved, even while it wrote its settings, a run starts anew. Ctrl-C, or
+    """Killed before the first epoch was saved, even while it wrote its settings, a run starts anew. Ctrl-C or
     files that may not grow to the size of a checkpoint with a teacher, which the second epoch writes, end it
     with one line and leave nothing half-written. Each goes on to the same bits."""
     out, which = tmp_path / "r", which or (finished / "last.pt").stat().st_size - 20_000
