@@ -1,4 +1,4 @@
-"""ACTUPose, in the order of the paper. `grep "Eq. 3" actupose.py` finds the line that computes it.
+"""ACTUPose, in the order of the paper. `grep "# Eq. 3" actupose.py` finds the line that computes it.
 
     §3.1.1  Pose-VAE, complexity of a pose (Eq. 1-2), bins
     §3.1.2  active curriculum (Eq. 3-4)
@@ -377,7 +377,7 @@ class PoseResNet(nn.Module):
     def forward(self, images):
         """Images (B, 3, S, S) -> heatmaps (B, K, S / stride, S / stride), features f (B, C) of Eq. 6.
 
-        Decision: f is the global average of the backbone's last map, the paper's Fig. 4 names no layer.
+        Decision: f is the global average of the backbone's last map, as the paper's Fig. 4 names no layer.
         """
         features = self.backbone(images)
         return self.head(self.upsampling(features)), features.mean((2, 3))
@@ -611,7 +611,7 @@ def rectify(heatmaps, sigma, subcell=False):
     """Pseudo-labels: each heatmap redrawn as a clean Gaussian at its maximum.
 
     heatmaps: (B, K, H, H) of the teacher; sigma: cells; subcell: as in `decode_keypoints`.
-    Returns heatmaps (B, K, H, W), cells (B, K, 2) as (x, y), confidence (B, K) (the maximum).
+    Returns heatmaps (B, K, H, H), cells (B, K, 2) as (x, y), confidence (B, K) (the maximum).
     """
     cells, confidence = decode_keypoints(heatmaps, subcell)
     return draw_gaussians(cells, heatmaps.shape[-1], sigma), cells, confidence
@@ -620,7 +620,7 @@ def rectify(heatmaps, sigma, subcell=False):
 def confidence_mask(confidence, ratio=0.5):
     """The batch's keypoints that the teacher is surest of: confidence (B, K) -> bool (B, K).
 
-    ratio: the share left out, as in the published code (0.5: all up to the median, ties with it too).
+    ratio: the share left out, as in the published code, at least one keypoint and all that tie with the last.
     """
     flat = confidence.flatten()
     kept = flat.numel() - round(ratio * flat.numel())
@@ -776,7 +776,7 @@ def scoring_frame(dataset, stride, subcell):
 def score(predicted, dataset, stride, subcell, bins=None, num_bins=25):
     """PCK by group, EvalPose score, and PCK by complexity bin (bins: (N,), the bin of each pose).
 
-    None where nothing is labelled: JSON has no NaN.
+    PCK is None where nothing is labelled: JSON has no NaN.
     """
     def number(value):
         return None if math.isnan(value) else value

@@ -370,7 +370,7 @@ SUPERSAMPLING = 4           # pictures are drawn this many times larger, then av
 
 # Difficulty of the target's appearance. Lengths are shares of the image side, colours are in [0, 1].
 WILD = {
-    "textured": 0.5, "pattern_contrast": 0.45, "gloves": 0.6,   # shares of patterned garments, gloved hands
+    "textured": 0.5, "pattern_contrast": 0.45, "gloves": 0.6,   # patterned garments, contrast, gloved hands
     "background": 0.55, "saturation": 0.35, "noise": 0.40,      # contrast, colour, noise of the background
     "clutter": 6, "distractors": 2, "occluders": (0.2, 0.2),    # shapes, limbs; probability of each in front
     "light": 0.20, "cast": 0.12, "contrast": (0.80, 1.15),      # light gradient, colour cast per channel
@@ -1102,7 +1102,7 @@ class _SquareCrops(_CropsOnDisk):
         """Take the samples `order` of the concatenated `parts`, each of `_load_annotations`."""
         names, keypoints, sides = (np.concatenate(column)[order] for column in zip(*parts))
         scale = (self.size / sides).astype(np.float32)[:, None, None]
-        keypoints = torch.from_numpy((keypoints + 0.5) * scale - 0.5)  # pixel i covers i ... i + 1
+        keypoints = torch.from_numpy((keypoints + 0.5) * scale - 0.5)  # pixel i covers i - 1/2 ... i + 1/2
         visible = torch.ones(1, 1).expand(len(names), len(self.skeleton))  # one number, seen N x K times
         self._fill(listed_in, names, np.stack([sides, sides], 1), keypoints, visible)
 

@@ -27,7 +27,6 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,7 +85,7 @@ def option(default, text, choices=None, low=-math.inf, above=-math.inf, high=mat
 
 @dataclass
 class Settings:
-    """Everything that decides a run's result. The defaults are the demo's."""
+    """What a run is told. The defaults are the demo's; all but cache and workers decide its result."""
     method: str = option("actupose", "which of the paper's rows to train", tuple(METHODS))
     source: str = option("mannequin", "labelled source domain", (*RENDERED, *SOURCES))
     source_root: str = option("", "directory of the source dataset, for a source on disk")
@@ -137,7 +136,7 @@ class Settings:
     style_prob: float = option(0.5, "probability of restyling a batch, each direction", low=0, high=1)
     style_iters: int = option(300, "iterations that train the style networks", low=1)
 
-    rotation: float = option(60.0, "random rotation of the views, +- degrees (hands: 180)", low=0)
+    rotation: float = option(60.0, "random rotation of the views, +- degrees (rhd: 180)", low=0)
     shear: float = option(30.0, "random shear of the views, +- degrees", low=0, high=80)
     translate: float = option(0.05, "random translation, +- share of the side", low=0)
     zoom: tuple = option((0.6, 1.3), "random scale of the views: low,high", above=0)
@@ -148,7 +147,7 @@ class Settings:
     w_evalpose: float = option(0.1, "w2 of Eq. 8, EvalPose (Eq. 5)", low=0)
     w_cross: float = option(0.01, "w3 of Eq. 8, cross-domain features (Eq. 6)", low=0)
     beta: float = option(50.0, "sharpness of the soft-argmax", above=0)
-    gamma: float = option(0.06, "Gamma, the threshold on Eq. 7 in radians", low=0)
+    gamma: float = option(0.06, "Gamma, the threshold on Eq. 7 in radians (hands: 0.019)", low=0)
 
     amp: str = option("auto", "train in bf16; auto: where the device computes in it", ("auto", "bf16", "off"))
     compile: bool = option(False, "compile the pose networks (torch.compile): minutes at the start")
@@ -157,8 +156,8 @@ class Settings:
         """Check every setting. UserError names the option, what it takes and what was given."""
         def require(fits, name, rule):
             if not fits:
-                given = show(getattr(self, name)) or "nothing"
-                raise UserError(f"--{name.replace('_', '-')}: {rule}, got {given}")
+                given = show(getattr(self, name))
+                raise UserError(f"--{name.replace('_', '-')}: {rule}" + (f", got {given}" if given else ""))
 
         for f in dataclasses.fields(self):
             rule, kind = f.metadata, type(f.default)
@@ -169,7 +168,7 @@ class Settings:
             require(fits, f.name, f"must be of type {kind.__name__}")
             choices = rule["choices"] or (value,)
             require(value in choices, f.name, f"use {' or '.join(map(str, choices))}")
-            for number in {tuple: value, str: ()}.get(kind, (value,)):
+            for number in value if kind is tuple else () if kind is str else (value,):
                 require(math.isfinite(number), f.name, "must be finite")
                 require(number >= rule["low"], f.name, f"must be at least {rule['low']}")
                 require(number > rule["above"], f.name, f"must be above {rule['above']}")
@@ -180,13 +179,13 @@ class Settings:
         require(self.image_size % 32 == 0, "image_size", "must be a multiple of 32")
         require(self.hard_bins <= self.bins, "hard_bins", f"must be at most --bins {self.bins}")
         require(not self.adapt or self.pretrain_epochs < self.epochs, "pretrain_epochs",
-                f"must be below --epochs {self.epochs}, or the teacher never joins")
+                f"must be below --epochs {self.epochs}, or the teacher never joins; give both")
         require(self.source != self.target, "target", "must differ from --source")
         require(self.weights != "imagenet" or self.architecture in IMAGENET_FILES, "architecture",
                 f"--weights imagenet needs {' or '.join(IMAGENET_FILES)}")
         require(self.supervise == "source" or self.curriculum == "off", "curriculum",
                 "--supervise target needs off, since the curriculum ranks source samples")
-        require(self.style != "small" or not self.style_weights, "style", "--style-weights need vgg")
+        require(self.style != "small" or not self.style_weights, "style_weights", "needs --style vgg")
         require(self.style != "vgg" or self.style_weights, "style_weights",
                 "--style vgg needs the directory of vgg_normalised.pth (or use --style small)")
         for name, loaders in (("source", SOURCES), ("target", TARGETS)):
@@ -205,11 +204,12 @@ def show(value):
 def make_settings(preset="demo", **given):
     """Settings of a preset, then what the method changes, then what is given; the later wins."""
     values = dict(PAPER) if preset == "paper" else {}
-    if given.get("source") == "rhd":
-        values["rotation"] = 180.0                     # its hands come in every direction
+    if given.get("source") in ("mannequin-hand", "rhd"):
+        values["gamma"] = 0.019            # as large a share of random source pairs is similar as on bodies
     if given.get("source") == "mannequin-hand":
-        # Gamma: as large a share of random source pairs is similar as on bodies.
-        values.update(target="mannequin-hand-wild", gamma=0.019)
+        values["target"] = "mannequin-hand-wild"
+    if given.get("source") == "rhd":
+        values["rotation"] = 180.0         # its hands come in every direction
     return Settings(**{**values, **METHODS.get(given.get("method", "actupose"), {}), **given})
 
 
@@ -264,10 +264,11 @@ def batches(run, pool, steps):
             at = (np.arange(s.batch_size) + (step - steps[0]) * s.batch_size) % len(pool)
         else:
             at = shuffled_batch(len(pool), s.batch_size, step, s.seed)
-        labelled = torch.from_numpy(pool[at])
-        unlabelled = target and torch.from_numpy(shuffled_batch(len(target), s.batch_size, step, s.seed + 1))
-        yield lambda labelled=labelled, unlabelled=unlabelled: (
-            labelled, load(run.labelled, labelled), target and load(target, unlabelled))
+        indices, other = torch.from_numpy(pool[at]), None
+        if target is not None:
+            other = torch.from_numpy(shuffled_batch(len(target), s.batch_size, step, s.seed + 1))
+        yield lambda indices=indices, other=other: (
+            indices, load(run.labelled, indices), None if other is None else load(target, other))
 
 
 # --- The step -----------------------------------------------------------------------------------------------
@@ -304,13 +305,15 @@ class Trainer:
             student = torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
         self.student = student.to(device, memory_format=torch.channels_last)
         # A function of the network is compiled, not the network: parameters keep their names in checkpoints.
-        call = lambda network, images: network(images)
+        def call(network, images):
+            return network(images)
+
         self.call = torch.compile(call) if s.compile else call
         self.optimiser = torch.optim.Adam(self.student.parameters(), lr=s.lr, fused=device.type == "cuda")
         self.stride, self.cells = self.student.stride, s.image_size // self.student.stride
         # Decision: the terms of Eq. 8 are sums over the body, averaged over samples: heatmap errors over
-        # keypoints and cells, as Eq. 5 over limbs. Their plain mean, about 1e-3, would drown under w2 = 0.1.
-        self.summed = len(skeleton) * self.cells ** 2
+        # keypoints and cells, as Eq. 5 over limbs. The mean of a heatmap's error, 1e-3, would drown under w2.
+        self.map_cells = len(skeleton) * self.cells ** 2
         self.limbs = torch.tensor(skeleton.limbs, device=device)
         self.triplets = torch.tensor(skeleton.triplets, device=device)
 
@@ -339,7 +342,7 @@ class Trainer:
         s = self.settings
         return random_affine_view(u, s.image_size, s.rotation, s.shear, s.translate, s.zoom)
 
-    def see(self, images, view, jitter):
+    def augment(self, images, view, jitter):
         """uint8 images (B, 3, S, S) through views (B, 2, 3), with colour jitter from (B, 6), normalised."""
         return normalise(colour_jitter(warp(unit_range(images), view), jitter, self.settings.jitter))
 
@@ -365,7 +368,7 @@ class Trainer:
 
         # Both domains in random views. One crop serves both views of a target image; they meet in its frame.
         source_view = compose_views(self.affine(random.source_affine), self.crop(random.source_crop))
-        source_images = self.see(images, source_view, random.source_jitter)
+        source_images = self.augment(images, source_view, random.source_jitter)
         keypoints = map_keypoints(keypoints, source_view)
         labels, weight = render_heatmaps(keypoints, visible, self.cells, self.stride, s.sigma, s.subcell)
         styled_source = source_images
@@ -373,13 +376,13 @@ class Trainer:
             target_images = target_batch[0].to(self.device, non_blocking=True)
             common, teacher_view = self.crop(random.target_crop), self.affine(random.teacher_affine)
             view = compose_views(teacher_view, common)
-            teacher_images = self.see(target_images, view, random.teacher_jitter)
+            teacher_images = self.augment(target_images, view, random.teacher_jitter)
             styled_source = self.restyle(source_images, teacher_images, random.restyle_source,
                                          random.alpha_source)
 
         # The student learns from the source's labels. Keypoints outside the view do not count as unsure.
         predicted, features = self.forward(self.student, styled_source)
-        mse = self.summed * actupose.heatmap_mse(predicted, labels, weight)
+        mse = self.map_cells * actupose.heatmap_mse(predicted, labels, weight)
         cells, confidence, mean_confidence = kernels.heatmap_argmax_mean(predicted, weight)
         terms = dict(mse=mse, confidence=mean_confidence.mean())
         udape, evalpose, cross = mse, 0.0, 0.0
@@ -393,27 +396,27 @@ class Trainer:
                 maps, teacher_features = self.forward(self.teacher, styled_target)
                 maps = warp(maps, invert_view(teacher_view), self.stride)
                 pseudo_maps, pseudo_cells, pseudo_confidence = actupose.rectify(maps, s.sigma, s.subcell)
-                all_sure = actupose.confidence_mask(gather(pseudo_confidence), s.mask_ratio)
+                confident = actupose.confidence_mask(gather(pseudo_confidence), s.mask_ratio)
                 # The student gets another view of the same images, a confident keypoint hidden.
                 student_view = self.affine(random.student_affine)
                 view = compose_views(student_view, common)
-                student_images = self.see(target_images, view, random.student_jitter)
+                student_images = self.augment(target_images, view, random.student_jitter)
                 in_view = map_keypoints(pseudo_cells * self.stride, student_view)
                 student_images, hidden = actupose.occlude_keypoints(
                     student_images, in_view, pseudo_confidence, random.occlusion,
                     half=s.image_size * 10 / 256, probability=s.occlusion, minimum=s.occlusion_confidence)
                 # Decision: what the student's view does not show, it is not asked to predict.
-                mask = shard(all_sure) & ((in_view >= 0) & (in_view <= s.image_size - 1)).all(-1)
+                mask = shard(confident) & ((in_view >= 0) & (in_view <= s.image_size - 1)).all(-1)
 
             # It has to agree with the pseudo-labels, in place and in the directions of the limbs.
-            on_target, _ = self.forward(self.student, student_images)
-            on_target = warp(on_target, invert_view(student_view), self.stride)
-            consistency = self.summed * actupose.consistency_loss(on_target, pseudo_maps, mask)
+            target_maps, _ = self.forward(self.student, student_images)
+            target_maps = warp(target_maps, invert_view(student_view), self.stride)
+            consistency = self.map_cells * actupose.consistency_loss(target_maps, pseudo_maps, mask)
             udape = mse + consistency
             terms.update(consistency=consistency, teacher_confidence=pseudo_confidence.mean(),
                          kept=mask.float().mean(), hidden=(hidden >= 0).float().mean())
             if s.w_evalpose:
-                source_pose, target_pose = (kernels.soft_argmax(m, s.beta) for m in (predicted, on_target))
+                source_pose, target_pose = (kernels.soft_argmax(m, s.beta) for m in (predicted, target_maps))
                 evalpose = (actupose.evalpose(source_pose, keypoints / self.stride, self.limbs, weight)
                             + actupose.evalpose(target_pose, pseudo_cells, self.limbs, mask))
                 terms["evalpose"] = evalpose
@@ -423,7 +426,7 @@ class Trainer:
                     cells = cells + actupose.subcell_offset(predicted.detach(), cells, confidence)
                 pose = map_keypoints(cells * self.stride, invert_view(source_view))
                 targets = gather(pseudo_cells)
-                pairs = actupose.mine_pairs(pose, targets, self.triplets, s.gamma, weight > 0, all_sure,
+                pairs = actupose.mine_pairs(pose, targets, self.triplets, s.gamma, weight > 0, confident,
                                             capacity=len(pose) * len(targets))
                 # Eq. 6 sums over all pairs, while gradients are averaged over the processes.
                 cross = world_size() * actupose.cross_domain_loss(features, gather(teacher_features), pairs)
@@ -518,8 +521,7 @@ def train(settings, out, device="auto", resume=False):
 
 
 def check_finite(steps, run, out):
-    """UserError at the first step, of (step, indices, terms), whose loss is not finite in any process, or
-    where a weight is not finite after the last."""
+    """UserError that names the first of the steps (step, indices, terms) with a loss that is not finite."""
     losses = gather(torch.stack([terms["loss"] for _, _, terms in steps])[None])
     finite = torch.isfinite(losses).all(0).tolist()
     if all(finite) and all(p.isfinite().all() for p in run.trainer.student.parameters()):
@@ -538,8 +540,10 @@ def set_up(settings, device, checkpoint=None):
     trainer, log (a row per finished epoch) and drawn (per epoch, the samples drawn from each bin: Fig. 5).
     """
     s, where = settings, "the checkpoint"
-    weights = read_weights(s) if s.weights and checkpoint is None else None
+    if checkpoint is None and s.style_weights and not Path(s.style_weights, "vgg_normalised.pth").exists():
+        raise UserError(f"--style-weights: {s.style_weights} holds no vgg_normalised.pth; give its directory")
     domains = open_domains(s)
+    weights = read_weights(s) if s.weights and checkpoint is None else None
     source, skeleton = domains.source, domains.source.skeleton
     trainer = Trainer(s, skeleton, device)
     if weights is not None:
@@ -553,11 +557,10 @@ def set_up(settings, device, checkpoint=None):
     broadcast(vae.state_dict().values())
     complexity = actupose.pose_complexity(vae, *poses)
     broadcast([complexity])
-    try:
-        curriculum = actupose.ActiveCurriculum(complexity.numpy(), s.epochs, s.bins, s.pace, s.spread,
-                                               s.scale, s.rescoring, s.seed)
-    except ValueError as e:
-        raise UserError(f"curriculum: {e}") from None
+    if not complexity.isfinite().all():
+        raise UserError("--vae-kl: the Pose-VAE diverged, its scores are not finite; lower it")
+    curriculum = actupose.ActiveCurriculum(complexity.numpy(), s.epochs, s.bins, s.pace, s.spread, s.scale,
+                                           s.rescoring, s.seed)
     if s.curriculum == "hardest" and len(curriculum.hardest(s.hard_bins)) < s.batch_size:
         raise UserError(f"--hard-bins: {s.hard_bins} bins hold fewer samples than a batch ({s.batch_size})")
     if checkpoint is None:
@@ -695,7 +698,7 @@ def shard(rows):
 
 
 def gather(rows):
-    """The inverse of `shard`: (N, ...) of every process -> (N * world_size(), ...), by rank. No gradient."""
+    """The inverse of `shard`: (N, ...) of every process -> (N * world_size(), ...), by rank."""
     if world_size() == 1:
         return rows
     parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world_size())]
@@ -798,8 +801,7 @@ def save_checkpoint(path, state):
 
 
 def load_run(path):
-    """A checkpoint that `save_checkpoint` wrote; its digest is verified before anything is parsed. UserError
-    when it is missing or damaged."""
+    """A checkpoint that `save_checkpoint` wrote. Its digest is verified before anything is parsed."""
     try:
         content = memoryview(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -810,11 +812,9 @@ def load_run(path):
 
 
 def load_torch(file, path):
-    """A torch file as a dictionary of tensors and plain values; nothing in it is executed. UserError names
-    it."""
+    """A torch file as a dictionary of tensors and plain values. Nothing in it is executed."""
     try:
-        # UDAPE's and RegDA's files hold the options they were written with, an argparse.Namespace: plain
-        # values.
+        # UDAPE's and RegDA's files hold the options they were written with: plain values, too.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(file, map_location="cpu", weights_only=True)
         reason = f"it holds a {type(state).__name__}"
@@ -826,8 +826,7 @@ def load_torch(file, path):
 
 
 def starting_point(out, resume):
-    """The checkpoint to go on from, None to start anew. A damaged last.pt is said, and previous.pt is used.
-    UserError where a run would be overwritten, or there is none to resume."""
+    """The checkpoint to go on from, previous.pt where last.pt is damaged; None to start anew."""
     last, previous = out / "last.pt", out / "previous.pt"
     saved = last.exists() or previous.exists()
     if not resume:
@@ -883,8 +882,7 @@ IMAGENET_FILES = {"resnet18": "resnet18-f37072fd.pth", "resnet34": "resnet34-b62
 
 
 def read_weights(settings):
-    """What --weights names -> a dictionary for `actupose.load_pose_weights`, and the file's name or
-    address."""
+    """What --weights names: a dictionary for `actupose.load_pose_weights`, and where it is from."""
     if settings.weights != "imagenet":
         path = Path(settings.weights)
         return (load_run(path / "last.pt"), path) if path.is_dir() else (load_torch(path, path), path)
@@ -970,7 +968,8 @@ def chart(draw, box, series, title, xlabel, kind="line"):
         write(draw, x0 - 12, y, f"{value:,.6g}", 22, anchor="rm")
     write(draw, (x0 + x1) / 2, y1 + 68, xlabel, anchor="ms")
     end = write(draw, x0, y0 - 24, title, 28, INK) + 40
-    for i, ((label, (x, y)), colour) in enumerate(zip(series.items(), cycle(PALETTE))):
+    for i, (label, (x, y)) in enumerate(series.items()):
+        colour = PALETTE[i % len(PALETTE)]
         if len(series) > 1:
             draw.rectangle([end, y0 - 44, end + 20, y0 - 24], colour)
             end = write(draw, end + 28, y0 - 24, label) + 28
@@ -1037,7 +1036,7 @@ def draw_panels(path, rows, skeleton, side=320):
 
 def draw_by_bin(path, series, title, kind):
     """Fig. 5 (lines) and Fig. 9 (bars): label -> N_b values over the bins of rising complexity."""
-    width = max(1800, 30 * max(map(len, series.values())) * len(series))
+    width = max(1800, 30 * max(map(len, series.values())) * len(series) * (kind == "bar"))
     canvas, draw = blank(width, 720)
     series = {label: (range(len(values)), values) for label, values in series.items()}
     chart(draw, (110, 80, width - 20, 600), series, title, BINS_LABEL, kind)
@@ -1094,7 +1093,8 @@ def draw_figures(run, scores, predictions, folder):
                 for title, images in rows.items()]
         draw_panels(folder / "style.png", rows, skeleton)
     if s.curriculum == "active":
-        epochs = np.unique(np.linspace(0, s.epochs - 1, 5).round().astype(int))
+        arrival = min(math.ceil(s.epochs / s.pace), s.epochs - 1)               # of the peak at the last bin
+        epochs = np.unique(np.linspace(0, arrival, 5).round().astype(int))
         drawn = {f"epoch {e}: {sum(run.drawn[e]):,}": run.drawn[e] for e in epochs}
         draw_by_bin(folder / "curriculum.png", drawn, "samples drawn", "line")
     by_bin = {name: [math.nan if v is None else v for v in values["bins"]] for name, values in scores.items()}
@@ -1126,8 +1126,7 @@ def find_photographs(inputs, out):
 
 
 def predict_run(run, inputs, out, box, network, device):
-    """The skeleton on each photograph (NAME.jpg) and its keypoints (NAME.json). Returns 1 if one failed, else
-    0."""
+    """Draw each photograph FILE with its skeleton (FILE.jpg, FILE.json). Returns 1 if one failed, else 0."""
     settings, checkpoint = saved_settings(run), load_run(run / "last.pt")
     if checkpoint[network] is None:
         raise UserError(f"--network {network}: {run} has none after {len(checkpoint['log'])} epochs")
@@ -1171,6 +1170,8 @@ def predict_run(run, inputs, out, box, network, device):
 
 def compare(methods, seeds, out, jobs, preset, device, **given):
     """Run what is missing of methods x seeds in `out`, `jobs` at a time, and print the table in Markdown."""
+    if any(seed != int(seed) for seed in seeds):
+        raise UserError(f"--seeds: use whole numbers, got {show(seeds)}")
     names, seeds = list(dict.fromkeys(methods.split(","))), list(dict.fromkeys(map(int, seeds)))
     root, runs, waiting, failed = out or Path("runs/compare"), {}, [], []
     for name in names:
@@ -1258,6 +1259,7 @@ HELP = {
   python train.py --source mannequin-hand                  the demo with hands
   python train.py --method udape --seed 1                  a baseline, another seed
   python train.py --target lsp --target-root DIR           adapt to real photographs
+  python train.py --preset paper --source surreal ...      the paper's settings, see README
   python train.py --resume --out RUN                       go on with a run that was stopped
   python train.py evaluate RUN | predict RUN IMAGE... --out DIR | compare""",
     "evaluate": "Score a run's last checkpoint again.",
@@ -1283,9 +1285,8 @@ def choose_device(name):
     try:
         name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and world_size() > 1 else name
         return torch.zeros(1, device=torch.device(name)).device
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0]
-        raise UserError(f"--device: {name!r} cannot be used ({reason}); use cpu, cuda or cuda:1") from None
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device: {name!r} cannot be used here; use cpu, cuda or cuda:1") from None
 
 
 def resolve_amp(settings, device):
@@ -1326,17 +1327,13 @@ class Parser(argparse.ArgumentParser):
                 group.add_argument(
                     "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, choices=choices,
                     type=parse(kind),
-                    help=f"{f.metadata['help']} [{show(f.default)}{paper}]".replace("%", "%%"),
-                    metavar=None if choices else kind.__name__.upper())
-
-    def parse_args(self, arguments):
-        self.words = arguments
-        return super().parse_args(arguments)
+                    help=f"{f.metadata['help']} [{show(f.default) or 'none'}{paper}]".replace("%", "%%"),
+                    metavar=None if choices else {bool: "on|off", tuple: "A,B"}.get(kind, kind.__name__))
 
     def error(self, message):
         known = [name for action in self._actions for name in action.option_strings]
         for word in (w.split("=")[0] for w in self.words if w.startswith("--")):
-            near = difflib.get_close_matches(word, known, 1)
+            near = difflib.get_close_matches(word, known, 1, 0.75)
             if near and word not in known:
                 message += f"; did you mean {near[0]}?"
         raise UserError(f"{message} (--help lists the options)")
@@ -1358,13 +1355,11 @@ def command(arguments):
     verb = arguments[0] if arguments and not arguments[0].startswith("-") else "train"
     rest = arguments[1:] if arguments[:1] == [verb] else arguments
     if verb not in HELP:
-        near = difflib.get_close_matches(verb, HELP, 1)
-        hint = f", did you mean {near[0]}?" if near else ""
-        raise UserError(f"unknown command {verb!r}{hint}; use {', '.join(HELP)}")
+        raise UserError(f"unknown command {verb!r}; use {', '.join(HELP)}")
     if verb != "train" and world_size() > 1:
         raise UserError(f"{verb}: takes one process; run it without torchrun")
     parser = Parser(verb)
-    add = parser.add_argument
+    parser.words, add = rest, parser.add_argument
     if verb in ("evaluate", "predict"):
         add("run", type=Path, help="directory of the run")
     else:
@@ -1403,8 +1398,9 @@ def command(arguments):
 def train_command(preset, out, device, resume, **given):
     """`train` with the options of the command line."""
     started = time.time()
-    settings = check_same_settings(out, given) if resume and out else make_settings(preset, **given)
+    settings = None if resume and out else make_settings(preset, **given)
     out = out or Path(f"runs/{settings.method}-{settings.target}-s{settings.seed}")
+    settings = check_same_settings(out, given) if resume else settings
     if settings.batch_size % world_size():
         raise UserError(f"--batch-size: {settings.batch_size} is no multiple of the {world_size()} processes")
     if resume and (out / "result.json").exists():
@@ -1423,8 +1419,7 @@ def warn(message):
 
 
 def main(arguments):
-    """`command`, with expected errors on one line. Status 0; 1: a photograph failed; 2: a mistake; 130:
-    Ctrl-C."""
+    """`command`, expected errors on one line. Status 1: a photograph failed; 2: a mistake; 130: Ctrl-C."""
     status, processes = 2, int(os.environ.get("WORLD_SIZE", 1))
     try:
         if processes > 1:
@@ -1435,7 +1430,7 @@ def main(arguments):
     except (UserError, data.DataError) as e:
         warn(e)
     except OSError as e:                                        # a full disk, say
-        warn(f"{e.filename or 'system'}: {e.strerror or e}; --resume goes on from the last saved epoch")
+        warn(f"{e.filename}: {e.strerror}" if e.filename else e)
     except KeyboardInterrupt:
         warn("interrupted; --resume goes on from the last saved epoch")
         status = 130

@@ -231,7 +231,7 @@ def triplet_angle_distance(source, target, triplets, source_valid=None, target_v
     difference = torch.where(both, source_angles[..., :, None, :] - target_angles[..., None, :, :], 0.0)
     count = both.sum(dim=-1)
     scale = torch.sqrt(triplets.shape[0] / count.clamp(min=1).to(difference.dtype)) / source.shape[-2]
-    distance = torch.linalg.vector_norm(difference, dim=-1) * scale
+    distance = torch.linalg.vector_norm(difference, dim=-1) * scale                                 # Eq. 7
     return torch.where(count >= max(min_triplets, 1), distance, float("inf")).float()
 
 

@@ -21,7 +21,7 @@ TINY = """--epochs 3 --pretrain-epochs 1 --iters-per-epoch 4 --batch-size 6 --so
           --lr 1e-9 --gamma 1.2 --occlusion 1 --occlusion-confidence 0""".split()
 
 # train.py with BatchNorm frozen, which on CPUs would look at each process's share alone. Keeps each step's
-# terms, confidences, gradient and first keypoints in OUT.steps; process 1 fails if it writes, with FAULT in step 5.
+# terms, confidences, gradient and first keypoints in OUT.steps. Process 1 fails if it writes, and with FAULT.
 SCRIPT = """
 import os, sys
 import torch

@@ -291,8 +291,8 @@ def test_the_papers_preset_and_what_wins(monkeypatch):
     assert train.make_settings("paper", method="source-only").style == "off"
     s = train.make_settings("paper", method="source-only", style="small", lr=0.5)
     assert (s.style, s.lr, s.sigma, s.w_cross) == ("small", 0.5, 2.0, 0.0)
-    hand = train.make_settings(source="mannequin-hand")
-    assert (hand.target, hand.rotation) == ("mannequin-hand-wild", 180)              # as in the base method
+    hand = train.make_settings(source="mannequin-hand", gamma=0.5)
+    assert (hand.target, hand.gamma) == ("mannequin-hand-wild", 0.5)
     for native, auto in ((True, "bf16"), (False, "off")):
         for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
             monkeypatch.setattr(torch.cpu, name, lambda: native)
