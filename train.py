@@ -94,7 +94,7 @@ class Settings:
     shoulders: str = option("published", "of surreal: its collar joints, or the true", ("published", "true"))
     source_count: int = option(6000, "rendered source training images", low=1)
     target_count: int = option(2000, "rendered unlabelled target images", low=1)
-    seed: int = option(0, "seed of the data, initialisation, augmentation and every draw", low=0)
+    seed: int = option(0, "seed of the data, initialisation and every draw", low=0, high=2 ** 31 - 1)
     cache: str = option("", "directory that keeps rendered images, safe to delete")
 
     architecture: str = option("narrow", "pose network", tuple(actupose.ARCHITECTURES))
@@ -198,7 +198,8 @@ def show(value):
     """A setting as one types it."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    return ",".join(f"{v:g}" for v in value) if isinstance(value, (tuple, list)) else str(value)
+    numbers = value if isinstance(value, (tuple, list)) else (value,)
+    return ",".join(str(v).removesuffix(".0") if isinstance(v, float) else str(v) for v in numbers)
 
 
 def make_settings(preset="demo", **given):
@@ -573,8 +574,11 @@ def set_up(settings, device, checkpoint=None):
                           labelled=domains.target if s.supervise == "target" else source, log=[], drawn=[])
     if checkpoint is not None:
         load_networks(trainer, checkpoint, where)
-        trainer.optimiser.load_state_dict(checkpoint["optimiser"])
-        curriculum.load_state_dict(checkpoint["curriculum"])
+        try:
+            trainer.optimiser.load_state_dict(checkpoint["optimiser"])
+            curriculum.load_state_dict(checkpoint["curriculum"])
+        except ValueError as e:
+            raise UserError(f"{where}: {e}; go on with the data that the run was started on") from None
         run.log, run.drawn = checkpoint["log"], checkpoint["drawn"]
     return run
 
@@ -709,9 +713,9 @@ def gather(rows):
 def broadcast(tensors):
     """Give all processes the values of process 0, in place: each computes its own last bits."""
     for tensor in tensors if world_size() > 1 else ():
-        on_device = tensor.cuda() if dist.get_backend() == "nccl" else tensor.contiguous()
-        dist.broadcast(on_device, 0)
-        tensor.copy_(on_device)
+        whole = tensor.contiguous()
+        dist.broadcast(whole, 0)
+        tensor.copy_(whole)
 
 
 def average_gradients(network):
@@ -732,11 +736,14 @@ def write_json(path, value):
 def read_json(path):
     """A JSON object that a run wrote. UserError when it is missing or damaged."""
     try:
-        return dict(json.loads(path.read_text()))
+        value = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file; is {path.parent} the directory of a run?") from None
-    except (ValueError, TypeError):
-        raise UserError(f"{path}: damaged, no JSON object; remove {path.parent} and run again") from None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: damaged, no JSON object; remove {path.parent} and run again")
+    return value
 
 
 def write_config(out, settings, skeleton, device):
@@ -805,9 +812,9 @@ def load_run(path):
     try:
         content = memoryview(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: no such file; is {path.parent} a run that has finished an epoch?") from None
+        raise UserError(f"{path}: no such file (a run has it after its first epoch)") from None
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
-        raise UserError(f"{path}: damaged, its digest does not fit; --resume goes on from previous.pt")
+        raise UserError(f"{path}: damaged, its digest does not fit")
     return load_torch(io.BytesIO(content), path)
 
 
@@ -829,12 +836,15 @@ def starting_point(out, resume):
     """The checkpoint to go on from, previous.pt where last.pt is damaged; None to start anew."""
     last, previous = out / "last.pt", out / "previous.pt"
     saved = last.exists() or previous.exists()
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out: {out} is a file; give a directory")
+    if not resume and (saved or (out / "result.json").exists()):
+        raise UserError(f"--out: {out} holds a run; give another, add --resume, or `evaluate {out}`")
+    if rank() == 0:                                             # of a run that was killed while it wrote
+        for stale in (*out.glob("*.json*.tmp"), *out.glob("*.pt.*.tmp"), *out.glob("figures/*.png.*.tmp")):
+            stale.unlink()
     if not resume:
-        if saved or (out / "result.json").exists():
-            raise UserError(f"--out: {out} holds a run; give another, add --resume, or `evaluate {out}`")
         return None
-    for stale in out.glob("*.tmp") if rank() == 0 else ():      # of a run that was killed while it wrote
-        stale.unlink()
     if not saved and (out / "config.json").exists():
         return None                                             # killed before it saved an epoch
     try:
@@ -843,9 +853,9 @@ def starting_point(out, resume):
         if not previous.exists():
             raise
         state = load_run(previous)
-        broadcast([torch.zeros(1)])                             # all processes have read it
+        gather(torch.zeros(1))                                  # all have read it
         if rank() == 0:
-            warn(f"{damage}. Going on from {previous}, {len(state['log'])} epochs done, to the same result")
+            warn(f"{damage}: going on from {previous}, {len(state['log'])} epochs done, to the same result")
             os.replace(previous, last)                          # or the damaged file would become previous.pt
         return state
 
@@ -992,7 +1002,7 @@ def draw_skeleton(draw, keypoints, visible, skeleton, width, confidence=None):
     one out; width: of a limb in pixels; confidence: (K,) in [0, 1], fades what is unsure.
     """
     points, shown = [tuple(p) for p in np.asarray(keypoints, float).tolist()], np.asarray(visible) > 0
-    sure = np.ones(len(points)) if confidence is None else np.clip(np.nan_to_num(confidence), 0, 1)
+    sure = np.ones(len(points)) if confidence is None else np.nan_to_num(confidence.numpy()).clip(0, 1)
     alpha = (255 * (0.2 + 0.8 * sure)).round().astype(int)
     colours = [next((c for start, c in JOINT_COLOURS.items() if name.startswith(start)), YELLOW)
                for name in skeleton.names]
@@ -1130,7 +1140,10 @@ def predict_run(run, inputs, out, box, network, device):
     settings, checkpoint = saved_settings(run), load_run(run / "last.pt")
     if checkpoint[network] is None:
         raise UserError(f"--network {network}: {run} has none after {len(checkpoint['log'])} epochs")
-    skeleton = data.Skeleton(**read_json(run / "config.json")["skeleton"])
+    try:
+        skeleton = data.Skeleton(**read_json(run / "config.json")["skeleton"])
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{run / 'config.json'}: holds no usable skeleton ({e}); give another run") from None
     files = find_photographs(inputs, out)
     trainer, size = Trainer(settings, skeleton, device), settings.image_size
     load_networks(trainer, checkpoint, run / "last.pt")
@@ -1141,6 +1154,8 @@ def predict_run(run, inputs, out, box, network, device):
         try:
             with Image.open(file) as image:
                 image = ImageOps.exif_transpose(image).convert("RGB")
+            if max(image.size) > 65500:
+                raise ValueError("a side is longer than the 65,500 pixels of a JPEG file")
             x, y, w, h = box or (0, 0, *image.size)
             region = max(x, 0), max(y, 0), min(x + w, image.width), min(y + h, image.height)
             crop = letterbox(image, region, size)
@@ -1170,7 +1185,7 @@ def predict_run(run, inputs, out, box, network, device):
 
 def compare(methods, seeds, out, jobs, preset, device, **given):
     """Run what is missing of methods x seeds in `out`, `jobs` at a time, and print the table in Markdown."""
-    if any(seed != int(seed) for seed in seeds):
+    if not all(float(seed).is_integer() for seed in seeds):
         raise UserError(f"--seeds: use whole numbers, got {show(seeds)}")
     names, seeds = list(dict.fromkeys(methods.split(","))), list(dict.fromkeys(map(int, seeds)))
     root, runs, waiting, failed = out or Path("runs/compare"), {}, [], []
@@ -1284,7 +1299,10 @@ def choose_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and world_size() > 1 else name
-        return torch.zeros(1, device=torch.device(name)).device
+        device = torch.zeros(1, device=torch.device(name)).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
     except (RuntimeError, AssertionError):
         raise UserError(f"--device: {name!r} cannot be used here; use cpu, cuda or cuda:1") from None
 
@@ -1355,7 +1373,9 @@ def command(arguments):
     verb = arguments[0] if arguments and not arguments[0].startswith("-") else "train"
     rest = arguments[1:] if arguments[:1] == [verb] else arguments
     if verb not in HELP:
-        raise UserError(f"unknown command {verb!r}; use {', '.join(HELP)}")
+        near = difflib.get_close_matches(verb, HELP, 1)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise UserError(f"unknown command {verb!r}{hint}; use {', '.join(HELP)}")
     if verb != "train" and world_size() > 1:
         raise UserError(f"{verb}: takes one process; run it without torchrun")
     parser = Parser(verb)
@@ -1421,18 +1441,18 @@ def warn(message):
 def main(arguments):
     """`command`, expected errors on one line. Status 1: a photograph failed; 2: a mistake; 130: Ctrl-C."""
     status, processes = 2, int(os.environ.get("WORLD_SIZE", 1))
+    resumes = arguments[:1] not in (["evaluate"], ["predict"])
+    advice = "; --resume goes on from the last saved epoch" if resumes else ""
     try:
         if processes > 1:
-            cuda = torch.cuda.is_available()
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"])) if cuda else None
-            dist.init_process_group("nccl" if cuda else "gloo")
+            dist.init_process_group()                           # gloo for CPU tensors, NCCL for GPUs
         status = command(arguments)
     except (UserError, data.DataError) as e:
         warn(e)
     except OSError as e:                                        # a full disk, say
-        warn(f"{e.filename}: {e.strerror}" if e.filename else e)
+        warn(f"{e.filename}: {e.strerror}{advice}" if e.filename else e)
     except KeyboardInterrupt:
-        warn("interrupted; --resume goes on from the last saved epoch")
+        warn(f"interrupted{advice}")
         status = 130
     except Exception:
         if processes == 1:

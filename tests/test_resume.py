@@ -194,7 +194,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, start, finishe
     status, output = start(unfinished)
     said = [line for line in output.splitlines() if line.startswith("train.py: ")]
     assert status == 0 and len(said) == 1 and said[0].startswith(f"train.py: {last}: "), output
-    assert f"Going on from {previous}, 2 epochs" in said[0]
+    assert f"going on from {previous}, 2 epochs" in said[0]
     assert len(load(previous)["log"]) == 2                                  # not the damaged one, kept
     assert_same_run(finished, unfinished)
 
