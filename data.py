@@ -53,7 +53,7 @@ class DataError(ValueError):
 # --- Shared: progress, atomic writes, the letterbox --------------------------------------------------------
 
 class Progress:
-    """A line on stderr, where that is a terminal: how far the work is and how long it will take."""
+    """One line on stderr: how far the work is and how long it will take; quiet when not a terminal."""
     unfinished = False                         # whether a line without its end stands on the terminal
 
     def __init__(self, title):
