@@ -1132,8 +1132,7 @@ class Human36M(_SquareCrops):
     """Human3.6M, prepared: `annotations/keypoints2d_{subject}.json` and `crop_images/` of actors (BODY16).
 
     split: 'train' is subjects 1, 5, 6, 7, 8; 'test' is 3,200 samples of subjects 9 and 11, drawn with seed
-    42 and with repeats, as published; 'val', not published, is 3,200 of the training samples, without
-    repeats."""
+    42 and with repeats, as published; 'val', not published, is 3,200 of the training samples, once."""
     skeleton = BODY16
 
     def __init__(self, root, split="train", size=256):
@@ -1280,8 +1279,7 @@ class RenderedHandPose(_CropsOnDisk):
 def square_box(low, high, sides):
     """The crops of the published protocol: square boxes around boxes of keypoints, moved into the picture.
     low, high: (..., 2) smallest and largest (x, y); sides: (width, height) of the picture. Returns corner
-    (..., 2) and side (...), int64 pixels; side: 1.5 times the box's larger one, at most the picture's
-    smaller."""
+    (..., 2) and side (...), int64 pixels; side: 1.5 times the box's larger one, at most the picture's."""
     side = np.minimum(np.round(1.5 * (high - low).max(-1)), min(sides)).astype(np.int64)
     corner = np.round((low + high) / 2 - side[..., None] / 2).astype(np.int64)
     return np.clip(corner, 0, np.array(sides) - side[..., None]), side
