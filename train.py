@@ -359,8 +359,8 @@ class Trainer:
         """One iteration on this process's share of a batch: Fig. 4.
 
         source_batch: uint8 images (B, 3, S, S), keypoints (B, K, 2) in pixels, visible (B, K); target_batch:
-        the same, of which only the images are used, or None where nothing needs it. Returns the terms of Eq.
-        8 and other scalars by name, on the device, and the mean confidence of each source sample (B,).
+        the same, of which only the images are used, or None where nothing needs it. Returns scalars by name,
+        the terms of Eq. 8 among them, on the device, and the mean confidence of each source sample (B,).
         """
         s = self.settings
         random = draw_step(s.seed, step, s.batch_size, len(self.skeleton), self.device)
@@ -507,15 +507,15 @@ def train(settings, out, device="auto", resume=False):
             scores, _ = evaluate(run, run.domains.val)
             log[-1].update((f"val_{name}", score["pck"]["all"]) for name, score in scores.items())
         if rank() == 0:
+            # The log first: a run killed between the two writes the same line again.
+            write_text(out / "log.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in log))
             save_checkpoint(out / "last.pt", state_of(run))
-            write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))
             write_speed(out / "speed.jsonl", epoch, seconds, trainer, started)
 
     scores, predictions = evaluate(run, run.domains.test)
     result = {"method": s.method, "source": s.source, "target": s.target, "seed": s.seed, **scores["student"],
               "teacher": scores.get("teacher"), "val": log[-1]["val_student"], "epochs": s.epochs}
     if rank() == 0:
-        write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in log))   # as in the checkpoint
         draw_figures(run, scores, predictions, out / "figures")
         write_json(out / "result.json", result)                 # last: with it the run is finished
     return result
@@ -525,7 +525,7 @@ def check_finite(steps, run, out):
     """UserError that names the first of the steps (step, indices, terms) with a loss that is not finite."""
     losses = gather(torch.stack([terms["loss"] for _, _, terms in steps])[None])
     finite = torch.isfinite(losses).all(0).tolist()
-    if all(finite) and all(p.isfinite().all() for p in run.trainer.student.parameters()):
+    if all(finite) and torch.stack([p.isfinite().all() for p in run.trainer.student.parameters()]).all():
         return
     step, indices, terms = steps[-1 if all(finite) else finite.index(False)]
     found = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
@@ -658,7 +658,7 @@ def evaluate_run(out, device):
     print_result(result)
     if not (out / "result.json").exists():
         print(f"after {len(run.log)} of {run.settings.epochs} epochs; --resume --out {out} goes on")
-    elif any(read_json(out / "result.json").get(key) != result[key] for key in result):
+    elif result != {key: value for key, value in read_json(out / "result.json").items() if key in result}:
         raise UserError(f"{out / 'result.json'}: holds other scores than this machine and these threads give")
     else:
         print(f"the same as {out / 'result.json'}")
@@ -836,8 +836,9 @@ def starting_point(out, resume):
     """The checkpoint to go on from, previous.pt where last.pt is damaged; None to start anew."""
     last, previous = out / "last.pt", out / "previous.pt"
     saved = last.exists() or previous.exists()
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out: {out} is a file; give a directory")
+    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"--out: {parent} is not a directory that can be written to; give another")
     if not resume and (saved or (out / "result.json").exists()):
         raise UserError(f"--out: {out} holds a run; give another, add --resume, or `evaluate {out}`")
     if rank() == 0:                                             # of a run that was killed while it wrote
@@ -951,8 +952,7 @@ def save_picture(image, path):
 def chart(draw, box, series, title, xlabel, kind="line"):
     """A chart in box (x0, y0, x1, y1), with a legend where there are several series.
 
-    series: label -> (x (n,), y): y (n,) of a "line" or "bar", or (n, 5) quantiles of a "box". NaN is left
-    out.
+    series: label -> (x (n,), y): y (n,) of a "line" or "bar", (n, 5) quantiles of a "box", or NaN.
     """
     x0, y0, x1, y1 = box
     series = {label: [np.asarray(values, float) for values in xy] for label, xy in series.items()}
@@ -1066,7 +1066,7 @@ def draw_complexity(path, dataset, bins, num_bins):
         for n, i in enumerate(np.flatnonzero(bins == j)[:7]):
             pose, seen = actupose.normalise_poses(dataset.keypoints[[i]], dataset.visible[[i]], skeleton.root)
             place = pose.view(-1, 2).numpy() * 160 + (250 + n * 190, 170 + r * 190)
-            draw_skeleton(draw, place, seen.view(-1, 2)[:, 0], skeleton, 10)
+            draw_skeleton(draw, place, seen.view(-1, 2)[:, 0], skeleton, 120 / len(skeleton))
     for j in range(num_bins):
         of_bin = torch.from_numpy(np.flatnonzero(bins == j)[:100])
         poses, valid = dataset.keypoints[of_bin], dataset.visible[of_bin] > 0
@@ -1454,10 +1454,11 @@ def main(arguments):
     except KeyboardInterrupt:
         warn(f"interrupted{advice}")
         status = 130
-    except Exception:
+    except Exception:                                           # a bug: its traceback is shown, in any case
         if processes == 1:
             raise
         sys.excepthook(*sys.exc_info())
+        status = 1
     if processes > 1:                                           # under torchrun a normal shutdown can hang
         sys.stdout.flush()
         sys.stderr.flush()

@@ -467,7 +467,7 @@ def dispatch_cost(operators, seed, seconds):
     return rows
 
 
-# Tables ------------------------------------------------------------------------------------------------------
+# Tables --------------------------------------------------------------------------------------------------
 
 def short(value):
     """Three digits, without an exponent."""
@@ -516,8 +516,8 @@ def operator_table(rows, cuda):
 
 def header(device, limits, seed):
     """What ran where, for the report."""
-    return dict(device=common.device_name(device), cuda=device.type == "cuda", threads=torch.get_num_threads(),
-                torch=torch.__version__, python=platform.python_version(),
+    return dict(device=common.device_name(device), cuda=device.type == "cuda",
+                threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version(),
                 triton=common.triton.__version__ if common.HAVE_TRITON else None, seed=seed, **limits)
 
 
