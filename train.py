@@ -1439,7 +1439,7 @@ def warn(message):
 
 
 def main(arguments):
-    """`command`, expected errors on one line. Status 1: a photograph failed; 2: a mistake; 130: Ctrl-C."""
+    """`command`, expected errors on one line. Status 1: a photo failed, a bug; 2: a mistake; 130: Ctrl-C."""
     status, processes = 2, int(os.environ.get("WORLD_SIZE", 1))
     resumes = arguments[:1] not in (["evaluate"], ["predict"])
     advice = "; --resume goes on from the last saved epoch" if resumes else ""
