@@ -949,18 +949,22 @@ def save_picture(image, path):
         image.reduce(2).save(f, format="PNG", optimize=True)
 
 
-def chart(draw, box, series, title, xlabel, kind="line"):
+def chart(draw, box, series, title, xlabel, kind="line", labels=None):
     """A chart in box (x0, y0, x1, y1), with a legend where there are several series.
 
-    series: label -> (x (n,), y): y (n,) of a "line" or "bar", (n, 5) quantiles of a "box", or NaN.
+    series: label -> (x (n,), y), y NaN where there is nothing. y: (n,) of a "line" or "bar"; (n, 6) of a
+    "box": end of a whisker, quartiles, end of the other, mean. labels: text at x = 0, 1, ... in place of
+    numbers, for lines whose y (n, seeds) are dots, each joined with its neighbours' mean; no zero is needed.
     """
     x0, y0, x1, y1 = box
     series = {label: [np.asarray(values, float) for values in xy] for label, xy in series.items()}
     xs, ys = (np.concatenate([xy[i].ravel() for xy in series.values()]) for i in (0, 1))
-    margin, ys = 0.0 if kind == "line" else 0.6, ys[np.isfinite(ys)]
+    margin, ys = 0.0 if kind == "line" and not labels else 0.6, ys[np.isfinite(ys)]
     left, right = xs.min() - margin, max(xs.max() + margin, xs.min() + 1)
     low, high = min(ys.min(initial=0), 0), ys.max(initial=0)
     high += 0.05 * max(high - low, 1e-9)
+    if labels:
+        low, high = ys.min(initial=high) - 1, ys.max(initial=0) + 1
 
     def place(x, y):
         return x0 + (x - left) / (right - left) * (x1 - x0), y1 - (y - low) / (high - low) * (y1 - y0)
@@ -970,8 +974,8 @@ def chart(draw, box, series, title, xlabel, kind="line"):
         step = next(m * power for m in (1, 2, 5, 10) if m * power >= (end - start) / 6)
         return np.arange(math.ceil(start / step), math.floor(end / step) + 1) * step
 
-    for value in ticks(left, right):
-        write(draw, place(value, low)[0], y1 + 32, f"{value:,.6g}", 22, anchor="ms")
+    for value, text in enumerate(labels) if labels else ((v, f"{v:,.6g}") for v in ticks(left, right)):
+        write(draw, place(value, low)[0], y1 + 32, text, 22, anchor="ms")
     for value in ticks(low, high):
         y = place(left, value)[1]
         draw.line([x0, y, x1, y], GRID if value else GREY, 2)
@@ -985,14 +989,18 @@ def chart(draw, box, series, title, xlabel, kind="line"):
             end = write(draw, end + 28, y0 - 24, label) + 28
         points = [(at, value) for at, value in zip(x, y) if np.isfinite(value).all()]
         if kind == "line":
-            draw.line([place(*point) for point in points], colour, 4, joint="curve")
+            draw.line([place(at, np.mean(value)) for at, value in points], colour, 4, joint="curve")
+            for spot in (place(at, value) for at, values in points if labels for value in values):
+                draw.circle(spot, 7, colour, WHITE)
         for at, value in points if kind == "bar" else ():
             start, width = at - 0.4 + 0.8 * i / len(series), 0.72 / len(series)
             draw.rectangle([*place(start, max(value, 0)), *place(start + width, min(value, 0))], colour)
-        for at, (lowest, lower, median, upper, highest) in points if kind == "box" else ():
+        for at, (lowest, lower, median, upper, highest, mean) in points if kind == "box" else ():
             draw.line([place(at, lowest), place(at, highest)], colour, 2)
-            draw.rectangle([*place(at - 0.3, upper), *place(at + 0.3, lower)], (*colour, 90))
-            draw.line([place(at - 0.3, median), place(at + 0.3, median)], colour, 4)
+            draw.rectangle([*place(at - 0.3, upper), *place(at + 0.3, lower)], (206, 226, 250), colour, 2)
+            for y, half in ((lowest, 0.15), (median, 0.3), (highest, 0.15)):
+                draw.line([place(at - half, y), place(at + half, y)], colour, 4 if y == median else 2)
+            draw.circle(place(at, mean), 6, RED, WHITE)
 
 
 def draw_skeleton(draw, keypoints, visible, skeleton, width, confidence=None):
@@ -1024,42 +1032,73 @@ def draw_skeleton(draw, keypoints, visible, skeleton, width, confidence=None):
         draw.circle(points[k], width * 0.95, (*colours[k], alpha[k]))
 
 
-def draw_panels(path, rows, skeleton, side=320):
-    """Rows of images, each with a caption above and, where given, a skeleton.
+def draw_panels(path, panels, columns, skeleton, titles=(), side=320):
+    """Images in rows of `columns`, each with a caption above and, where given, a skeleton.
 
-    rows: lists of (caption, uint8 image (3, S, S), pose); pose: None or (keypoints (K, 2) in pixels of the
-    image, visible (K,), confidence (K,) or None).
+    panels: list of (caption, uint8 image (3, S, S), pose); pose: None or (keypoints (K, 2) in pixels of the
+    image, visible (K,), confidence (K,) or None). titles: of the columns.
     """
-    wide, high = side + 12, side + 52
-    canvas, draw = blank(12 + max(map(len, rows)) * wide, 8 + len(rows) * high)
-    for r, row in enumerate(rows):
-        for c, (caption, image, pose) in enumerate(row):
-            panel = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-            panel = panel.resize((side, side), Image.Resampling.BICUBIC)
-            if pose is not None:                                # pixel centres stay centres
-                keypoints = (pose[0] + 0.5) * (side / image.shape[-1]) - 0.5
-                draw_skeleton(ImageDraw.Draw(panel, "RGBA"), keypoints, pose[1], skeleton, side / 56, pose[2])
-            write(draw, 10 + c * wide, r * high + 32, caption, 26, INK)
-            canvas.paste(panel, (10 + c * wide, r * high + 44))
+    wide, high, top = side + 12, side + 52, 44 * bool(titles)
+    canvas, draw = blank(12 + min(columns, len(panels)) * wide, top + 8 + -(-len(panels) // columns) * high)
+    for c, title in enumerate(titles):
+        write(draw, 10 + c * wide, 36, title, 30, INK)
+    for i, (caption, image, pose) in enumerate(panels):
+        x, y = 10 + i % columns * wide, top + i // columns * high
+        panel = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        panel = panel.resize((side, side), Image.Resampling.BICUBIC)
+        if pose is not None:                                    # pixel centres stay centres
+            keypoints = (pose[0] + 0.5) * (side / image.shape[-1]) - 0.5
+            draw_skeleton(ImageDraw.Draw(panel, "RGBA"), keypoints, pose[1], skeleton, side / 56, pose[2])
+        write(draw, x, y + 32, caption, 26, GREY if titles else INK)
+        canvas.paste(panel, (x, y + 44))
     save_picture(canvas, path)
 
 
-def draw_by_bin(path, series, title, kind):
-    """Fig. 5 (lines) and Fig. 9 (bars): label -> N_b values over the bins of rising complexity."""
+def prediction_panel(trainer, dataset, i, image, keypoints, confidence):
+    """A panel of `draw_panels`: sample i with its predicted pose, under its own PCK and EvalPose score."""
+    one = SimpleNamespace(skeleton=dataset.skeleton, size=dataset.size, keypoints=dataset.keypoints[[i]],
+                          visible=dataset.visible[[i]])
+    scored = actupose.score(keypoints[None], one, trainer.stride, trainer.settings.subcell)
+    caption = f"PCK {fmt(scored['pck']['all'], 0)}  EvalPose {scored['evalpose']:.0f}"
+    return caption, image, (keypoints, torch.ones(len(keypoints)), confidence)
+
+
+def draw_pairs(path, trainer, source, target):
+    """Fig. 7: the nearest pairs by Eq. 7, nearest first, no image twice; the student's poses on the first 64
+    training images of both domains. Pruned are, as in a step, unlabelled source keypoints and the target's
+    less confident half, drawn faint."""
+    s, panels = trainer.settings, []
+    images, _, visible = source[torch.arange(min(64, len(source)))]
+    others, _, _ = target[torch.arange(min(64, len(target)))]
+    (poses, _), (found, sure) = (decode(trainer.student, i, s, trainer.device) for i in (images, others))
+    sure, triplets = actupose.confidence_mask(sure, s.mask_ratio), trainer.triplets.cpu()
+    distance = kernels.triplet_angle_distance(poses, found, triplets, visible > 0, sure)
+    while len(panels) < 24 and distance.isfinite().any():
+        m, n = divmod(distance.argmin().item(), len(others))
+        remark = "" if distance[m, n] < s.gamma else f"not below {show(s.gamma)}"
+        panels += [(f"Eq. 7: {distance[m, n]:.3f} rad", images[m], (poses[m], visible[m], None)),
+                   (remark, others[n], (found[n], torch.ones(len(found[n])), sure[n].float()))]
+        distance[m] = distance[:, n] = math.inf
+    if panels:
+        draw_panels(path, panels, 8, trainer.skeleton)
+
+
+def draw_chart(path, series, title, kind, xlabel=BINS_LABEL, labels=None):
+    """A picture of one chart, label -> values at 0, 1, ...: Fig. 5 (lines), Fig. 9 (bars), Fig. 10."""
     width = max(1800, 30 * max(map(len, series.values())) * len(series) * (kind == "bar"))
     canvas, draw = blank(width, 720)
     series = {label: (range(len(values)), values) for label, values in series.items()}
-    chart(draw, (110, 80, width - 20, 600), series, title, BINS_LABEL, kind)
+    chart(draw, (110, 80, width - 20, 600), series, title, xlabel, kind, labels)
     save_picture(canvas, path)
 
 
 def draw_complexity(path, dataset, bins, num_bins):
-    """Fig. 2 and 3: the first poses of five bins, and how much the poses within each bin differ (Eq. 7).
+    """Fig. 2 and 3: the first poses of five bins, and a box plot of Eq. 7 between the poses of each bin.
 
-    bins: (N,) the bin of each pose of the dataset. The boxes are the 5, 25, 50, 75 and 95 % quantiles of the
-    root mean square difference of angles, in degrees, between the first hundred poses of a bin.
+    bins: (N,) the bin of each pose of the dataset. A box has the quartiles of the distances between the first
+    hundred poses of its bin, whiskers to the last within 1.5 heights of the box, and their mean as a dot.
     """
-    skeleton, triplets, quantiles = dataset.skeleton, torch.tensor(dataset.skeleton.triplets), []
+    skeleton, triplets, boxes = dataset.skeleton, torch.tensor(dataset.skeleton.triplets), []
     canvas, draw = blank(2800, 1120)
     for r, j in enumerate(np.unique(np.linspace(0, num_bins - 1, 5).astype(int))):
         write(draw, 40, 170 + r * 190, f"bin {j}")
@@ -1072,43 +1111,41 @@ def draw_complexity(path, dataset, bins, num_bins):
         poses, valid = dataset.keypoints[of_bin], dataset.visible[of_bin] > 0
         distance = kernels.triplet_angle_distance(poses, poses, triplets, valid, valid)
         pairs = distance[torch.ones_like(distance).triu(1) > 0]
-        pairs = torch.rad2deg(pairs[pairs.isfinite()] * len(skeleton) / math.sqrt(len(triplets)))
-        levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])
-        quantiles.append(pairs.quantile(levels).tolist() if len(pairs) else [math.nan] * 5)
-    chart(draw, (1700, 80, 2760, 1000), {"": (range(num_bins), quantiles)},
-          "difference of angles within a bin, degrees", BINS_LABEL, "box")
+        pairs = pairs[pairs.isfinite()].numpy() if pairs.isfinite().any() else np.array([math.nan])
+        low, median, high = np.quantile(pairs, (0.25, 0.5, 0.75))
+        inside = pairs[~(np.abs(pairs - (low + high) / 2) > 2 * (high - low))]       # of the whiskers
+        boxes.append([inside.min(), low, median, high, inside.max(), pairs.mean()])
+    chart(draw, (1700, 80, 2760, 1000), {"": (range(num_bins), boxes)},
+          "mean angular difference (Eq. 7) between the poses of a bin, rad", BINS_LABEL, "box")
     save_picture(canvas, path)
 
 
 def draw_figures(run, scores, predictions, folder):
     """All pictures of a finished run. The samples shown are the first of each split, not chosen."""
     domains, s, trainer, skeleton = run.domains, run.settings, run.trainer, run.trainer.skeleton
-    test, panels, (found, sure) = domains.test, [], predictions
-    for i, image in enumerate(test[torch.arange(min(12, len(test)))][0]):
-        one = SimpleNamespace(skeleton=skeleton, size=test.size, keypoints=test.keypoints[[i]],
-                              visible=test.visible[[i]])
-        scored = actupose.score(found[[i]], one, trainer.stride, s.subcell)
-        caption = f"PCK {fmt(scored['pck']['all'], 0)}  EvalPose {scored['evalpose']:.0f}"
+    test, panels = domains.test, []
+    for i, (image, *found) in enumerate(zip(test[torch.arange(min(12, len(test)))][0], *predictions)):
         panels += [("", image, None), ("ground truth", image, (test.keypoints[i], test.visible[i], None)),
-                   (caption, image, (found[i], torch.ones(len(skeleton)), sure[i]))]
-    rows = [panels[i:i + 9] for i in range(0, len(panels), 9)]
-    draw_panels(folder / "predictions.png", rows, skeleton)                                           # Fig. 8
+                   prediction_panel(trainer, test, i, image, *found)]
+    draw_panels(folder / "predictions.png", panels, 9, skeleton)                                      # Fig. 8
+    if s.adapt and s.w_cross:
+        draw_pairs(folder / "pairs.png", trainer, domains.source, domains.target)                     # Fig. 7
     if trainer.style_transfer is not None:
         first = torch.arange(min(8, len(domains.source), len(domains.target)))
         source, target = (normalise(unit_range(dataset[first][0].to(trainer.device)))
                           for dataset in (domains.source, domains.target))
         rows = {"source": source, "source -> target": trainer.style_transfer(source, target, 1.0),
                 "target": target, "target -> source": trainer.style_transfer(target, source, 1.0)}
-        rows = [[(title * (i == 0), image, None) for i, image in enumerate(denormalise(images).cpu())]
-                for title, images in rows.items()]
-        draw_panels(folder / "style.png", rows, skeleton)
+        panels = [(title * (i == 0), image, None) for title, images in rows.items()
+                  for i, image in enumerate(denormalise(images).cpu())]
+        draw_panels(folder / "style.png", panels, len(first), skeleton)
     if s.curriculum == "active":
         arrival = min(math.ceil(s.epochs / s.pace), s.epochs - 1)               # of the peak at the last bin
         epochs = np.unique(np.linspace(0, arrival, 5).round().astype(int))
         drawn = {f"epoch {e}: {sum(run.drawn[e]):,}": run.drawn[e] for e in epochs}
-        draw_by_bin(folder / "curriculum.png", drawn, "samples drawn", "line")
-    by_bin = {name: [math.nan if v is None else v for v in values["bins"]] for name, values in scores.items()}
-    draw_by_bin(folder / "bins.png", by_bin, "PCK@0.05", "bar")
+        draw_chart(folder / "curriculum.png", drawn, "samples drawn", "line")
+    by_bin = {name: values["bins"] for name, values in scores.items()}
+    draw_chart(folder / "bins.png", by_bin, "PCK@0.05", "bar")
     bins = actupose.assign_bins(run.curriculum.complexity, s.bins)
     draw_complexity(folder / "complexity.png", domains.source, bins, s.bins)
 
@@ -1182,36 +1219,60 @@ def predict_run(run, inputs, out, box, network, device):
 
 # --- Many runs, one table -----------------------------------------------------------------------------------
 
+# PoseDA has no public code: its figures in the paper's Tables 1 and 2.
+QUOTED = {("surreal", "lsp"): dict(shoulder=82.3, elbow=78.4, wrist=73.2, hip=74.8, knee=79.7, ankle=78.7,
+                                   all=77.9), ("surreal", "human36m"): dict(all=79.6)}
+REMARKS = {("oracle", "lsp"): " (trained on its test images, unless this is LSP Extended)"}
+# 97.5 % quantiles of Student's t for 3, 4, ... 10 seeds (NIST/SEMATECH e-Handbook, section 1.3.6.7.2).
+T95 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
-def compare(methods, seeds, out, jobs, preset, device, **given):
-    """Run what is missing of methods x seeds in `out`, `jobs` at a time, and print the table in Markdown."""
+
+def compare(methods, sweep, tasks, seeds, out, jobs, preset, device, **given):
+    """Run what is missing of rows x seeds in `out`, `jobs` at a time; print the table, draw the pictures.
+
+    sweep: (NAME, values) of settings; each value is a row of ACTUPose.
+    """
+    if tasks and (given or methods or sweep):
+        raise UserError("--tasks: shows finished comparisons; leave settings, --methods and --sweep out")
+    if tasks:
+        print(tasks_table(map(Path, tasks.split(","))))
+        return
     if not all(float(seed).is_integer() for seed in seeds):
         raise UserError(f"--seeds: use whole numbers, got {show(seeds)}")
-    names, seeds = list(dict.fromkeys(methods.split(","))), list(dict.fromkeys(map(int, seeds)))
-    root, runs, waiting, failed = out or Path("runs/compare"), {}, [], []
-    for name in names:
+    rows, seeds = {}, list(dict.fromkeys(map(int, seeds)))
+    root, runs, waiting, failed = out or Path("runs/compare"), {}, {}, []
+    for name in methods.split(",") if methods is not None else () if sweep else METHODS:
         if name not in METHODS and name not in ABLATIONS:
             raise UserError(f"--methods: use {' or '.join((*METHODS, *ABLATIONS))}, got {name}")
+        rows[name] = dict(method=name) if name in METHODS else ABLATIONS[name]
+    for name, value in ((name, value) for name, values in sweep for value in values):
+        row = rows[f"actupose {name}={show(value)}"] = {name: value}
+        if name == "bins":                                      # ACTUPose does not use the hard bins
+            row["hard_bins"] = min(value, given.get("hard_bins", Settings.hard_bins))
+    for name, changes in rows.items():
         for seed in seeds:
-            out = runs[name, seed] = root / f"{name}-s{seed}"
-            values = {**given, "seed": seed, **(dict(method=name) if name in METHODS else ABLATIONS[name])}
+            values = {**given, "seed": seed, **changes}
             settings = make_settings(preset, **values)
+            # A value of a sweep that is the default's, or an ablation's, is that row's run.
+            same = (row for row in ("actupose", *ABLATIONS) if " " in name and settings == make_settings(
+                preset, **{**given, "seed": seed, **ABLATIONS.get(row, {})}))
+            out = runs[name, seed] = root / f"{next(same, name).replace(' ', '-')}-s{seed}"
             if (out / "config.json").exists():
                 check_same_settings(out, dataclasses.asdict(settings))
             if not (out / "result.json").exists():
                 words = [f"--{key.replace('_', '-')}={show(value)}" for key, value in values.items()]
                 words += ["--resume"] * (out / "config.json").exists()
-                waiting.append((out, [sys.executable, __file__, f"--preset={preset}", f"--device={device}",
-                                      f"--out={out}", *words]))
+                waiting[out] = [sys.executable, __file__, f"--preset={preset}", f"--device={device}",
+                                f"--out={out}", *words]
     progress, running, total = Progress("runs"), {}, len(waiting)
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                out, command = waiting.pop(0)
+                out = next(iter(waiting))
                 out.mkdir(parents=True, exist_ok=True)
                 with open(out / "output.txt", "a") as f:
-                    running[out] = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT, env=threads)
+                    running[out] = subprocess.Popen(waiting.pop(out), stdout=f, stderr=f, env=threads)
             time.sleep(0.5)
             for out in [out for out, process in running.items() if process.poll() is not None]:
                 if status := running.pop(out).returncode:
@@ -1222,48 +1283,125 @@ def compare(methods, seeds, out, jobs, preset, device, **given):
             process.terminate()
             process.wait()
     results = {name: [read_json(runs[name, seed] / "result.json") for seed in seeds
-                      if (runs[name, seed] / "result.json").exists()] for name in names}
-    results = {name: rows for name, rows in results.items() if rows}
+                      if (runs[name, seed] / "result.json").exists()] for name in rows}
+    results = {name: found for name, found in results.items() if found}
     if results:
-        print(comparison_table(results))
-        bins = {name: np.array([r["bins"] for r in rows], float).mean(0) for name, rows in results.items()}
-        draw_by_bin(root / "bins.png", bins, "PCK@0.05", "bar")
+        ours = (name for name in results if runs[name, seeds[0]].name == f"actupose-s{seeds[0]}")
+        print(comparison_table(results, next(ours, ""), bool(sweep)), flush=True)
+    bins = {name: np.array([r["bins"] for r in found], float).mean(0) for name, found in results.items()
+            if " " not in name}
+    if bins:
+        draw_chart(root / "bins.png", bins, "PCK@0.05", "bar")                                        # Fig. 9
+        draw_comparison(root / "panel.png", {name: runs[name, seeds[0]] for name in bins},
+                        choose_device(device))                                                        # Fig. 8
+    for name, values in sweep if not failed else ():                                                 # Fig. 10
+        found = [results[f"actupose {name}={show(value)}"] for value in sorted(values)]
+        scores = {"validation": [[r["val"] for r in rows] for rows in found],
+                  "test": [[r["pck"]["all"] for r in rows] for rows in found]}
+        label, ticks = Settings.__dataclass_fields__[name].metadata["help"], [*map(show, sorted(values))]
+        draw_chart(root / f"sweep-{name}.png", scores, "PCK@0.05", "line", f"{name}: {label}", ticks)
     if failed:
         raise UserError("; ".join(failed))
 
 
-def comparison_table(results):
-    """Markdown table of {name: [result, ...]}: means over seeds, and the sample deviation of the overall PCK.
+def mean(values):
+    """The mean of the values that are not None."""
+    values = [value for value in values if value is not None]
+    return sum(values) / len(values) if values else None
 
-    With source-only and oracle there: the share of the gap between them that is closed. With actupose there:
-    the difference to it, seed by seed (every seed has its own data), and that difference's deviation.
+
+def spread(values):
+    """The sample deviation as text, where there are several values."""
+    return f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+
+
+def markdown(table):
+    """Rows of cells, the header first, as a table in Markdown."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in table]
+    return "\n".join([lines[0], "|---" * len(table[0]) + "|", *lines[1:]])
+
+
+def comparison_table(results, ours="actupose", val=False):
+    """Table 1 in Markdown, of {name: [result, ...]}: means over seeds, overall PCK ± its sample deviation.
+
+    val: with the validation PCK. With source-only and oracle there: the share of the gap between them that is
+    closed. With the row `ours` there: the difference to it, seed by seed (every seed has its own data), as
+    mean ± sample deviation s of the n differences and, for n >= 3, the 95 % t-interval of their mean: mean
+    -+ t s / sqrt(n), where t has n - 1 degrees of freedom.
     """
-    def mean(values):
-        values = [value for value in values if value is not None]
-        return sum(values) / len(values) if values else None
-
-    def spread(values):
-        return f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-
+    some = next(iter(results.values()))[0]
     overall = {name: mean(r["pck"]["all"] for r in rows) for name, rows in results.items()}
     gap = overall["oracle"] - overall["source-only"] if {"oracle", "source-only"} <= set(overall) else 0.0
-    ours = {r["seed"]: r["pck"]["all"] for r in results.get("actupose", ())}
-    groups = [g for g in next(iter(results.values()))[0]["pck"] if g != "all"]
-    header = ["method", "seeds", *groups, "all", "teacher", "EvalPose"]
-    header += ["gap closed"] * bool(gap) + ["to actupose"] * bool(ours)
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    reference = {r["seed"]: r["pck"]["all"] for r in results.get(ours, ())}
+    groups = [g for g in some["pck"] if g != "all"]
+    table = [["method", "seeds", *groups, "all", *["val"] * val, "teacher", "EvalPose",
+              *["gap closed"] * bool(gap), *[f"to {ours}"] * bool(reference)]]
     for name, rows in results.items():
-        cells = [name, len(rows), *(fmt(mean(r["pck"][g] for r in rows)) for g in groups),
-                 f"**{fmt(overall[name])}**{spread([r['pck']['all'] for r in rows])}",
-                 fmt(mean(r["teacher"]["pck"]["all"] for r in rows if r["teacher"])),
-                 fmt(mean(r["evalpose"] for r in rows))]
+        cells = [name + REMARKS.get((name, some["target"]), ""), len(rows)]
+        cells += [fmt(mean(r["pck"][g] for r in rows)) for g in groups]
+        cells += [f"**{fmt(overall[name])}**{spread([r['pck']['all'] for r in rows])}"]
+        cells += [fmt(mean(r["val"] for r in rows)) + spread([r["val"] for r in rows])] * val
+        cells += [fmt(mean(r["teacher"]["pck"]["all"] for r in rows if r["teacher"])),
+                  fmt(mean(r["evalpose"] for r in rows))]
         if gap:
             cells.append(f"{100 * (overall[name] - overall['source-only']) / gap:.0f} %")
-        if ours:
-            pairs = [r["pck"]["all"] - ours[r["seed"]] for r in rows if r["seed"] in ours]
-            cells.append(f"{mean(pairs):+.1f}{spread(pairs)}" if pairs and name != "actupose" else "-")
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        if reference:
+            pairs = [r["pck"]["all"] - reference[r["seed"]] for r in rows if r["seed"] in reference]
+            cells.append(f"{mean(pairs):+.1f}{spread(pairs)}" if pairs and name != ours else "-")
+            if len(pairs) > 2 and name != ours:                 # beyond 10 seeds a little too wide
+                half = T95[min(len(pairs), 10) - 3] * np.std(pairs, ddof=1) / math.sqrt(len(pairs))
+                cells[-1] += f" [{mean(pairs) - half:+.1f}, {mean(pairs) + half:+.1f}]"
+        table.append(cells)
+    if quoted := QUOTED.get((some["source"], some["target"])):
+        cells = ["PoseDA (quoted from the paper)", "-", *(fmt(quoted.get(g)) for g in (*groups, "all"))]
+        table.append(cells + ["-"] * (len(table[0]) - len(cells)))
+    return markdown(table)
+
+
+def tasks_table(folders):
+    """Table 2 in Markdown: the overall PCK of each method in finished comparisons, with the seeds' number."""
+    table = {name: [name] for name in ("method", *METHODS, *ABLATIONS, "PoseDA (quoted from the paper)")}
+    for folder in folders:
+        runs = [(path.parent.name.rpartition("-s")[0], read_json(path))
+                for path in folder.glob("*-s*/result.json")]
+        tasks = {(r["source"], r["target"]) for _, r in runs}
+        if len(tasks) != 1:
+            raise UserError(f"--tasks: {folder} holds finished runs of {len(tasks)} tasks; give directories "
+                            f"in which `compare` ran one task each")
+        (source, target), = tasks
+        for name, row in table.items():
+            scores = [r["pck"]["all"] for of, r in runs if of == name]
+            row.append(f"{fmt(mean(scores))}{spread(scores)} ({len(scores)}){REMARKS.get((name, target), '')}"
+                       if scores else "-")
+        table["method"][-1] = f"{folder.name}: {source} → {target}"
+        row[-1] = fmt(QUOTED.get((source, target), {}).get("all"))
+    return markdown([row for row in table.values() if set(row[1:]) != {"-"}])
+
+
+def draw_comparison(path, runs, device):
+    """Fig. 8: the first test images in rows, the ground truth and each method's predictions in columns.
+
+    runs: {method: directory}. One without a readable last.pt is left out.
+    """
+    columns = {}
+    for name, out in runs.items():
+        try:
+            settings, checkpoint = saved_settings(out), load_run(out / "last.pt")
+            if not columns:                                     # the data of all runs
+                test = open_domains(settings).test
+                images = test[torch.arange(min(6, len(test)))][0]
+                truth = zip(images, test.keypoints, test.visible)
+                columns["ground truth"] = [("", image, (*pose, None)) for image, *pose in truth]
+            trainer = Trainer(settings, test.skeleton, device)
+            load_networks(trainer, checkpoint, out / "last.pt")
+        except (UserError, data.DataError) as e:
+            warn(f"{e}; {path} is without {name}")
+            continue
+        found = zip(images, *decode(trainer.student, images, settings, device))
+        columns[name] = [prediction_panel(trainer, test, i, *row) for i, row in enumerate(found)]
+    if columns:
+        panels = [panel for row in zip(*columns.values()) for panel in row]
+        draw_panels(path, panels, len(columns), test.skeleton, list(columns))
 
 
 # --- Command line -------------------------------------------------------------------------------------------
@@ -1283,6 +1421,10 @@ HELP = {
 Keypoints are in pixels of the upright picture, the centre of its first pixel at (0, 0). Confidence is the
 height of the heatmap's peak. A file that cannot be read is named, and the others are done.""",
     "compare": f"""Run what is missing of methods x seeds, skip what is finished, print the table in Markdown.
+
+  python train.py compare --jobs 2                         Table 1, Fig. 8 (panel.png), Fig. 9 (bins.png)
+  python train.py compare --sweep pace=1,2,4,6,12          Fig. 10 b; likewise bins, spread, w_evalpose, ...
+  python train.py compare --tasks runs/bodies,runs/hands   Table 2, of finished comparisons
 
 methods:   {', '.join(METHODS)}
 ablations: {', '.join(ABLATIONS)} (ACTUPose with one thing changed)""",
@@ -1324,6 +1466,18 @@ def parse(kind):
             rule = "on or off" if kind is bool else "numbers with commas"
             raise argparse.ArgumentTypeError(f"use {rule}, got {text!r}") from None
     return switch_or_numbers if kind in (bool, tuple) else kind
+
+
+def sweep_setting(text):
+    """argparse's type of --sweep: NAME=V1,V2,... -> (NAME, values)."""
+    name, _, values = text.partition("=")
+    name = name.replace("-", "_")
+    kinds = {f.name: type(f.default) for f in dataclasses.fields(Settings)}
+    if name not in kinds or name in ("method", "seed"):
+        near = difflib.get_close_matches(name, kinds, 1)
+        hint = f", did you mean {near[0]}?" if near and near[0] != name else ""
+        raise argparse.ArgumentTypeError(f"{name!r} is no setting to sweep{hint}")
+    return name, [parse(kinds[name])(value) for value in values.split(",")]
 
 
 class Parser(argparse.ArgumentParser):
@@ -1395,7 +1549,10 @@ def command(arguments):
             "person or hand: corner, width and height in its pixels [all of it]")
         add("--network", choices=("student", "teacher"), default="student", help="[student]")
     elif verb == "compare":
-        add("--methods", default=",".join(METHODS), help="rows of the table [the five methods]")
+        add("--methods", help="rows of the table [all methods; with --sweep none]")
+        add("--sweep", action="append", default=[], type=sweep_setting, metavar="NAME=V1,V2,...",
+            help="a row of actupose per value of a setting, and a plot; can be given again")
+        add("--tasks", metavar="DIR,DIR,...", help="put the tables of these finished comparisons together")
         add("--seeds", default="0,1,2", type=parse(tuple), help="seeds of each row [0,1,2]")
         add("--jobs", type=int, default=1, help="runs at a time, which share the cores [1]")
     options = vars(parser.parse_args(rest))

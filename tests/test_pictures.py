@@ -60,18 +60,25 @@ def test_a_skeleton_by_its_pixels():
 def test_charts_by_their_pixels(tmp_path):
     """Bars as high as the values, in the order of the series; NaN leaves a hole; a rising line rises."""
     path, bars = tmp_path / "c.png", []
-    train.draw_by_bin(path, {"one": [80.0, 40, NAN], "two": [NAN, 60, 20]}, "PCK", "bar")
+    train.draw_chart(path, {"one": [80.0, 40, NAN], "two": [NAN, 60, 20]}, "PCK", "bar")
     for colour in (BLUE, RED):
         height = near(path, colour, 2)[30:].sum(0)                                  # below the legend
         parts = np.split(height, np.flatnonzero(np.diff(height > 0)) + 1)
         bars.append([part.max() for part in parts if part.any()])
     assert np.array(bars) / bars[0][0] == pytest.approx(np.array([[1, 0.5], [0.75, 0.25]]), abs=0.02)
     assert near(path, BLUE, 2)[30:].any(0).argmax() < near(path, RED, 2)[30:].any(0).argmax()
-    train.draw_by_bin(path, {"": range(9)}, "drawn", "line")
+    train.draw_chart(path, {"": range(9)}, "drawn", "line")
     assert np.corrcoef(*np.nonzero(near(path, BLUE)))[0, 1] < -0.99
+    seeds = [[50.0, 58], [40, 40], [44, 48]]                                        # means 54, 40, 46
+    train.draw_chart(path, {"": seeds}, "PCK", "line", "pace", ["1", "2", "1000"])
+    line, per_unit = near(path, BLUE, 2), 260 / 20                                  # the axis is 39 ... 59
+    for x, at in zip((0.6 / 3.2, 1.6 / 3.2, 2.6 / 3.2), seeds):                     # dots and their mean
+        column = 300 - np.flatnonzero(line[:, round(55 + x * 835) - 2:][:, :5].any(1))
+        for value in (*at, sum(at) / len(at)):
+            assert np.abs(column - (value - 39) * per_unit).min() < 3, (at, value)
     many = {f"method {i}": range(25) for i in range(13)}
     for series, kind in (({"a": [NAN, NAN]}, "bar"), ({"a": [0.0]}, "line"), (many, "bar")):
-        train.draw_by_bin(path, series, "", kind)                                   # nothing to draw, or much
+        train.draw_chart(path, series, "", kind)                                   # nothing to draw, or much
 
 
 def test_all_figures_of_a_run_where_nothing_is_labelled(tmp_path):
@@ -90,8 +97,40 @@ def test_all_figures_of_a_run_where_nothing_is_labelled(tmp_path):
     assert scores["student"]["bins"] == [None] * 3 and scores["student"]["pck"]["all"] is None
     train.draw_figures(run, scores, predictions, tmp_path)
     pictures = {path.stem for path in tmp_path.iterdir()}
-    assert pictures == {"predictions", "style", "curriculum", "bins", "complexity"}
+    assert pictures == {"predictions", "style", "pairs", "curriculum", "bins", "complexity"}
     assert np.corrcoef(*np.nonzero(near(tmp_path / "complexity.png", BLUE)[:, 850:]))[0, 1] < -0.5
+
+
+def test_a_box_plot_by_its_pixels():
+    """Whiskers' ends, quartiles and mean at their heights (Fig. 3)."""
+    image, draw = train.blank(400, 700)
+    train.chart(draw, (100, 100, 300, 600), {"": ([0], [[10, 30, 40, 60, 100, 80]])}, "", "", "box")
+    picture, x = np.asarray(image), 100 + round(0.6 / 1.6 * 200)
+    blue = near(picture, BLUE, 2)
+    place = {value: round(600 - value / 105 * 500) for value in (10, 30, 40, 60, 80, 100)}
+    reach = {value: blue[place[value] - 3:place[value] + 4, x + 15].any() for value in place}
+    assert reach == {10: True, 30: True, 40: True, 60: True, 80: False, 100: True}
+    assert near(picture, RED, 2)[place[80], x] and blue[place[100]:place[60] - 20, x].sum() > 50
+    assert not blue[:place[100] - 4].any() and not blue[place[10] + 4:595, x].any()
+
+
+def test_pairs_by_equation_7(tmp_path, monkeypatch):
+    """Fig. 7: nearest first, no image twice, the distance named, those not below Gamma marked."""
+    trainer = train.Trainer(train.make_settings(image_size=32, gamma=0.1, mask_ratio=0.0), BODY16, CPU)
+    source, target = (data.Mannequin(domain, "train", 32, 3) for domain in ("source", "target"))
+    source.visible[:], rows = 1, []
+    turn = torch.tensor([0, 0, 1, 0, 1.0, 0, 1, 0, 0, 0, 1, 0, 0, 1, 0, 0])         # the joints that move
+    poses = [source.keypoints[:1] + 9 * k * turn[:, None] for k in range(3)]
+    found = iter([torch.cat(poses), torch.cat([poses[2], poses[0], poses[0]])])
+    monkeypatch.setattr(train, "decode", lambda *_: (next(found), torch.arange(48.0).view(3, 16)))
+    monkeypatch.setattr(train, "draw_panels", lambda path, panels, *_: rows.extend(panels))
+    train.draw_pairs(tmp_path, trainer, source, target)
+    distance = actupose.kernels.triplet_angle_distance(poses[1], poses[0], trainer.triplets)[0, 0]
+    assert distance > 0.1                                       # what is left for the third pair
+    pictures = [*source[torch.arange(3)][0][[0, 2, 1]], *target[torch.arange(3)][0][[1, 0, 2]]]
+    assert all(torch.equal(panel[1], image) for panel, image in zip(rows[::2] + rows[1::2], pictures))
+    assert [caption for caption, _, _ in rows] == ["Eq. 7: 0.000 rad", ""] * 2 + [
+        f"Eq. 7: {distance:.3f} rad", "not below 0.1"]
 
 
 # --- predict ------------------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def assert_same_run(one, two):
 
 
 LARGEST = {"actupose.total_loss": 12, "torch.save": 6, "write": 12, "os.fsync": 20, "os.replace": 20,
-           "train.draw_by_bin": 4, "clock": 0.5}                            # moments of a kind in a whole run
+           "train.draw_chart": 4, "clock": 0.5}                            # moments of a kind in a whole run
 
 
 def test_killed_anywhere_and_resumed_to_the_same_bits(start, finished, tmp_path):

@@ -116,6 +116,7 @@ def test_every_method_and_ablation_end_to_end(name, finished):
         assert len(scores["bins"]) == 5 and -100 <= scores["evalpose"] <= 100
     pictures = {"predictions", "bins", "complexity"}
     pictures = pictures.union(["curriculum"][:active], ["style"][:changes.get("style") != "off"])
+    pictures = pictures.union(["pairs"][:adapts and w_cross > 0])
     assert {path.stem for path in (out / "figures").iterdir()} == pictures
 
 
@@ -320,7 +321,12 @@ MISTAKES = """
 --epochz 3 => did you mean --epochs?; --metod=udape => did you mean --method?; frobnicate => unknown command;
 --resume --out no/run => no/run; evaluate no/run => no/run; evaluate => run; evalate x => mean evaluate?;
 compare --methods udap => --methods; compare --seeds a => --seeds; compare --seeds nan => --seeds;
-compare --jobs 0 => --jobs; compare --method udape => did you mean --methods?"""
+compare --jobs 0 => --jobs; compare --method udape => did you mean --methods?;
+compare --sweep pase=1 => --sweep: 'pase' is no setting to sweep, did you mean pace?;
+compare --sweep pace=1,x => --sweep: invalid; compare --sweep pace => --sweep;
+compare --sweep seed=1 => --sweep: 'seed' is no setting;
+compare --sweep pace=0 => --pace: must be above 0; compare --tasks no/run => --tasks: no/run holds;
+compare --tasks a --lr 1 => --tasks: shows finished comparisons; leave"""
 
 
 @pytest.mark.parametrize("mistake", [" ".join(mistake.split()) for mistake in MISTAKES.split(";")])
@@ -434,9 +440,11 @@ def test_compare_runs_what_is_missing(launch, tmp_path, capsys, monkeypatch):
 
 
 def test_comparison_table_by_hand():
-    def result(value, seed, teacher=None):
+    """Table 1, with validation, remarks and quoted figures where they belong; the t-interval of 3 seeds."""
+    def result(value, seed, teacher=None, target="mannequin-wild"):
         pck = {"elbow": value - 1, "wrist": None, "all": value}
-        return dict(pck=pck, evalpose=50.0 + seed, seed=seed, teacher=teacher and {"pck": {"all": teacher}})
+        return dict(pck=pck, evalpose=50.0 + seed, seed=seed, teacher=teacher and {"pck": {"all": teacher}},
+                    val=value + 2, source="surreal", target=target)
 
     rows = {"source-only": [result(30.0, 0), result(32.0, 1)], "oracle": [result(61.0, 0), result(61.0, 9)],
             "udape": [result(42.0, 0, 43.0), result(44.0, 1, 45.0)]}
@@ -449,3 +457,95 @@ def test_comparison_table_by_hand():
     assert table[5].startswith("| actupose | 3 |") and table[5].endswith("| - |")
     only = train.comparison_table({"udape": rows["udape"][:1]}).splitlines()
     assert only[0].endswith("| EvalPose |") and only[2] == "| udape | 1 | 41.0 | - | **42.0** | 43.0 | 50.0 |"
+    # Differences 1, -3 and 5: mean 1, deviation 4; 4.303 x 4 / sqrt(3) = 9.94 to both sides.
+    rows["udape"].append(result(95.0, 2))
+    table = train.comparison_table(rows, val=True).splitlines()
+    assert table[4].endswith("| +1.0 ± 4.0 [-8.9, +10.9] |")
+    assert "| **60.3** ± 30.0 | 62.3 ± 30.0 |" in table[4]
+    # One sided 2.5 % of Student's t beyond each quantile, by numerical integration of its density.
+    for n, quantile in enumerate(train.T95, 3):
+        x = np.linspace(quantile, 400, 400_000)
+        density = (1 + x * x / (n - 1)) ** (-n / 2) * math.gamma(n / 2) / math.gamma((n - 1) / 2)
+        assert np.trapezoid(density, x) / math.sqrt(math.pi * (n - 1)) == pytest.approx(0.025, abs=3e-5)
+    for target, quoted in (("lsp", "78.4 | 73.2 | 77.9"), ("human36m", "- | - | 79.6"), ("h3d", None)):
+        lines = train.comparison_table({"oracle": [result(9.0, 0, target=target)]}).splitlines()
+        assert lines[2].startswith("| oracle (trained on its test images") == (target == "lsp")
+        row = f"| PoseDA (quoted from the paper) | - | {quoted} | - | - |"
+        assert lines[3:] == ([row] if quoted else [])
+
+
+def test_tasks_side_by_side(tmp_path, capsys):
+    """Table 2 by hand: of finished runs alone; PoseDA is quoted where the paper has a figure."""
+    def finish(folder, name, value, target, source="surreal"):
+        result = dict(source=source, target=target, pck={"all": value})
+        (tmp_path / folder / name).mkdir(parents=True)
+        (tmp_path / folder / name / "result.json").write_text(json.dumps(result))
+
+    def table(*folders):
+        status = train.main(["compare", "--tasks", ",".join(str(tmp_path / name) for name in folders)])
+        return status, capsys.readouterr()
+
+    for seed, value in enumerate((60.0, 62.0)):
+        finish("a", f"actupose-s{seed}", value, "lsp")
+        finish("a", f"actupose-pace=2-s{seed}", 99.0, "lsp")                         # a sweep is no method
+    finish("a", "oracle-s0", 80.0, "lsp")
+    finish("b", "actupose-s0", 50.0, "mannequin-wild", "mannequin")
+    (tmp_path / "b" / "udape-s0").mkdir()                                            # not finished
+    assert table("a", "b")[1].out.splitlines() == [
+        "| method | a: surreal → lsp | b: mannequin → mannequin-wild |", "|---|---|---|",
+        "| actupose | 61.0 ± 1.4 (2) | 50.0 (1) |",
+        "| oracle | 80.0 (1) (trained on its test images, unless this is LSP Extended) | - |",
+        "| PoseDA (quoted from the paper) | 77.9 | - |"]
+    assert "PoseDA" not in table("b")[1].out
+    finish("b", "actupose-s1", 50.0, "lsp")
+    assert table("b")[0] == 2
+
+
+def test_sweeps_and_the_panel(finished, tmp_path, capsys, monkeypatch):
+    """A row, a run and a point of the plot per value (Fig. 10). The value of the default or of an ablation is
+    that row's run, also where its config.json is older than a setting. The panel (Fig. 8) has the columns of
+    the methods whose last.pt is there: the first six test images and each one's prediction."""
+    started, panels = [], []
+
+    def process(command, **_):
+        started.append(next(Path(word).name for word in command if word.startswith("--out=")))
+        status = train.main(command[2:])
+        return Mock(returncode=status, poll=lambda: status)
+
+    def compare(*options):
+        status = train.main(["compare", "--seeds", "0", *TINY, "--out", str(tmp_path), *options])
+        said = capsys.readouterr()
+        return status, [line[2:].split(" |")[0] for line in said.out.splitlines() if line[:2] == "| "], said
+
+    for name in ("udape", "actupose"):
+        shutil.copytree(finished(name)[0], tmp_path / f"{name}-s0")
+    old = read(tmp_path / "actupose-s0" / "config.json")
+    del old["shoulders"]
+    (tmp_path / "actupose-s0" / "config.json").write_text(json.dumps(old))
+    monkeypatch.setattr(train.subprocess, "Popen", process)
+    monkeypatch.setattr(train, "time", Mock(time=time.time))
+    record(monkeypatch, panels, train, "draw_panels")
+    capsys.readouterr()
+    status, rows, said = compare("--sweep", "bins=1,5", "--sweep", "w-cross=0.01,0")
+    values = ["bins=1", "bins=5", "w_cross=0.01", "w_cross=0"]
+    assert status == 0 and rows == ["method", *(f"actupose {value}" for value in values)]
+    assert started == ["actupose-bins=1-s0", "no-cross-domain-s0"] and "| val |" in said.out
+    assert {path.name for path in tmp_path.glob("*.png")} == {"sweep-bins.png", "sweep-w_cross.png"}
+    test, val = (read(tmp_path / "actupose-s0" / "result.json")[key] for key in ("pck", "val"))
+    row = next(line for line in said.out.splitlines() if line.startswith("| actupose bins=5 |"))
+    assert f"| **{test['all']:.1f}** | {val:.1f} |" in row
+    panels.clear()
+    status, rows, said = compare("--methods", "udape,actupose")
+    _, (_, drawn, columns, _, titles), _ = panels[-1]
+    assert status == 0 and rows == ["method", "udape", "actupose"] and "| val" not in said.out and not said.err
+    assert columns == 3 and titles == ["ground truth", "udape", "actupose"] and len(drawn) == 18
+    images = data.Mannequin("target", "test", 32, 30)
+    for i, (caption, image, (keypoints, *_)) in enumerate(drawn):
+        assert torch.equal(image, images[[i // 3]][0][0])
+        own = torch.equal(keypoints, images.keypoints[i // 3])
+        assert own and not caption if i % 3 == 0 else caption.startswith("PCK ") and "  EvalPose " in caption
+    assert Image.open(tmp_path / "panel.png").size == ((12 + 3 * 52) // 2, (44 + 8 + 6 * 92) // 2)
+    (tmp_path / "udape-s0" / "last.pt").unlink()
+    status, rows, said = compare("--methods", "udape,actupose")
+    assert (status, rows) == (0, ["method", "udape", "actupose"]) and "png is without udape" in said.err
+    assert panels[-1][1][4] == ["ground truth", "actupose"] and len(started) == 2
