@@ -1347,8 +1347,9 @@ def comparison_table(results, ours="actupose", val=False):
             cells.append(f"{100 * (overall[name] - overall['source-only']) / gap:.0f} %")
         if reference:
             pairs = [r["pck"]["all"] - reference[r["seed"]] for r in rows if r["seed"] in reference]
-            cells.append(f"{mean(pairs):+.1f}{spread(pairs)}" if pairs and name != ours else "-")
-            if len(pairs) > 2 and name != ours:                 # beyond 10 seeds a little too wide
+            other = rows != results[ours]                       # a sweep can repeat the row
+            cells.append(f"{mean(pairs):+.1f}{spread(pairs)}" if pairs and other else "-")
+            if len(pairs) > 2 and other:                        # beyond 10 seeds a little too wide
                 half = T95[min(len(pairs), 10) - 3] * np.std(pairs, ddof=1) / math.sqrt(len(pairs))
                 cells[-1] += f" [{mean(pairs) - half:+.1f}, {mean(pairs) + half:+.1f}]"
         table.append(cells)
