@@ -695,7 +695,9 @@ def evalpose(predicted, labelled, limbs, weight):
 
 def mine_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=4,
                capacity=None):
-    """The set Z of similar poses across the batches, or across two banks of poses: (P, 2) long, rows (m, n).
+    """The set Z of similar poses across two banks of poses, however large: (P, 2) long, rows (m, n).
+
+    In a batch the S x T distances are few: `train.Trainer.step` compares them with Gamma as a matrix.
 
     source: (S, K, 2), target: (T, K, 2) predicted keypoints, any unit; triplets: (A, 3); gamma: the
     threshold on Eq. 7 in radians; *_valid: (S, K), (T, K) bool, False for keypoints of low confidence,
@@ -706,19 +708,15 @@ def mine_pairs(source, target, triplets, gamma, source_valid=None, target_valid=
                                  capacity)                                                           # Eq. 7
 
 
-def cross_domain_loss(source_features, target_features, pairs):
+def cross_domain_loss(source_features, target_features, similar):
     """Eq. 6: minus the sum over similar pairs of the cosine of their features.
 
-    source_features: (S, C) of the student; target_features: (T, C) of the teacher, no gradient; pairs:
-    (P, 2) from `mine_pairs`; rows of -1 do not count.
+    source_features: (S, C) of the student; target_features: (T, C) of the teacher, no gradient; similar:
+    (S, T) bool, the pairs whose distance (Eq. 7) is below Gamma.
     """
     dtype = torch.promote_types(source_features.dtype, torch.float32)             # not in half precision
     f_s = F.normalize(source_features.to(dtype), dim=-1)
     f_t = F.normalize(target_features.detach().to(dtype), dim=-1)
-    # In a batch all cosines are one product, of which the pairs are entries; -1 goes to an entry beyond it.
-    S, T = len(f_s), len(f_t)
-    entry = torch.where(pairs[:, 0] < 0, S * T, pairs[:, 0] * T + pairs[:, 1])
-    similar = f_s.new_zeros(S * T + 1).index_fill(0, entry, 1.0)[:-1].view(S, T)
     return -((f_s @ f_t.T) * similar).sum()                                                          # Eq. 6
 
 

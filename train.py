@@ -426,12 +426,11 @@ class Trainer:
                 if s.subcell:
                     cells = cells + actupose.subcell_offset(predicted.detach(), cells, confidence)
                 pose = map_keypoints(cells * self.stride, invert_view(source_view))
-                targets = gather(pseudo_cells)
-                pairs = actupose.mine_pairs(pose, targets, self.triplets, s.gamma, weight > 0, confident,
-                                            capacity=len(pose) * len(targets))
+                similar = kernels.triplet_angle_distance(pose, gather(pseudo_cells), self.triplets, weight > 0,
+                                                         confident, min_triplets=4) < s.gamma         # Eq. 7
                 # Eq. 6 sums over all pairs, while gradients are averaged over the processes.
-                cross = world_size() * actupose.cross_domain_loss(features, gather(teacher_features), pairs)
-                terms.update(cross_domain=cross, pairs=world_size() * (pairs[:, 0] >= 0).float().sum())
+                cross = world_size() * actupose.cross_domain_loss(features, gather(teacher_features), similar)
+                terms.update(cross_domain=cross, pairs=world_size() * similar.float().sum())
 
         loss = actupose.total_loss(udape, evalpose, cross, (s.w_udape, s.w_evalpose, s.w_cross))      # Eq. 8
         self.optimiser.zero_grad()

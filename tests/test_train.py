@@ -266,7 +266,7 @@ def test_poses_are_compared_as_they_stand_in_the_image(monkeypatch):
     trainer, (source, target) = make_trainer(image_size=64, batch_size=8, gamma=9.0), batches(64, 8)
     calls = []
     record(monkeypatch, calls, train, "render_heatmaps")
-    record(monkeypatch, calls, actupose, "mine_pairs")
+    record(monkeypatch, calls, train.kernels, "triplet_angle_distance")
     trainer.forward = lambda network, _: (calls[0][2][0] + 0 * network.head.weight.sum(), torch.ones(8, 4))
     terms, _ = trainer.step(3, source, target)
     (_, _, (_, weight)), (_, (pose, *_), _) = calls
