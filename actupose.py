@@ -148,13 +148,14 @@ class ActiveCurriculum:
     complexity: (N,) the VAE's scores (Eq. 2). epochs: e runs over 0 ... epochs - 1. num_bins: N_b.
     pace: lambda, how fast the peak moves to the hard bins. spread: sigma of Eq. 3.
     scale: "rank" or "minmax", what s_j of Eq. 3 is. confidence: "relative", "literal" or "off", what Eq. 4
-    does. All state is four arrays of length N: six million samples take about 100 MB.
+    does. static: an ablation without the order, see `probabilities`; never re-ranked.
+    All state is four arrays of length N: six million samples take about 100 MB.
 
     An epoch is `sample(epoch)`, training with `observe(indices, confidence)`, and `rerank()` at its end.
     """
 
     def __init__(self, complexity, epochs, num_bins=25, pace=2.0, spread=0.25, scale="rank",
-                 confidence="relative", seed=0):
+                 confidence="relative", seed=0, static=False):
         complexity = np.asarray(complexity, dtype=np.float32)
         if complexity.ndim != 1 or len(complexity) < num_bins:
             raise ValueError(f"num_bins: {num_bins} bins need at least {num_bins} scores in one dimension, "
@@ -169,12 +170,16 @@ class ActiveCurriculum:
             raise ValueError(f"pace, spread and epochs must be positive, got {pace}, {spread}, {epochs}")
         self.complexity = complexity
         self.epochs, self.num_bins, self.pace, self.spread = epochs, num_bins, pace, spread
-        self.scale, self.confidence_mode, self.seed = scale, confidence, seed
+        self.scale, self.seed, self.static = scale, seed, None
+        self.confidence_mode = "off" if static else confidence
         self.relative = np.ones(len(complexity), dtype=np.float32)    # confidence over its epoch's mean
         self.observed = []                                            # (indices, confidence) of this epoch
         self.edges = bin_edges(len(complexity), num_bins)
         self.score = complexity.copy()
         self._sort()
+        if static:
+            shares = np.mean([p / p.sum() for p in map(self.probabilities, range(epochs))], 0)
+            self.static = shares / shares.max()                       # of the largest, the whole bin
 
     def _sort(self):
         self.order = np.argsort(self.score).astype(np.int32 if len(self.score) < 2 ** 31 else np.int64)
@@ -217,7 +222,13 @@ class ActiveCurriculum:
         return min(int(self.pace * self.num_bins * epoch / self.epochs), self.num_bins - 1)
 
     def probabilities(self, epoch):
-        """Eq. 3: the share p_j of each bin that is drawn in an epoch, (N_b,)."""
+        """Eq. 3: the share p_j of each bin that is drawn in an epoch, (N_b,).
+
+        static: in every epoch the mean over the epochs of p_j / sum p_j, scaled: the same dose of each bin
+        over a run, without the order.
+        """
+        if self.static is not None:
+            return self.static
         # Decision: bin means are heavy-tailed, so min-max scaled scores put nearly all bins within one sigma
         # of each other and the last one apart. The rank j / (N_b - 1) makes the moving window of Fig. 5.
         if self.scale == "rank":
@@ -708,15 +719,18 @@ def mine_pairs(source, target, triplets, gamma, source_valid=None, target_valid=
                                  capacity)                                                           # Eq. 7
 
 
-def cross_domain_loss(source_features, target_features, similar):
+def cross_domain_loss(source_features, target_features, similar, centred=False):
     """Eq. 6: minus the sum over similar pairs of the cosine of their features.
 
     source_features: (S, C) of the student; target_features: (T, C) of the teacher, no gradient; similar:
-    (S, T) bool, the pairs whose distance (Eq. 7) is below Gamma.
+    (S, T) bool, the pairs whose distance (Eq. 7) is below Gamma. centred: an ablation, the features of each
+    domain without their mean over the rows given, the part that all poses share.
     """
     dtype = torch.promote_types(source_features.dtype, torch.float32)             # not in half precision
-    f_s = F.normalize(source_features.to(dtype), dim=-1)
-    f_t = F.normalize(target_features.detach().to(dtype), dim=-1)
+    f_s, f_t = source_features.to(dtype), target_features.detach().to(dtype)
+    if centred:
+        f_s, f_t = f_s - f_s.mean(0), f_t - f_t.mean(0)
+    f_s, f_t = F.normalize(f_s, dim=-1), F.normalize(f_t, dim=-1)
     return -((f_s @ f_t.T) * similar).sum()                                                          # Eq. 6
 
 

@@ -62,7 +62,9 @@ METHODS = {
 ABLATIONS = {
     "no-curriculum": dict(curriculum="off"), "no-eq4": dict(rescoring="off"),
     "literal-eq4": dict(rescoring="literal"), "min-max": dict(scale="minmax"),
+    "static": dict(curriculum="static"),                         # the same dose of hard poses, without order
     "no-evalpose": dict(w_evalpose=0.0), "no-cross-domain": dict(w_cross=0.0),
+    "centred-cross-domain": dict(centred=True), "literal-eq8": dict(map_sums=False),
     "no-style": dict(style="off"), "no-occlusion": dict(occlusion=0.0),
 }
 # --preset paper: §4 of the paper and the published base method. What is not named here is as in the demo.
@@ -114,7 +116,8 @@ class Settings:
     lr_factor: float = option(0.3, "factor of each drop", above=0)
     ema: float = option(0.99, "decay of the teacher's moving average", low=0, high=1)
 
-    curriculum: str = option("active", "which source samples an epoch draws", ("active", "off", "hardest"))
+    curriculum: str = option("active", "which source samples an epoch draws",
+                             ("active", "static", "off", "hardest"))
     bins: int = option(25, "N_b, complexity bins", low=1)
     hard_bins: int = option(8, "bins that udape+vae-hm trains on", low=1)
     pace: float = option(6.0, "lambda of Eq. 3: how fast the peak moves to hard bins", above=0)
@@ -146,6 +149,8 @@ class Settings:
     w_udape: float = option(1.0, "w1 of Eq. 8", low=0)
     w_evalpose: float = option(0.1, "w2 of Eq. 8, EvalPose (Eq. 5)", low=0)
     w_cross: float = option(0.01, "w3 of Eq. 8, cross-domain features (Eq. 6)", low=0)
+    centred: bool = option(False, "subtract each domain's mean feature in Eq. 6")
+    map_sums: bool = option(True, "heatmap errors of Eq. 8 as sums over the body; off: means over the cells")
     beta: float = option(50.0, "sharpness of the soft-argmax", above=0)
     gamma: float = option(0.06, "Gamma, the threshold on Eq. 7 in radians (hands: 0.019)", low=0)
 
@@ -260,8 +265,8 @@ def batches(run, pool, steps):
         return [t.pin_memory() if pin else t for t in dataset[shard(indices)]]
 
     for step in steps:
-        # An active pool is new in each epoch and in random order; a fixed one is passed over again and again.
-        if s.curriculum == "active":
+        # A drawn pool is new in each epoch and in random order; a fixed one is passed over again and again.
+        if s.curriculum in ("active", "static"):
             at = (np.arange(s.batch_size) + (step - steps[0]) * s.batch_size) % len(pool)
         else:
             at = shuffled_batch(len(pool), s.batch_size, step, s.seed)
@@ -314,7 +319,8 @@ class Trainer:
         self.stride, self.cells = self.student.stride, s.image_size // self.student.stride
         # Decision: the terms of Eq. 8 are sums over the body, averaged over samples: heatmap errors over
         # keypoints and cells, as Eq. 5 over limbs. The mean of a heatmap's error, 1e-3, would drown under w2.
-        self.map_cells = len(skeleton) * self.cells ** 2
+        # --map-sums off takes that mean, the literal reading.
+        self.map_cells = len(skeleton) * self.cells ** 2 if s.map_sums else 1
         self.limbs = torch.tensor(skeleton.limbs, device=device)
         self.triplets = torch.tensor(skeleton.triplets, device=device)
 
@@ -426,10 +432,12 @@ class Trainer:
                 if s.subcell:
                     cells = cells + actupose.subcell_offset(predicted.detach(), cells, confidence)
                 pose = map_keypoints(cells * self.stride, invert_view(source_view))
-                similar = kernels.triplet_angle_distance(pose, gather(pseudo_cells), self.triplets, weight > 0,
-                                                         confident, min_triplets=4) < s.gamma         # Eq. 7
+                distance = kernels.triplet_angle_distance(pose, gather(pseudo_cells), self.triplets,
+                                                          weight > 0, confident, min_triplets=4)      # Eq. 7
+                similar = distance < s.gamma
                 # Eq. 6 sums over all pairs, while gradients are averaged over the processes.
-                cross = world_size() * actupose.cross_domain_loss(features, gather(teacher_features), similar)
+                cross = world_size() * actupose.cross_domain_loss(features, gather(teacher_features), similar,
+                                                                  s.centred)
                 terms.update(cross_domain=cross, pairs=world_size() * similar.float().sum())
 
         loss = actupose.total_loss(udape, evalpose, cross, (s.w_udape, s.w_evalpose, s.w_cross))      # Eq. 8
@@ -467,7 +475,7 @@ def train(settings, out, device="auto", resume=False):
         trainer.optimiser.param_groups[0]["lr"] = lr
 
         # The source samples of this epoch.
-        if s.curriculum == "active":
+        if s.curriculum in ("active", "static"):
             pool = curriculum.sample(epoch)                                                           # Eq. 3
             run.drawn.append(curriculum.drawn_per_bin.tolist())
         elif s.curriculum == "hardest":
@@ -560,7 +568,7 @@ def set_up(settings, device, checkpoint=None):
     if not complexity.isfinite().all():
         raise UserError("--vae-kl: the Pose-VAE diverged, its scores are not finite; lower it")
     curriculum = actupose.ActiveCurriculum(complexity.numpy(), s.epochs, s.bins, s.pace, s.spread, s.scale,
-                                           s.rescoring, s.seed)
+                                           s.rescoring, s.seed, s.curriculum == "static")
     if s.curriculum == "hardest" and len(curriculum.hardest(s.hard_bins)) < s.batch_size:
         raise UserError(f"--hard-bins: {s.hard_bins} bins hold fewer samples than a batch ({s.batch_size})")
     if checkpoint is None:

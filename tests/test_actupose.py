@@ -164,6 +164,18 @@ def test_the_draw_is_unbiased():
     assert counts / 2000 == pytest.approx(expected, abs=0.06)
 
 
+def test_static_curriculum_by_hand():
+    """Two bins, two epochs, pace 1, s = 0 and 1: p = (1, q), then (q, 1), q = exp(-2). Their mean shares are
+    equal; with three epochs the peak is at bin 0 twice. Confidences change nothing."""
+    q = math.exp(-2)
+    for epochs, shares in ((2, [1, 1]), (3, [1, (2 * q + 1) / (2 + q)])):
+        curriculum = actupose.ActiveCurriculum(np.arange(40), epochs, 2, 1.0, 0.5, static=True)
+        curriculum.observe(np.arange(40), np.linspace(1, 0.1, 40))
+        curriculum.rerank()
+        assert all(curriculum.probabilities(epoch) == pytest.approx(shares) for epoch in range(epochs))
+        assert curriculum.order.tolist() == [*range(40)] and sum(curriculum.sample(0) < 20) == 20
+
+
 # Per epoch: the calls of `observe`, then the scores after `rerank`.
 EQ4_RELATIVE = [
     ([([0], [0.08]), ([1], [0.08])], [1, 2, 3, 4]),              # mean 0.08: factors 1 and 1
@@ -380,6 +392,13 @@ def test_eq6_by_hand():
     assert actupose.cross_domain_loss(source, target, similar & False).item() == 0
 
 
+def test_eq6_centred_by_hand():
+    """Means (2, 0) and (5, 5) subtracted: (-1, 1), (1, -1) and (0, -3), (0, 3). Uncentred all are similar."""
+    source, target = torch.tensor([[1.0, 1], [3, -1]]), torch.tensor([[5.0, 2], [5, 8]])
+    loss = actupose.cross_domain_loss(source, target, torch.tensor([[True, True], [False, True]]), True)
+    assert loss.item() == pytest.approx(-(-1 + 1 - 1) / math.sqrt(2))
+
+
 def test_eq6_gradient_reaches_the_student_alone():
     source, target = torch.randn(3, 5, requires_grad=True), torch.randn(2, 5, requires_grad=True)
     actupose.cross_domain_loss(source, target, torch.tensor([[1, 0], [1, 1], [0, 0]]) > 0).backward()
@@ -438,7 +457,8 @@ def test_gradients_of_the_losses():
     actupose.evalpose(coincident, labelled, CHAIN, known).backward()
     assert torch.isfinite(coincident.grad).all()
     features, similar = random(2, 5), torch.tensor([[1, 0], [1, 1], [0, 0]]) > 0
-    check(lambda f: actupose.cross_domain_loss(f, features, similar), (3, 5))
+    for centred in (False, True):
+        check(lambda f: actupose.cross_domain_loss(f, features, similar, centred), (3, 5))
 
 
 # --- §4 ---------------------------------------------------------------------------------------------------

@@ -67,7 +67,8 @@ def finished(tmp_path_factory, launch):
     @functools.cache
     def get(name):
         changes, out = train.ABLATIONS.get(name, dict(method=name)), tmp_path_factory.mktemp("runs") / name
-        assert launch(out, *(f"--{key.replace('_', '-')}={value}" for key, value in changes.items())) == 0
+        words = (f"--{key.replace('_', '-')}={train.show(value)}" for key, value in changes.items())
+        assert launch(out, *words) == 0
         return out, {(dataset.domain, dataset.split) for _, (dataset, _), _ in launch.looks}
     return get
 
@@ -83,7 +84,7 @@ def test_every_method_and_ablation_end_to_end(name, finished):
     config, result, log = (read(out / file) for file in ("config.json", "result.json", "log.jsonl"))
     assert all(config[key] == value for key, value in changes.items()) and config["amp"] in ("bf16", "off")
     w_evalpose, w_cross = changes.get("w_evalpose", 0.1), changes.get("w_cross", 0.01)
-    adapts, active = changes.get("adapt", True), changes.get("curriculum", "active") == "active"
+    adapts, curriculum = changes.get("adapt", True), changes.get("curriculum", "active")
 
     supervised = {"epoch", "lr", "pool", "mse", "confidence", "loss"}
     adapted = supervised | {"consistency", "teacher_confidence", "kept", "hidden"} if adapts else supervised
@@ -96,11 +97,12 @@ def test_every_method_and_ablation_end_to_end(name, finished):
         assert row["loss"] == pytest.approx(row["mse"] + row.get("consistency", 0) + extra, rel=1e-4)
     assert name != "no-occlusion" or log[1]["hidden"] == log[2]["hidden"] == 0
 
-    if active:
+    if curriculum in ("active", "static"):
         drawn = train.load_run(out / "last.pt")["drawn"]
         assert [sum(bins) for bins in drawn] == [row["pool"] for row in log] and len(drawn[0]) == 5
-        assert drawn[0][0] == drawn[1][4] == drawn[2][4] == 12      # the peak bin is drawn whole; g = 0, 4, 4
-        if name != "min-max":                   # Eq. 3 with s_j = j / 4: 12 exp(-j^2 / 2), rounded up or down
+        peaks = (4, 4, 4) if name == "static" else (0, 4, 4)           # g; the peak bin is drawn whole
+        assert all(bins[peak] == 12 for bins, peak in zip(drawn, peaks))
+        if name not in ("min-max", "static"):   # Eq. 3 with s_j = j / 4: 12 exp(-j^2 / 2), rounded up or down
             assert all(abs(n - 12 * math.exp(-j * j / 2)) < 1 for j, n in enumerate(drawn[0]))
     else:
         assert {row["pool"] for row in log} == {{"oracle": 30, "udape+vae-hm": 24}.get(name, 60)}
@@ -115,7 +117,8 @@ def test_every_method_and_ablation_end_to_end(name, finished):
         assert all(0 <= value <= 100 for value in (*scores["pck"].values(), *scores["bins"]))
         assert len(scores["bins"]) == 5 and -100 <= scores["evalpose"] <= 100
     pictures = {"predictions", "bins", "complexity"}
-    pictures = pictures.union(["curriculum"][:active], ["style"][:changes.get("style") != "off"])
+    pictures = pictures.union(["style"][:changes.get("style") != "off"])
+    pictures = pictures.union(["curriculum"][:curriculum == "active"])
     assert {path.stem for path in (out / "figures").iterdir()} == pictures
 
 
@@ -229,6 +232,11 @@ def test_the_step():
         assert torch.allclose(new, 0.99 * old + 0.01 * student, atol=1e-7) and not torch.equal(old, student)
     terms, _ = make_trainer(mask_ratio=1.0, gamma=9.0).step(0, *batches())
     assert terms["kept"] == terms["consistency"] == terms["pairs"] == 0 < terms["mse"]
+    plain, other = (make_trainer(gamma=9.0, map_sums=sums, centred=not sums).step(0, *batches())[0]
+                    for sums in (True, False))
+    for name in ("mse", "consistency"):                     # Eq. 8: a sum over 16 maps of 16 x 16, or a mean
+        assert torch.isclose(plain[name], 16 ** 3 * other[name]) and plain["pairs"] == other["pairs"]
+    assert plain["cross_domain"] < other["cross_domain"] - 0.5 * plain["pairs"]     # without the common part
     for probability, threshold, share in ((1.0, 0.0, 1), (0.0, 0.0, 0), (1.0, 1e9, 0)):
         trainer = make_trainer(occlusion=probability, occlusion_confidence=threshold, batch_size=32)
         trainer.teacher.head.bias.data.fill_(0.3)                                # every confidence is above 0
