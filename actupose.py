@@ -5,7 +5,7 @@
     §3.2    pose network, style transfer, mean teacher, pseudo-labels, consistency (the base method, UDAPE)
     §3.3    EvalPose (Eq. 5)
     §3.4    pair mining and cross-domain loss (Eq. 6-7), total loss (Eq. 8)
-    §4      PCK, EvalPose score, PCK by complexity bin
+    §4      a baseline, RegDA; PCK, EvalPose score, PCK by complexity bin
 
 Letters are the paper's: N samples, N_b bins, K keypoints, e the epoch, S and T the source and target batch.
 Where the paper is silent, a comment that starts with "Decision:" says what is done here and why;
@@ -377,6 +377,7 @@ class PoseResNet(nn.Module):
             channels = width
         self.upsampling = nn.Sequential(*upsampling)
         self.head = nn.Conv2d(width, num_keypoints, 1)
+        self.head_adv = None                                               # RegDA's, see `make_regressors`
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -396,7 +397,8 @@ class PoseResNet(nn.Module):
 
 # Checkpoint keys that PoseResNet ignores: regex -> reason.
 UNUSED_WEIGHTS = {r"backbone\.fc\..+": "ImageNet's classifier", r"head_adv\..+": "RegDA's adversarial head",
-                  r"head\.\d+\..+": "RegDA's head of several layers"}
+                  r"head\.\d+\..+": "RegDA's head of several layers",
+                  r"head\.(weight|bias)": "a head of one layer, RegDA's have two"}
 
 
 def load_pose_weights(network, state):
@@ -737,6 +739,59 @@ def cross_domain_loss(source_features, target_features, similar, centred=False):
 def total_loss(udape, evalpose_term, cross_domain, weights=(1.0, 0.1, 0.01)):
     """Eq. 8: L = w1 L_UDAPE + w2 L_evalpose + w3 L_cross-domain."""
     return weights[0] * udape + weights[1] * evalpose_term + weights[2] * cross_domain               # Eq. 8
+
+
+# --- §4 Baseline: RegDA (Jiang et al., CVPR 2021). psi: backbone and upsampling; f, f': two heads on it ------
+
+
+def make_regressors(network):
+    """Give a PoseResNet RegDA's two regressors in place of its head: f is `head`, f' `head_adv`.
+
+    Both start new: psi alone survives pretraining. Parameter names are the published ones.
+    """
+    width, num_keypoints = network.head.in_channels, network.head.out_channels
+    for name in ("head", "head_adv"):
+        first, last = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, num_keypoints, 1)
+        for layer in (first, last):
+            nn.init.normal_(layer.weight, std=0.001)
+            nn.init.zeros_(layer.bias)
+        setattr(network, name, nn.Sequential(first, nn.BatchNorm2d(width), nn.ReLU(), last))
+
+
+def regressor_maps(network, images, factor):
+    """Heatmaps of f and of f', (B, K, h, h) each. The gradient from f' to psi is multiplied by `factor`."""
+    shared = network.upsampling(network.backbone(images))
+    constant = shared.detach()
+    return network.head(shared), network.head_adv(constant + factor * (shared - constant))
+
+
+def gradient_factor(iteration, warmup=1000, highest=0.1):
+    """The factor of `regressor_maps`: rises from 0 to `highest` with the iterations of adaptation."""
+    return 2 * highest / (1 + math.exp(-iteration / warmup)) - highest
+
+
+def heatmap_kl(heatmaps, labels, weight, epsilon=0.0):
+    """RegDA's loss: KL from the labels, normalised to sum 1, to the spatial softmax of the heatmaps.
+
+    heatmaps, labels: (B, K, H, W); weight: (B, K), the mean is over all keypoints. epsilon: added to labels
+    that come from a prediction.
+    """
+    # A label of weight 0 is an empty map: 0 / 0, and NaN times 0 is NaN.
+    labels = torch.where(weight[..., None] > 0, labels.flatten(2) + epsilon, 1.0)
+    labels = labels / labels.sum(-1, keepdim=True)
+    log_predicted = heatmaps.flatten(2).log_softmax(-1)
+    return (F.kl_div(log_predicted, labels, reduction="none").sum(-1) * weight).mean()
+
+
+def ground_maps(heatmaps, sigma, subcell=False):
+    """What f' is to say where f predicts `heatmaps` (B, K, h, h): ground truth and ground false, likewise.
+
+    Ground truth: f's maxima as Gaussians. Ground false of a keypoint: those of all others, clipped to 0 ... 1;
+    a map is too large to push f' away from one place, so it is to take the joint for another one.
+    """
+    truth, _, _ = rectify(heatmaps.detach(), sigma, subcell)
+    others = 1 - torch.eye(truth.shape[1], device=truth.device)
+    return truth, torch.einsum("jk,bkhw->bjhw", others, truth).clamp(0, 1)
 
 
 # --- §4 Metrics --------------------------------------------------------------------------------------------

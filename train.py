@@ -54,6 +54,7 @@ class UserError(Exception):
 SUPERVISED = dict(adapt=False, curriculum="off", style="off", w_evalpose=0.0, w_cross=0.0)
 METHODS = {
     "source-only": SUPERVISED,
+    "regda": dict(SUPERVISED, adversary=True),
     "udape": dict(curriculum="off", w_evalpose=0.0, w_cross=0.0),
     "udape+vae-hm": dict(curriculum="hardest", w_evalpose=0.0, w_cross=0.0),
     "actupose": dict(),
@@ -131,6 +132,7 @@ class Settings:
 
     supervise: str = option("source", "whose labels are used: target makes the oracle", ("source", "target"))
     adapt: bool = option(True, "teacher and consistency after the pretraining epochs")
+    adversary: bool = option(False, "RegDA's three steps after the pretraining epochs, in place of a teacher")
     mask_ratio: float = option(0.5, "share of pseudo-labels, the least confident, left out", low=0, high=1)
     occlusion: float = option(0.5, "probability of hiding a confident keypoint", low=0, high=1)
     occlusion_confidence: float = option(0.5, "confidence from which a keypoint may be hidden", low=0)
@@ -183,8 +185,10 @@ class Settings:
             require(len(pair) == 2 and pair[0] <= pair[1], name, "must be low,high with low <= high")
         require(self.image_size % 32 == 0, "image_size", "must be a multiple of 32")
         require(self.hard_bins <= self.bins, "hard_bins", f"must be at most --bins {self.bins}")
-        require(not self.adapt or self.pretrain_epochs < self.epochs, "pretrain_epochs",
-                f"must be below --epochs {self.epochs}, or the teacher never joins; give both")
+        adapts = self.adapt or self.adversary
+        require(not adapts or self.pretrain_epochs < self.epochs, "pretrain_epochs",
+                f"must be below --epochs {self.epochs}, or the adaptation never begins; give both")
+        require(not (self.adapt and self.adversary), "adversary", "needs --adapt off")
         require(self.source != self.target, "target", "must differ from --source")
         require(self.weights != "imagenet" or self.architecture in IMAGENET_FILES, "architecture",
                 f"--weights imagenet needs {' or '.join(IMAGENET_FILES)}")
@@ -306,16 +310,12 @@ class Trainer:
         s = self.settings = settings
         self.skeleton, self.device, self.style_transfer, self.teacher = skeleton, device, None, None
         torch.manual_seed(s.seed)
-        student = actupose.PoseResNet(s.architecture, len(skeleton))
-        if world_size() > 1 and device.type == "cuda":          # torch has no SyncBatchNorm for CPUs
-            student = torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
-        self.student = student.to(device, memory_format=torch.channels_last)
+        self.set_student(actupose.PoseResNet(s.architecture, len(skeleton)))
         # A function of the network is compiled, not the network: parameters keep their names in checkpoints.
         def call(network, images):
             return network(images)
 
         self.call = torch.compile(call) if s.compile else call
-        self.optimiser = torch.optim.Adam(self.student.parameters(), lr=s.lr, fused=device.type == "cuda")
         self.stride, self.cells = self.student.stride, s.image_size // self.student.stride
         # Decision: the terms of Eq. 8 are sums over the body, averaged over samples: heatmap errors over
         # keypoints and cells, as Eq. 5 over limbs. The mean of a heatmap's error, 1e-3, would drown under w2.
@@ -324,10 +324,25 @@ class Trainer:
         self.limbs = torch.tensor(skeleton.limbs, device=device)
         self.triplets = torch.tensor(skeleton.triplets, device=device)
 
+    def set_student(self, network):
+        """Place the network that is trained on the device, with an optimiser of its own."""
+        if world_size() > 1 and self.device.type == "cuda":     # torch has no SyncBatchNorm for CPUs
+            network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        self.student = network.to(self.device, memory_format=torch.channels_last)
+        self.optimiser = torch.optim.Adam(self.student.parameters(), lr=self.settings.lr,
+                                          fused=self.device.type == "cuda")
+
+    def start_regda(self):
+        """RegDA's adaptation begins: two new regressors on psi, and a new optimiser."""
+        torch.manual_seed(self.settings.seed)
+        actupose.make_regressors(self.student)
+        self.set_student(self.student)
+
     @property
     def uses_target(self):
-        """Whether a step needs target images: for their style, or for the teacher."""
-        return self.style_transfer is not None or self.teacher is not None
+        """Whether a step needs target images: for their style, for the teacher or for RegDA."""
+        networks = self.style_transfer, self.teacher, self.student.head_adv
+        return any(network is not None for network in networks)
 
     def autocast(self):
         """The context in which networks compute: bfloat16 with --amp bf16."""
@@ -361,6 +376,15 @@ class Trainer:
         with self.autocast():
             return self.style_transfer(content, style, alpha).float()
 
+    def view_source(self, random, source_batch):
+        """A source batch in random views: images, views, keypoints, label heatmaps and their weight (B, K)."""
+        s = self.settings
+        images, keypoints, visible = (t.to(self.device, non_blocking=True) for t in source_batch)
+        view = compose_views(self.affine(random.source_affine), self.crop(random.source_crop))
+        keypoints = map_keypoints(keypoints, view)
+        labels, weight = render_heatmaps(keypoints, visible, self.cells, self.stride, s.sigma, s.subcell)
+        return self.augment(images, view, random.source_jitter), view, keypoints, labels, weight
+
     def step(self, step, source_batch, target_batch):
         """One iteration on this process's share of a batch: Fig. 4.
 
@@ -370,14 +394,10 @@ class Trainer:
         """
         s = self.settings
         random = draw_step(s.seed, step, s.batch_size, len(self.skeleton), self.device)
-        images, keypoints, visible = (t.to(self.device, non_blocking=True) for t in source_batch)
         self.student.train()
 
         # Both domains in random views. One crop serves both views of a target image; they meet in its frame.
-        source_view = compose_views(self.affine(random.source_affine), self.crop(random.source_crop))
-        source_images = self.augment(images, source_view, random.source_jitter)
-        keypoints = map_keypoints(keypoints, source_view)
-        labels, weight = render_heatmaps(keypoints, visible, self.cells, self.stride, s.sigma, s.subcell)
+        source_images, source_view, keypoints, labels, weight = self.view_source(random, source_batch)
         styled_source = source_images
         if target_batch is not None:
             target_images = target_batch[0].to(self.device, non_blocking=True)
@@ -449,6 +469,55 @@ class Trainer:
             actupose.update_teacher(self.teacher, self.student, s.ema)
         return {name: value.detach() for name, value in dict(terms, loss=loss).items()}, mean_confidence
 
+    def regda_step(self, step, source_batch, target_batch):
+        """One iteration of the baseline RegDA after pretraining; arguments and results as of `step`.
+
+        Adam keeps a state per parameter and leaves those without a gradient alone: one optimiser does what
+        the published three do, for psi (in A and C), f (A) and f' (A and B).
+        """
+        s, network = self.settings, self.student.train()
+        random = draw_step(s.seed, step, s.batch_size, len(self.skeleton), self.device)
+        source_images, _, _, labels, weight = self.view_source(random, source_batch)
+        target_view = compose_views(self.affine(random.student_affine), self.crop(random.target_crop))
+        target_images = target_batch[0].to(self.device, non_blocking=True)
+        target_images = self.augment(target_images, target_view, random.student_jitter)
+        everywhere = torch.ones_like(weight)                    # published: the target's annotated visibility
+        factor = actupose.gradient_factor(step - s.pretrain_epochs * s.iters_per_epoch)
+
+        def regress(images):
+            """Heatmaps of f and f', and the ground truth and ground false that f's stand for."""
+            with self.autocast():
+                maps = actupose.regressor_maps(network, images, factor)
+            maps, adversary = (m.float() for m in maps)
+            return maps, adversary, *actupose.ground_maps(maps, s.sigma, s.subcell)
+
+        def descend(loss, *parts):
+            """Move the parameters of these parts of the network, and no others."""
+            self.optimiser.zero_grad()
+            loss.backward(inputs=[parameter for part in parts for parameter in part.parameters()])
+            average_gradients(network)
+            self.optimiser.step()
+
+        psi = network.backbone, network.upsampling
+        # A: on the source all learn; f and f' are to agree, with a margin of 4.
+        maps, adversary, truth, _ = regress(source_images)
+        kl = actupose.heatmap_kl(maps, labels, weight)
+        agreement = actupose.heatmap_kl(adversary, truth, weight, 1e-7)
+        descend(kl + 4 * agreement, *psi, network.head, network.head_adv)
+        # B: on the target f' learns to disagree.
+        _, adversary, _, false = regress(target_images)
+        disagreement = actupose.heatmap_kl(adversary, false, everywhere, 1e-7)
+        descend(disagreement, network.head_adv)
+        # C: psi learns features on which f' agrees with f all the same.
+        _, adversary, truth, _ = regress(target_images)
+        target_agreement = actupose.heatmap_kl(adversary, truth, everywhere, 1e-7)
+        descend(target_agreement, *psi)
+
+        confidence = kernels.heatmap_argmax_mean(maps.flatten(2).softmax(-1).view_as(maps), weight)[2]
+        terms = dict(kl=kl, agreement=agreement, disagreement=disagreement, target_agreement=target_agreement,
+                     confidence=confidence.mean(), loss=kl + 4 * agreement + disagreement + target_agreement)
+        return {name: value.detach() for name, value in terms.items()}, confidence
+
 
 # --- The loop -----------------------------------------------------------------------------------------------
 
@@ -471,6 +540,9 @@ def train(settings, out, device="auto", resume=False):
     for epoch in range(len(log), s.epochs):
         if s.adapt and epoch == s.pretrain_epochs:
             trainer.teacher = actupose.make_teacher(trainer.student)
+        if s.adversary and epoch == s.pretrain_epochs and trainer.student.head_adv is None:
+            trainer.start_regda()
+        one_step = trainer.step if trainer.student.head_adv is None else trainer.regda_step
         begun, lr = time.time(), s.lr * s.lr_factor ** sum(epoch >= drop for drop in s.lr_drops)
         trainer.optimiser.param_groups[0]["lr"] = lr
 
@@ -487,7 +559,7 @@ def train(settings, out, device="auto", resume=False):
         steps = range(epoch * s.iters_per_epoch, (epoch + 1) * s.iters_per_epoch)
         sums, seen, confidences, unchecked = {}, [], [], []
         for step, (indices, source, target) in zip(steps, prefetch(batches(run, pool, steps), s.workers)):
-            terms, confidence = trainer.step(step, source, target)
+            terms, confidence = one_step(step, source, target)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value
             seen.append(indices)
@@ -554,6 +626,8 @@ def set_up(settings, device, checkpoint=None):
     weights = read_weights(s) if s.weights and checkpoint is None else None
     source, skeleton = domains.source, domains.source.skeleton
     trainer = Trainer(s, skeleton, device)
+    if s.adversary and not s.pretrain_epochs:                   # a checkpoint of RegDA then loads whole
+        trainer.start_regda()
     if weights is not None:
         load_initial_weights(trainer.student, *weights)
     poses = source.keypoints, source.visible, skeleton.root
@@ -727,9 +801,10 @@ def broadcast(tensors):
 
 def average_gradients(network):
     """Replace the gradients by their mean over the processes."""
-    for parameter in network.parameters() if world_size() > 1 else ():
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= world_size()
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    for gradient in gradients if world_size() > 1 else ():
+        dist.all_reduce(gradient)
+        gradient /= world_size()
 
 
 # --- Files of a run, checkpoints, weights -------------------------------------------------------------------
@@ -880,7 +955,9 @@ def load_weights(module, state, path):
 
 
 def load_networks(trainer, checkpoint, path):
-    """Restore student and teacher (None before it joins)."""
+    """Restore student, with RegDA's regressors where it has them, and teacher (None before it joins)."""
+    if "head_adv.0.weight" in checkpoint["student"] and trainer.student.head_adv is None:
+        trainer.start_regda()
     load_weights(trainer.student, checkpoint["student"], path)
     if checkpoint["teacher"] is not None:
         trainer.teacher = actupose.make_teacher(trainer.student)

@@ -463,6 +463,43 @@ def test_gradients_of_the_losses():
 
 # --- §4 ---------------------------------------------------------------------------------------------------
 
+def test_regdas_losses_by_hand():
+    """Softmax (1/4, 3/4) against (1/2, 1/2); with epsilon 1 the label (0, 1) is (1/3, 2/3). A keypoint of
+    weight 0 has an empty map and no say. Ground false: the other joints, clipped to 1."""
+    maps = torch.tensor([[[[0.0, math.log(3)]], [[5.0, 7.0]]]], requires_grad=True)
+    weight = torch.tensor([[1.0, 0.0]])
+    loss = actupose.heatmap_kl(maps, torch.tensor([[[[2.0, 2.0]], [[0.0, 0.0]]]]), weight)
+    assert loss.item() == pytest.approx(math.log(4 / 3) / 2 / 2)
+    loss.backward()
+    assert maps.grad.flatten().tolist() == pytest.approx([-1 / 8, 1 / 8, 0, 0])          # softmax - label, / 2
+    loss = actupose.heatmap_kl(maps, torch.tensor([[[[0.0, 1.0]], [[0.0, 0.0]]]]), weight, epsilon=1.0)
+    assert loss.item() == pytest.approx((math.log(4 / 3) / 3 + 2 * math.log(8 / 9) / 3) / 2, rel=1e-5)
+    predicted = data.draw_gaussians(torch.tensor([[[2.0, 2], [2, 2], [6, 5]]]), 9, 3.0)
+    truth, false = actupose.ground_maps(predicted, sigma=1.0)
+    assert truth[0, 0, 2, 3].item() == pytest.approx(math.exp(-0.5)) and truth[0, 2, 5, 6] == 1
+    assert torch.allclose(false[0, 0], truth[0, 1] + truth[0, 2]) and false[0, 2, 2, 3] == 1    # 2 exp(-1/2)
+    assert false[0, 2, 2, 4].item() == pytest.approx(2 * math.exp(-2)) and false[0, 2, 5, 6] == 0
+
+
+def test_regdas_gradient_layer():
+    """0.2 / (1 + exp(-i / 1000)) - 0.1 at iteration i: 0, 0.0462 at 1,000, then 0.1. Forward it changes
+    nothing; psi gets that share of the gradient of f', f' all of it, f has no part in it."""
+    factors = [actupose.gradient_factor(i) for i in (0, 1000, 10 ** 5)]
+    assert factors == pytest.approx([0, 0.2 / (1 + math.exp(-1)) - 0.1, 0.1])
+    network, images = actupose.PoseResNet("narrow", 5), torch.rand(2, 3, 32, 32)
+    actupose.make_regressors(network)
+    found = []
+    for factor in (1.0, 0.25):
+        maps, adversary = actupose.regressor_maps(network.eval(), images, factor)
+        network.zero_grad()
+        adversary.square().sum().backward()
+        found.append((adversary, network.upsampling[6].weight.grad, network.head_adv[3].weight.grad))
+        assert torch.equal(maps, network(images)[0]) and network.head[3].weight.grad is None
+    (adversary, psi, own), (same, quarter, whole) = found
+    assert torch.equal(adversary, same) and torch.equal(own, whole) and psi.abs().sum() > 0
+    assert torch.allclose(quarter, psi / 4, rtol=1e-4)
+
+
 def test_pck_agrees_with_published(golden):
     """Both sides are decoded from heatmaps, and only cells with x > 1 and y > 1 count."""
     def decoded(name, visible):
