@@ -741,7 +741,7 @@ def total_loss(udape, evalpose_term, cross_domain, weights=(1.0, 0.1, 0.01)):
     return weights[0] * udape + weights[1] * evalpose_term + weights[2] * cross_domain               # Eq. 8
 
 
-# --- §4 Baseline: RegDA (Jiang et al., CVPR 2021). psi: backbone and upsampling; f, f': two heads on it ------
+# --- §4 Baseline: RegDA (Jiang et al., CVPR 2021): psi, backbone and upsampling, with two heads f and f' ---
 
 
 def make_regressors(network):
@@ -786,7 +786,7 @@ def heatmap_kl(heatmaps, labels, weight, epsilon=0.0):
 def ground_maps(heatmaps, sigma, subcell=False):
     """What f' is to say where f predicts `heatmaps` (B, K, h, h): ground truth and ground false, likewise.
 
-    Ground truth: f's maxima as Gaussians. Ground false of a keypoint: those of all others, clipped to 0 ... 1;
+    Ground truth: f's maxima as Gaussians. Ground false of a keypoint: those of all others, clipped to 0 to 1;
     a map is too large to push f' away from one place, so it is to take the joint for another one.
     """
     truth, _, _ = rectify(heatmaps.detach(), sigma, subcell)

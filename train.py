@@ -117,8 +117,7 @@ class Settings:
     lr_factor: float = option(0.3, "factor of each drop", above=0)
     ema: float = option(0.99, "decay of the teacher's moving average", low=0, high=1)
 
-    curriculum: str = option("active", "which source samples an epoch draws",
-                             ("active", "static", "off", "hardest"))
+    curriculum: str = option("active", "samples of an epoch", ("active", "static", "off", "hardest"))
     bins: int = option(25, "N_b, complexity bins", low=1)
     hard_bins: int = option(8, "bins that udape+vae-hm trains on", low=1)
     pace: float = option(6.0, "lambda of Eq. 3: how fast the peak moves to hard bins", above=0)
@@ -185,9 +184,8 @@ class Settings:
             require(len(pair) == 2 and pair[0] <= pair[1], name, "must be low,high with low <= high")
         require(self.image_size % 32 == 0, "image_size", "must be a multiple of 32")
         require(self.hard_bins <= self.bins, "hard_bins", f"must be at most --bins {self.bins}")
-        adapts = self.adapt or self.adversary
-        require(not adapts or self.pretrain_epochs < self.epochs, "pretrain_epochs",
-                f"must be below --epochs {self.epochs}, or the adaptation never begins; give both")
+        require(self.pretrain_epochs < self.epochs or not (self.adapt or self.adversary), "pretrain_epochs",
+                f"must be below --epochs {self.epochs}, or adaptation never begins; give both")
         require(not (self.adapt and self.adversary), "adversary", "needs --adapt off")
         require(self.source != self.target, "target", "must differ from --source")
         require(self.weights != "imagenet" or self.architecture in IMAGENET_FILES, "architecture",
@@ -318,8 +316,7 @@ class Trainer:
         self.call = torch.compile(call) if s.compile else call
         self.stride, self.cells = self.student.stride, s.image_size // self.student.stride
         # Decision: the terms of Eq. 8 are sums over the body, averaged over samples: heatmap errors over
-        # keypoints and cells, as Eq. 5 over limbs. The mean of a heatmap's error, 1e-3, would drown under w2.
-        # --map-sums off takes that mean, the literal reading.
+        # keypoints and cells, as Eq. 5 over limbs. Their mean, 1e-3, would drown under w2 (--map-sums off).
         self.map_cells = len(skeleton) * self.cells ** 2 if s.map_sums else 1
         self.limbs = torch.tensor(skeleton.limbs, device=device)
         self.triplets = torch.tensor(skeleton.triplets, device=device)
@@ -377,13 +374,20 @@ class Trainer:
             return self.style_transfer(content, style, alpha).float()
 
     def view_source(self, random, source_batch):
-        """A source batch in random views: images, views, keypoints, label heatmaps and their weight (B, K)."""
+        """A source batch in random views: images, views, keypoints, label maps, their weight (B, K)."""
         s = self.settings
         images, keypoints, visible = (t.to(self.device, non_blocking=True) for t in source_batch)
         view = compose_views(self.affine(random.source_affine), self.crop(random.source_crop))
         keypoints = map_keypoints(keypoints, view)
         labels, weight = render_heatmaps(keypoints, visible, self.cells, self.stride, s.sigma, s.subcell)
         return self.augment(images, view, random.source_jitter), view, keypoints, labels, weight
+
+    def descend(self, loss, *parts):
+        """A step of Adam on the parameters of these parts of the student; the others stay."""
+        self.optimiser.zero_grad()
+        loss.backward(inputs=[parameter for part in parts for parameter in part.parameters()])
+        average_gradients(self.student)
+        self.optimiser.step()
 
     def step(self, step, source_batch, target_batch):
         """One iteration on this process's share of a batch: Fig. 4.
@@ -461,10 +465,7 @@ class Trainer:
                 terms.update(cross_domain=cross, pairs=world_size() * similar.float().sum())
 
         loss = actupose.total_loss(udape, evalpose, cross, (s.w_udape, s.w_evalpose, s.w_cross))      # Eq. 8
-        self.optimiser.zero_grad()
-        loss.backward()
-        average_gradients(self.student)
-        self.optimiser.step()
+        self.descend(loss, self.student)
         if self.teacher is not None:
             actupose.update_teacher(self.teacher, self.student, s.ema)
         return {name: value.detach() for name, value in dict(terms, loss=loss).items()}, mean_confidence
@@ -472,46 +473,37 @@ class Trainer:
     def regda_step(self, step, source_batch, target_batch):
         """One iteration of the baseline RegDA after pretraining; arguments and results as of `step`.
 
-        Adam keeps a state per parameter and leaves those without a gradient alone: one optimiser does what
-        the published three do, for psi (in A and C), f (A) and f' (A and B).
+        The published optimisers of psi, f and f' are one here, as Adam's state is per parameter.
         """
         s, network = self.settings, self.student.train()
         random = draw_step(s.seed, step, s.batch_size, len(self.skeleton), self.device)
         source_images, _, _, labels, weight = self.view_source(random, source_batch)
-        target_view = compose_views(self.affine(random.student_affine), self.crop(random.target_crop))
+        view = compose_views(self.affine(random.student_affine), self.crop(random.target_crop))
         target_images = target_batch[0].to(self.device, non_blocking=True)
-        target_images = self.augment(target_images, target_view, random.student_jitter)
-        everywhere = torch.ones_like(weight)                    # published: the target's annotated visibility
+        target_images = self.augment(target_images, view, random.student_jitter)
+        unweighted = torch.ones_like(weight)            # published: the visibility of the target, a label
         factor = actupose.gradient_factor(step - s.pretrain_epochs * s.iters_per_epoch)
+        psi, f, f_adv = (network.backbone, network.upsampling), network.head, network.head_adv
 
         def regress(images):
-            """Heatmaps of f and f', and the ground truth and ground false that f's stand for."""
+            """Heatmaps of f and f', and what f's make of f': ground truth and ground false."""
             with self.autocast():
-                maps = actupose.regressor_maps(network, images, factor)
-            maps, adversary = (m.float() for m in maps)
-            return maps, adversary, *actupose.ground_maps(maps, s.sigma, s.subcell)
+                maps, maps_adv = actupose.regressor_maps(network, images, factor)
+            return maps.float(), maps_adv.float(), *actupose.ground_maps(maps.float(), s.sigma, s.subcell)
 
-        def descend(loss, *parts):
-            """Move the parameters of these parts of the network, and no others."""
-            self.optimiser.zero_grad()
-            loss.backward(inputs=[parameter for part in parts for parameter in part.parameters()])
-            average_gradients(network)
-            self.optimiser.step()
-
-        psi = network.backbone, network.upsampling
-        # A: on the source all learn; f and f' are to agree, with a margin of 4.
-        maps, adversary, truth, _ = regress(source_images)
+        # A: on the source all learn; f' is to agree with f, with a margin of 4.
+        maps, maps_adv, truth, _ = regress(source_images)
         kl = actupose.heatmap_kl(maps, labels, weight)
-        agreement = actupose.heatmap_kl(adversary, truth, weight, 1e-7)
-        descend(kl + 4 * agreement, *psi, network.head, network.head_adv)
+        agreement = actupose.heatmap_kl(maps_adv, truth, weight, 1e-7)
+        self.descend(kl + 4 * agreement, *psi, f, f_adv)
         # B: on the target f' learns to disagree.
-        _, adversary, _, false = regress(target_images)
-        disagreement = actupose.heatmap_kl(adversary, false, everywhere, 1e-7)
-        descend(disagreement, network.head_adv)
-        # C: psi learns features on which f' agrees with f all the same.
-        _, adversary, truth, _ = regress(target_images)
-        target_agreement = actupose.heatmap_kl(adversary, truth, everywhere, 1e-7)
-        descend(target_agreement, *psi)
+        _, maps_adv, _, false = regress(target_images)
+        disagreement = actupose.heatmap_kl(maps_adv, false, unweighted, 1e-7)
+        self.descend(disagreement, f_adv)
+        # C: psi learns features on which f' agrees all the same.
+        _, maps_adv, truth, _ = regress(target_images)
+        target_agreement = actupose.heatmap_kl(maps_adv, truth, unweighted, 1e-7)
+        self.descend(target_agreement, *psi)
 
         confidence = kernels.heatmap_argmax_mean(maps.flatten(2).softmax(-1).view_as(maps), weight)[2]
         terms = dict(kl=kl, agreement=agreement, disagreement=disagreement, target_agreement=target_agreement,

@@ -471,7 +471,7 @@ def test_regdas_losses_by_hand():
     loss = actupose.heatmap_kl(maps, torch.tensor([[[[2.0, 2.0]], [[0.0, 0.0]]]]), weight)
     assert loss.item() == pytest.approx(math.log(4 / 3) / 2 / 2)
     loss.backward()
-    assert maps.grad.flatten().tolist() == pytest.approx([-1 / 8, 1 / 8, 0, 0])          # softmax - label, / 2
+    assert maps.grad.flatten().tolist() == pytest.approx([-1 / 8, 1 / 8, 0, 0])         # softmax - label, / 2
     loss = actupose.heatmap_kl(maps, torch.tensor([[[[0.0, 1.0]], [[0.0, 0.0]]]]), weight, epsilon=1.0)
     assert loss.item() == pytest.approx((math.log(4 / 3) / 3 + 2 * math.log(8 / 9) / 3) / 2, rel=1e-5)
     predicted = data.draw_gaussians(torch.tensor([[[2.0, 2], [2, 2], [6, 5]]]), 9, 3.0)

@@ -125,8 +125,8 @@ def test_regda_in_two_processes(runs, tmp_path):
     found = []
     for processes in (1, 2):
         out = tmp_path / f"of-{processes}"
-        options = "--method", "regda", "--epochs", "2", "--weights", runs[0].parent / "start.pth", "--out", out
-        assert run(processes, *TINY, *options)[0] == 0
+        options = "--method", "regda", "--epochs", "2", "--weights", runs[0].parent / "start.pth"
+        assert run(processes, *TINY, *options, "--out", out)[0] == 0
         found.append(torch.load(f"{out}.steps0", weights_only=True))
     for ours, theirs in zip(*found, strict=True):
         assert theirs[0] == pytest.approx(ours[0], rel=1e-4, abs=1e-6)

@@ -68,14 +68,15 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """start(out, kind, which, number) -> exit status (-9: killed) and output of one start of the tiny run, with
-    other options if given. Where its settings are written, it is resumed with `--resume --out RUN` alone."""
+    """start(out, kind, which, number) -> exit status (-9: killed) and output of one start of the tiny run, or
+    of one with other options. Where its settings are written, `--resume --out RUN` alone resumes it."""
     log, cache = tmp_path_factory.mktemp("start") / "output.txt", tmp_path_factory.mktemp("cache")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TRITON_INTERPRET", None)
 
     def start(out, kind="", which=0, number=signal.SIGKILL, others=()):
-        options = ["--resume"] if (out / "config.json").exists() else [*TINY, *others, "--cache", str(cache)]
+        anew = [*TINY, *others, "--cache", str(cache)]
+        options = ["--resume"] if (out / "config.json").exists() else anew
         job = [*options, "--out", str(out)], str(log), kind, which, number
         print(json.dumps(job), file=process.stdin, flush=True)
         return int(process.stdout.readline()), log.read_text()
@@ -169,7 +170,7 @@ def test_regda_goes_on_to_the_same_bits(start, tmp_path):
     their weights, their BatchNorm and the new optimiser's state."""
     whole, killed, regda = tmp_path / "whole", tmp_path / "killed", ("--method", "regda")
     assert start(whole, others=regda)[0] == 0
-    for moment, epochs in ((3, 1), (3, 2)):                                  # before the second call of torch.save
+    for moment, epochs in ((3, 1), (3, 2)):                                 # before the second torch.save
         assert start(killed, "torch.save", moment, others=regda)[0] == -9
         state = load(killed / "last.pt")
         assert len(state["log"]) == epochs and ("head_adv.0.weight" in state["student"]) == (epochs > 1)

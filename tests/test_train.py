@@ -24,7 +24,8 @@ TINY = ("--epochs 3 --pretrain-epochs 1 --iters-per-epoch 2 --batch-size 4 --sou
 UDAPE = dict(curriculum="off", w_evalpose=0.0, w_cross=0.0)
 SUPERVISED = dict(UDAPE, adapt=False, style="off")
 ROWS = {"actupose": {}, "udape": UDAPE, "udape+vae-hm": dict(UDAPE, curriculum="hardest"),
-        "source-only": SUPERVISED, "regda": dict(SUPERVISED, adversary=True), "oracle": dict(SUPERVISED, supervise="target")}
+        "source-only": SUPERVISED, "regda": dict(SUPERVISED, adversary=True),
+        "oracle": dict(SUPERVISED, supervise="target")}
 
 
 def record(patch, calls, owner, *names):
@@ -142,7 +143,8 @@ def test_the_curriculum_observes_and_ranks_again_at_each_epochs_end(launch, tmp_
     calls, poses = [], data.Mannequin("source", "train", 32, 60).keypoints
     record(monkeypatch, calls, actupose.ActiveCurriculum, "sample", "observe", "rerank")
     record(monkeypatch, calls, train.Trainer, "step")
-    assert launch(tmp_path, "--style", "off") == 0
+    assert launch(tmp_path, "--style", "off", "--vae-latent", 3, "--vae-width", 9) == 0
+    assert train.load_run(tmp_path / "last.pt")["vae"]["encoder.4.weight"].shape == (2 * 3, 9)       # Eq. 1
     assert [name for name, _, _ in calls] == ["sample", "step", "step", "observe", "rerank"] * 3
     for e in range(3):
         sample, one, two, (_, (_, indices, confidence), _), _ = calls[5 * e:5 * e + 5]
@@ -269,7 +271,7 @@ def test_regdas_three_steps(monkeypatch):
         assert moves == [psi | {"head", "head_adv"}, {"head_adv"}, psi] and gradients[1][0] is None
         assert any(g.abs().max() > 0 for g in gradients[2]) == (iteration > 0)
         drawn, losses = ([c for c in calls if c[0] == name] for name in ("ground_maps", "heatmap_kl"))
-        for loss, (_, _, labels), which in zip(losses[1:], drawn, (0, 1, 0)):      # ground truth, false, truth
+        for loss, (_, _, labels), which in zip(losses[1:], drawn, (0, 1, 0)):     # ground truth, false, truth
             assert loss[1][1] is labels[which]
         assert [loss[1][3:] for loss in losses] == [(), (1e-7,), (1e-7,), (1e-7,)]
         kl, agreement, disagreement, on_target = (loss[2] for loss in losses)
@@ -367,7 +369,8 @@ def test_the_papers_preset_and_what_wins(monkeypatch):
 MISTAKES = """
 --method actupos; --epochs many; --epochs 0 => --epochs: must be at least 1, got 0; --seed -1; --lr nan;
 --lr 0; --seed 99999999999999999999; --sigma inf; --lr-drops 5,nan; --ema 1.5; --vae-kl -1; --crop 0,1;
---crop 1,0.6; --crop 0.6,1.3 => at most 1; --adversary on => needs --adapt off; --zoom 1; --zoom 1x2; --subcell yes; --image-size 65; --hard-bins 26; --shoulders left;
+--crop 1,0.6; --crop 0.6,1.3 => at most 1; --adversary on => needs --adapt off; --zoom 1; --zoom 1x2;
+--subcell yes; --image-size 65; --hard-bins 26; --shoulders left;
 --preset demi; --style-weights x; --source-root x; --supervise target => --curriculum;
 --weights no/file => no/file; --epochs 20 => --pretrain-epochs; --style vgg => --style-weights;
 --weights imagenet => --architecture; --device warp9 => --device: 'warp9'; --source surreal => --source-root;

@@ -67,14 +67,15 @@ def test_udape(tmp_path):
 
 
 def test_regda():
-    """`model`: the pretrained network whole; of the adapted one all but its two heads of two layers. A network
+    """`model`: the pretrained network whole; of the adapted one all but its two heads of two layers. One
     with RegDA's two regressors takes the adapted one whole, and of the pretrained one psi."""
     check("resnet18", {"model": (state := ours("resnet18", 21)), "epoch": 1}, state)
     state = ours("resnet18", leave_out="head")
     heads = {name: torch.rand(3) for name in ("head.0.weight", "head.1.bias", "head_adv.0.weight")}
     check("resnet18", {"model": state | heads}, state, heads, {"head"})
-    shapes = {"0.weight": (256, 256, 3, 3), "0.bias": 256, "1.weight": 256, "1.bias": 256, "1.running_mean": 256,
-              "1.running_var": 256, "1.num_batches_tracked": (), "3.weight": (21, 256, 1, 1), "3.bias": 21}
+    shapes = {"0.weight": (256, 256, 3, 3), "1.num_batches_tracked": (), "3.weight": (21, 256, 1, 1),
+              **dict.fromkeys("0.bias 1.weight 1.bias 1.running_mean 1.running_var".split(), 256),
+              "3.bias": 21}
     state |= {f"{head}.{name}": torch.rand(shape) for head in ("head", "head_adv")
               for name, shape in shapes.items()}
     check("resnet18", {"model": state}, state, regressors=True)
