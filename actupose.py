@@ -765,9 +765,12 @@ def regressor_maps(network, images, factor):
     return network.head(shared), network.head_adv(constant + factor * (shared - constant))
 
 
-def gradient_factor(iteration, warmup=1000, highest=0.1):
-    """The factor of `regressor_maps`: rises from 0 to `highest` with the iterations of adaptation."""
-    return 2 * highest / (1 + math.exp(-iteration / warmup)) - highest
+def gradient_factor(iteration, iterations, highest=0.1):
+    """The factor of `regressor_maps` at this iteration of the adaptation: it rises from 0 to `highest`.
+
+    Decision: published exp(-iteration / 1000), of 15,000 iterations; that share of a shorter adaptation.
+    """
+    return 2 * highest / (1 + math.exp(-15 * iteration / iterations)) - highest
 
 
 def heatmap_kl(heatmaps, labels, weight, epsilon=0.0):

@@ -482,7 +482,8 @@ class Trainer:
         target_images = target_batch[0].to(self.device, non_blocking=True)
         target_images = self.augment(target_images, view, random.student_jitter)
         unweighted = torch.ones_like(weight)            # published: the visibility of the target, a label
-        factor = actupose.gradient_factor(step - s.pretrain_epochs * s.iters_per_epoch)
+        before, whole = s.pretrain_epochs * s.iters_per_epoch, s.epochs * s.iters_per_epoch
+        factor = actupose.gradient_factor(step - before, whole - before)
         psi, f, f_adv = (network.backbone, network.upsampling), network.head, network.head_adv
 
         def regress(images):

@@ -482,10 +482,10 @@ def test_regdas_losses_by_hand():
 
 
 def test_regdas_gradient_layer():
-    """0.2 / (1 + exp(-i / 1000)) - 0.1 at iteration i: 0, 0.0462 at 1,000, then 0.1. Forward it changes
-    nothing; psi gets that share of the gradient of f', f' all of it, f has no part in it."""
-    factors = [actupose.gradient_factor(i) for i in (0, 1000, 10 ** 5)]
-    assert factors == pytest.approx([0, 0.2 / (1 + math.exp(-1)) - 0.1, 0.1])
+    """0.2 / (1 + exp(-i / 1000)) - 0.1 at iteration i of 15,000: 0, 0.0462 at 1,000, then 0.1; the same
+    share of another number. Forward it changes nothing; psi gets that part of the gradient of f', f' all."""
+    factors = [actupose.gradient_factor(*i) for i in ((0, 15000), (1000, 15000), (90, 1350), (15000, 15000))]
+    assert factors == pytest.approx([0, 0.0462117, 0.0462117, 0.1], rel=1e-5)
     network, images = actupose.PoseResNet("narrow", 5), torch.rand(2, 3, 32, 32)
     actupose.make_regressors(network)
     found = []

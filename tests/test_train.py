@@ -265,9 +265,10 @@ def test_regdas_three_steps(monkeypatch):
 
         trainer.optimiser.step = step
         with monkeypatch.context() as patch:
-            record(patch, calls, actupose, "heatmap_kl", "ground_maps")
+            record(patch, calls, actupose, "heatmap_kl", "ground_maps", "gradient_factor")
             terms, confidence = trainer.regda_step(6 + iteration, *batches())
         psi = {"backbone", "upsampling"}
+        assert calls[0][:2] == ("gradient_factor", (iteration, 68 * 3))        # after 2 of 70 epochs
         assert moves == [psi | {"head", "head_adv"}, {"head_adv"}, psi] and gradients[1][0] is None
         assert any(g.abs().max() > 0 for g in gradients[2]) == (iteration > 0)
         drawn, losses = ([c for c in calls if c[0] == name] for name in ("ground_maps", "heatmap_kl"))
