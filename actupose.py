@@ -5,7 +5,7 @@
     §3.2    pose network, style transfer, mean teacher, pseudo-labels, consistency (the base method, UDAPE)
     §3.3    EvalPose (Eq. 5)
     §3.4    pair mining and cross-domain loss (Eq. 6-7), total loss (Eq. 8)
-    §4      a baseline, RegDA; PCK, EvalPose score, PCK by complexity bin
+    §4      a baseline, RegDA; PCK, EvalPose score, PCK by complexity bin; the form of Tables 1 and 2
 
 Letters are the paper's: N samples, N_b bins, K keypoints, e the epoch, S and T the source and target batch.
 Where the paper is silent, a comment that starts with "Decision:" says what is done here and why;
@@ -863,3 +863,88 @@ def score(predicted, dataset, stride, subcell, bins=None, num_bins=25):
         result["bins"] = [number(per_pose[torch.from_numpy((bins == j) & usable)].mean().item())
                           for j in range(num_bins)]
     return result
+
+
+# --- §4 Tables, in Markdown; a result is what `train` writes into result.json ------------------------------
+
+# PoseDA has no public code: its figures in the paper's Tables 1 and 2.
+QUOTED = {("surreal", "lsp"): dict(shoulder=82.3, elbow=78.4, wrist=73.2, hip=74.8, knee=79.7, ankle=78.7,
+                                   all=77.9), ("surreal", "human36m"): dict(all=79.6)}
+REMARKS = {("oracle", "lsp"): " (trained on its test images, unless this is LSP Extended)"}
+# 97.5 % quantiles of Student's t for 3, 4, ... 10 seeds (NIST/SEMATECH e-Handbook, section 1.3.6.7.2).
+T95 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def fmt(value, digits=1):
+    """A score as text, a dash where nothing is labelled."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def average(values):
+    """The mean of the values that are not None."""
+    values = [value for value in values if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def deviation(values):
+    """The sample deviation as text, where there are several values."""
+    return f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+
+
+def markdown(table):
+    """Rows of cells, the header first, as a table in Markdown."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in table]
+    return "\n".join([lines[0], "|---" * len(table[0]) + "|", *lines[1:]])
+
+
+def comparison_table(results, ours="actupose", val=False):
+    """Table 1, of {name: [result, ...]}: means over seeds, overall PCK ± its sample deviation.
+
+    val: with the validation PCK. With source-only and oracle there: the share of the gap between them that is
+    closed. With the row `ours` there: the difference to it, seed by seed (every seed has its own data), as
+    mean ± sample deviation s of the n differences and, for n >= 3, the 95 % t-interval of their mean: mean
+    -+ t s / sqrt(n), where t has n - 1 degrees of freedom.
+    """
+    some = next(iter(results.values()))[0]
+    overall = {name: average(r["pck"]["all"] for r in rows) for name, rows in results.items()}
+    gap = overall["oracle"] - overall["source-only"] if {"oracle", "source-only"} <= set(overall) else 0.0
+    reference = {r["seed"]: r["pck"]["all"] for r in results.get(ours, ())}
+    groups = [g for g in some["pck"] if g != "all"]
+    table = [["method", "seeds", *groups, "all", *["val"] * val, "teacher", "EvalPose",
+              *["gap closed"] * bool(gap), *[f"to {ours}"] * bool(reference)]]
+    for name, rows in results.items():
+        cells = [name + REMARKS.get((name, some["target"]), ""), len(rows)]
+        cells += [fmt(average(r["pck"][g] for r in rows)) for g in groups]
+        cells += [f"**{fmt(overall[name])}**{deviation([r['pck']['all'] for r in rows])}"]
+        cells += [fmt(average(r["val"] for r in rows)) + deviation([r["val"] for r in rows])] * val
+        cells += [fmt(average(r["teacher"]["pck"]["all"] for r in rows if r["teacher"])),
+                  fmt(average(r["evalpose"] for r in rows))]
+        if gap:
+            cells.append(f"{100 * (overall[name] - overall['source-only']) / gap:.0f} %")
+        if reference:
+            pairs = [r["pck"]["all"] - reference[r["seed"]] for r in rows if r["seed"] in reference]
+            other = rows != results[ours]                       # a sweep can repeat the row
+            cells.append(f"{average(pairs):+.1f}{deviation(pairs)}" if pairs and other else "-")
+            if len(pairs) > 2 and other:                        # beyond 10 seeds a little too wide
+                half = T95[min(len(pairs), 10) - 3] * np.std(pairs, ddof=1) / math.sqrt(len(pairs))
+                cells[-1] += f" [{average(pairs) - half:+.1f}, {average(pairs) + half:+.1f}]"
+        table.append(cells)
+    if quoted := QUOTED.get((some["source"], some["target"])):
+        cells = ["PoseDA (quoted from the paper)", "-", *(fmt(quoted.get(g)) for g in (*groups, "all"))]
+        table.append(cells + ["-"] * (len(table[0]) - len(cells)))
+    return markdown(table)
+
+
+def tasks_table(tasks):
+    """Table 2, of {title: {name: [result, ...]}}: overall PCK ± its sample deviation (number of seeds)."""
+    names = dict.fromkeys(name for results in tasks.values() for name in results)
+    table = {name: [name] for name in (*names, "PoseDA (quoted from the paper)")}
+    for results in tasks.values():
+        some = next(rows[0] for rows in results.values() if rows)
+        for name, row in table.items():
+            scores = [r["pck"]["all"] for r in results.get(name, ())]
+            remark = REMARKS.get((name, some["target"]), "")
+            text = f"{fmt(average(scores))}{deviation(scores)} ({len(scores)}){remark}"
+            row.append(text if scores else "-")
+        row[-1] = fmt(QUOTED.get((some["source"], some["target"]), {}).get("all"))
+    return markdown([["method", *tasks], *(row for row in table.values() if set(row[1:]) != {"-"})])

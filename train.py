@@ -1,16 +1,8 @@
 """Train, evaluate, predict and compare: `python train.py` runs ACTUPose on the built-in benchmark.
 
-    settings       one dataclass; the command line, the presets and config.json come from it
-    data           which datasets a run uses, and in which order
-    the step       one iteration of the method (Fig. 4 of the paper), assembled from actupose.py
-    the loop       `train`: one run, from top to bottom
-    evaluation     the published scores
-    processes      what the processes of one run share, when torchrun starts several
-    files          of a run; last.pt and previous.pt; published weights
-    pictures       drawn with Pillow into figures/
-    photographs    skeletons for any picture
-    compare        many runs, one table
-    main           the command line
+Read `Trainer.step`, one iteration of the method (Fig. 4 of the paper), and `train`, one run from top to
+bottom. Before them stand the settings and the data of a run; after them evaluation, processes, files,
+pictures, photographs, `compare` and the command line.
 """
 
 import argparse
@@ -39,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 import actupose
 import data
 import kernels
-from data import (Progress, colour_jitter, compose_views, denormalise, invert_view, letterbox, letterbox_view,
+from data import (Progress, colour_jitter, compose_views, invert_view, letterbox, letterbox_view,
                   map_keypoints, normalise, prefetch, random_affine_view, random_crop_view, render_heatmaps,
                   replacing, shuffled_batch, unit_range, warp, write_text)
 
@@ -72,6 +64,9 @@ ABLATIONS = {
 PAPER = dict(architecture="resnet101", weights="imagenet", image_size=256, sigma=2.0, subcell=False,
              iters_per_epoch=500, workers=8, lr=1e-4, lr_drops=(44.0, 59.0), lr_factor=0.1, ema=0.999,
              pace=2.0, vae_steps=20000, occlusion_confidence=0.9, style="vgg", style_iters=20000)
+# A source of hands: Gamma lets as large a share of random source pairs be similar as on bodies.
+HANDS = {"mannequin-hand": dict(target="mannequin-hand-wild", gamma=0.019),
+         "rhd": dict(rotation=180.0, gamma=0.019)}                             # in every direction
 
 # Rendered domains: the arguments of data.Mannequin.
 RENDERED = {"mannequin": dict(domain="source"), "mannequin-hand": dict(domain="source", hand=True),
@@ -183,7 +178,8 @@ class Settings:
             pair = getattr(self, name)
             require(len(pair) == 2 and pair[0] <= pair[1], name, "must be low,high with low <= high")
         require(self.image_size % 32 == 0, "image_size", "must be a multiple of 32")
-        require(self.hard_bins <= self.bins, "hard_bins", f"must be at most --bins {self.bins}")
+        require(self.hard_bins <= self.bins or self.curriculum != "hardest", "hard_bins",
+                f"must be at most --bins {self.bins}")
         require(self.pretrain_epochs < self.epochs or not (self.adapt or self.adversary), "pretrain_epochs",
                 f"must be below --epochs {self.epochs}, or adaptation never begins; give both")
         require(not (self.adapt and self.adversary), "adversary", "needs --adapt off")
@@ -210,15 +206,10 @@ def show(value):
 
 
 def make_settings(preset="demo", **given):
-    """Settings of a preset, then what the method changes, then what is given; the later wins."""
-    values = dict(PAPER) if preset == "paper" else {}
-    if given.get("source") in ("mannequin-hand", "rhd"):
-        values["gamma"] = 0.019            # as large a share of random source pairs is similar as on bodies
-    if given.get("source") == "mannequin-hand":
-        values["target"] = "mannequin-hand-wild"
-    if given.get("source") == "rhd":
-        values["rotation"] = 180.0         # its hands come in every direction
-    return Settings(**{**values, **METHODS.get(given.get("method", "actupose"), {}), **given})
+    """Settings of a preset, then what hands and the method change, then what is given; the later wins."""
+    method, source = given.get("method", "actupose"), given.get("source")
+    values = {**(PAPER if preset == "paper" else {}), **HANDS.get(source, {}), **METHODS.get(method, {})}
+    return Settings(**{**values, **given})
 
 
 # --- Data of a run ------------------------------------------------------------------------------------------
@@ -699,28 +690,21 @@ def predict(trainer, network, dataset, batch_size=64):
     return tuple(map(torch.cat, zip(*parts)))
 
 
-def scored_teacher(trainer):
-    """The teacher as it is scored, None before it joins.
-
-    Decision: with the student's BatchNorm statistics; its own, of augmented views, fit clean images badly.
-    """
-    if trainer.teacher is None:
-        return None
-    teacher = actupose.make_teacher(trainer.teacher)
-    for own, students in zip(teacher.buffers(), trainer.student.buffers()):
-        own.copy_(students)
-    return teacher
-
-
 def evaluate(run, dataset):
     """Scores of the present weights, {"student": ..., "teacher": ...}, and the student's predictions."""
     trainer, s, predictions, scores = run.trainer, run.settings, {}, {}
     complexity = actupose.pose_complexity(run.vae, dataset.keypoints, dataset.visible, dataset.skeleton.root)
     bins = actupose.assign_bins(complexity, min(s.bins, len(dataset)))
-    for name, network in (("student", trainer.student), ("teacher", scored_teacher(trainer))):
-        if network is not None:
-            found = predictions[name] = predict(trainer, network, dataset)
-            scores[name] = actupose.score(found[0], dataset, trainer.stride, s.subcell, bins, s.bins)
+    networks = {"student": trainer.student}
+    if trainer.teacher is not None:
+        # Decision: the teacher is scored with the student's BatchNorm statistics; its own, of augmented
+        # views, fit clean images badly.
+        networks["teacher"] = actupose.make_teacher(trainer.teacher)
+        for own, students in zip(networks["teacher"].buffers(), trainer.student.buffers()):
+            own.copy_(students)
+    for name, network in networks.items():
+        found = predictions[name] = predict(trainer, network, dataset)
+        scores[name] = actupose.score(found[0], dataset, trainer.stride, s.subcell, bins, s.bins)
     return scores, predictions["student"]
 
 
@@ -743,14 +727,10 @@ def print_result(result):
     print("PCK@0.05  " + "".join(f"{name:>11}" for name in result["pck"]) + "   EvalPose")
     for name, scores in (("student", result), ("teacher", result["teacher"])):
         if scores:
-            row = "".join(f"{fmt(value):>11}" for value in scores["pck"].values())
+            row = "".join(f"{actupose.fmt(value):>11}" for value in scores["pck"].values())
             print(f"{name:10}{row}{scores['evalpose']:11.1f}")
-    print("student by complexity bin, simple to complex: " + " ".join(fmt(v, 0) for v in result["bins"]))
-
-
-def fmt(value, digits=1):
-    """A score as text, a dash where nothing is labelled."""
-    return "-" if value is None else f"{value:.{digits}f}"
+    bins = " ".join(actupose.fmt(value, 0) for value in result["bins"])
+    print(f"student by complexity bin, simple to complex: {bins}")
 
 
 # --- Processes: `torchrun --nproc-per-node N train.py ...` -------------------------------------------------
@@ -964,7 +944,6 @@ def load_style_weights(network, path):
 
 
 # torchvision's ResNets trained on ImageNet; the digits are the start of the file's SHA-256.
-IMAGENET_URL = "https://download.pytorch.org/models/"
 IMAGENET_FILES = {"resnet18": "resnet18-f37072fd.pth", "resnet34": "resnet34-b627a593.pth",
                   "resnet50": "resnet50-0676ba61.pth", "resnet101": "resnet101-63fe2227.pth"}
 
@@ -974,7 +953,7 @@ def read_weights(settings):
     if settings.weights != "imagenet":
         path = Path(settings.weights)
         return (load_run(path / "last.pt"), path) if path.is_dir() else (load_torch(path, path), path)
-    url = IMAGENET_URL + IMAGENET_FILES[settings.architecture]
+    url = f"https://download.pytorch.org/models/{IMAGENET_FILES[settings.architecture]}"
     try:
         load = torch.hub.load_state_dict_from_url
         return load(url, map_location="cpu", check_hash=True, weights_only=True), url
@@ -1136,7 +1115,7 @@ def prediction_panel(trainer, dataset, i, image, keypoints, confidence):
     one = SimpleNamespace(skeleton=dataset.skeleton, size=dataset.size, keypoints=dataset.keypoints[[i]],
                           visible=dataset.visible[[i]])
     scored = actupose.score(keypoints[None], one, trainer.stride, trainer.settings.subcell)
-    caption = f"PCK {fmt(scored['pck']['all'], 0)}  EvalPose {scored['evalpose']:.0f}"
+    caption = f"PCK {actupose.fmt(scored['pck']['all'], 0)}  EvalPose {scored['evalpose']:.0f}"
     return caption, image, (keypoints, torch.ones(len(keypoints)), confidence)
 
 
@@ -1207,24 +1186,15 @@ def draw_figures(run, scores, predictions, folder):
     draw_panels(folder / "predictions.png", panels, 9, skeleton)                                      # Fig. 8
     if s.adapt and s.w_cross:
         draw_pairs(folder / "pairs.png", trainer, domains.source, domains.target)                     # Fig. 7
-    if trainer.style_transfer is not None:
-        first = torch.arange(min(8, len(domains.source), len(domains.target)))
-        source, target = (normalise(unit_range(dataset[first][0].to(trainer.device)))
-                          for dataset in (domains.source, domains.target))
-        rows = {"source": source, "source -> target": trainer.style_transfer(source, target, 1.0),
-                "target": target, "target -> source": trainer.style_transfer(target, source, 1.0)}
-        panels = [(title * (i == 0), image, None) for title, images in rows.items()
-                  for i, image in enumerate(denormalise(images).cpu())]
-        draw_panels(folder / "style.png", panels, len(first), skeleton)
     if s.curriculum == "active":
         arrival = min(math.ceil(s.epochs / s.pace), s.epochs - 1)               # of the peak at the last bin
         epochs = np.unique(np.linspace(0, arrival, 5).round().astype(int))
         drawn = {f"epoch {e}: {sum(run.drawn[e]):,}": run.drawn[e] for e in epochs}
-        draw_chart(folder / "curriculum.png", drawn, "samples drawn", "line")
+        draw_chart(folder / "curriculum.png", drawn, "samples drawn", "line")                         # Fig. 5
     by_bin = {name: values["bins"] for name, values in scores.items()}
     draw_chart(folder / "bins.png", by_bin, "PCK@0.05", "bar")
     bins = actupose.assign_bins(run.curriculum.complexity, s.bins)
-    draw_complexity(folder / "complexity.png", domains.source, bins, s.bins)
+    draw_complexity(folder / "complexity.png", domains.source, bins, s.bins)                      # Fig. 2, 3
 
 
 # --- Photographs --------------------------------------------------------------------------------------------
@@ -1249,27 +1219,19 @@ def find_photographs(inputs, out):
     return files
 
 
-def predict_run(run, inputs, out, box, network, device):
+def predict_run(run, inputs, out, box, device):
     """Draw each photograph FILE with its skeleton (FILE.jpg, FILE.json). Returns 1 if one failed, else 0."""
     settings, checkpoint = saved_settings(run), load_run(run / "last.pt")
-    if checkpoint[network] is None:
-        raise UserError(f"--network {network}: {run} has none after {len(checkpoint['log'])} epochs")
-    try:
-        skeleton = data.Skeleton(**read_json(run / "config.json")["skeleton"])
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise UserError(f"{run / 'config.json'}: holds no usable skeleton ({e}); give another run") from None
+    skeleton = data.Skeleton(**read_json(run / "config.json")["skeleton"])
     files = find_photographs(inputs, out)
     trainer, size = Trainer(settings, skeleton, device), settings.image_size
     load_networks(trainer, checkpoint, run / "last.pt")
-    model = trainer.student if network == "student" else scored_teacher(trainer)
     out.mkdir(parents=True, exist_ok=True)
     progress, failed = Progress("photographs"), 0
     for done, (name, file) in enumerate(files.items(), 1):
         try:
             with Image.open(file) as image:
                 image = ImageOps.exif_transpose(image).convert("RGB")
-            if max(image.size) > 65500:
-                raise ValueError("a side is longer than the 65,500 pixels of a JPEG file")
             x, y, w, h = box or (0, 0, *image.size)
             region = max(x, 0), max(y, 0), min(x + w, image.width), min(y + h, image.height)
             crop = letterbox(image, region, size)
@@ -1277,7 +1239,7 @@ def predict_run(run, inputs, out, box, network, device):
             failed += 1
             warn(f"{file}: {e}" + (f" (is --box {show(box)} within its pixels?)" if box else ""))
             continue
-        keypoints, confidence = (t[0] for t in decode(model, crop[None], settings, device))
+        keypoints, confidence = (t[0] for t in decode(trainer.student, crop[None], settings, device))
         to_picture = invert_view(torch.from_numpy(letterbox_view(region, size)[2]))
         keypoints = map_keypoints(keypoints.double(), to_picture)
         width, seen = max(region[2] - region[0], region[3] - region[1], 150) / 100, torch.ones(len(skeleton))
@@ -1290,18 +1252,11 @@ def predict_run(run, inputs, out, box, network, device):
             "keypoints": [{"name": joint, "x": round(x, 3), "y": round(y, 3), "confidence": round(c, 4)}
                           for joint, (x, y), c in rows]})
         progress(done, len(files))
-    print(f"{len(files) - failed} of {len(files)} photographs done by the {network} of {run}, in {out}")
+    print(f"{len(files) - failed} of {len(files)} photographs done by {run}, in {out}")
     return 1 if failed else 0
 
 
 # --- Many runs, one table -----------------------------------------------------------------------------------
-
-# PoseDA has no public code: its figures in the paper's Tables 1 and 2.
-QUOTED = {("surreal", "lsp"): dict(shoulder=82.3, elbow=78.4, wrist=73.2, hip=74.8, knee=79.7, ankle=78.7,
-                                   all=77.9), ("surreal", "human36m"): dict(all=79.6)}
-REMARKS = {("oracle", "lsp"): " (trained on its test images, unless this is LSP Extended)"}
-# 97.5 % quantiles of Student's t for 3, 4, ... 10 seeds (NIST/SEMATECH e-Handbook, section 1.3.6.7.2).
-T95 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def compare(methods, sweep, tasks, seeds, out, jobs, preset, device, **given):
@@ -1312,20 +1267,16 @@ def compare(methods, sweep, tasks, seeds, out, jobs, preset, device, **given):
     if tasks and (given or methods or sweep):
         raise UserError("--tasks: shows finished comparisons; leave settings, --methods and --sweep out")
     if tasks:
-        print(tasks_table(map(Path, tasks.split(","))))
+        print(actupose.tasks_table(finished_tasks(map(Path, tasks.split(",")))))
         return
-    if not all(float(seed).is_integer() for seed in seeds):
-        raise UserError(f"--seeds: use whole numbers, got {show(seeds)}")
-    rows, seeds = {}, list(dict.fromkeys(map(int, seeds)))
-    root, runs, waiting, failed = out or Path("runs/compare"), {}, {}, []
+    root, rows, runs, waiting = out or Path("runs/compare"), {}, {}, {}
+    seeds = list(dict.fromkeys(int(seed) if seed % 1 == 0 else seed for seed in seeds))
     for name in methods.split(",") if methods is not None else () if sweep else METHODS:
         if name not in METHODS and name not in ABLATIONS:
             raise UserError(f"--methods: use {' or '.join((*METHODS, *ABLATIONS))}, got {name}")
         rows[name] = dict(method=name) if name in METHODS else ABLATIONS[name]
-    for name, value in ((name, value) for name, values in sweep for value in values):
-        row = rows[f"actupose {name}={show(value)}"] = {name: value}
-        if name == "bins":                                      # ACTUPose does not use the hard bins
-            row["hard_bins"] = min(value, given.get("hard_bins", Settings.hard_bins))
+    for name, values in sweep:
+        rows.update((f"actupose {name}={show(value)}", {name: value}) for value in values)
     for name, changes in rows.items():
         for seed in seeds:
             values = {**given, "seed": seed, **changes}
@@ -1341,7 +1292,31 @@ def compare(methods, sweep, tasks, seeds, out, jobs, preset, device, **given):
                 words += ["--resume"] * (out / "config.json").exists()
                 waiting[out] = [sys.executable, __file__, f"--preset={preset}", f"--device={device}",
                                 f"--out={out}", *words]
-    progress, running, total = Progress("runs"), {}, len(waiting)
+    failed = run_commands(waiting, jobs)
+    results = {name: [read_json(runs[name, seed] / "result.json") for seed in seeds
+                      if (runs[name, seed] / "result.json").exists()] for name in rows}
+    results = {name: found for name, found in results.items() if found}
+    if results:
+        ours = (name for name in results if runs[name, seeds[0]].name == f"actupose-s{seeds[0]}")
+        print(actupose.comparison_table(results, next(ours, ""), bool(sweep)), flush=True)
+    first = {name: runs[name, seeds[0]] for name in results if " " not in name}
+    if first:
+        bins = {name: np.array([r["bins"] for r in results[name]], float).mean(0) for name in first}
+        draw_chart(root / "bins.png", bins, "PCK@0.05", "bar")                                        # Fig. 9
+        draw_comparison(root / "panel.png", first, choose_device(device))                             # Fig. 8
+    for name, values in sweep if not failed else ():                                                 # Fig. 10
+        found = [results[f"actupose {name}={show(value)}"] for value in sorted(values)]
+        scores = {"validation": [[r["val"] for r in rows] for rows in found],
+                  "test": [[r["pck"]["all"] for r in rows] for rows in found]}
+        label, ticks = Settings.__dataclass_fields__[name].metadata["help"], [*map(show, sorted(values))]
+        draw_chart(root / f"sweep-{name}.png", scores, "PCK@0.05", "line", f"{name}: {label}", ticks)
+    if failed:
+        raise UserError("; ".join(failed))
+
+
+def run_commands(commands, jobs):
+    """Run {directory: command}, `jobs` at a time, their output to output.txt there. Returns what failed."""
+    waiting, running, failed, progress = dict(commands), {}, [], Progress("runs")
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
     try:
         while waiting or running:
@@ -1354,106 +1329,26 @@ def compare(methods, sweep, tasks, seeds, out, jobs, preset, device, **given):
             for out in [out for out, process in running.items() if process.poll() is not None]:
                 if status := running.pop(out).returncode:
                     failed.append(f"{out}: exit status {status}, see {out / 'output.txt'}")
-                progress(total - len(waiting) - len(running), total, out.name)
+                progress(len(commands) - len(waiting) - len(running), len(commands), out.name)
     finally:
         for process in running.values():                        # after Ctrl-C
             process.terminate()
             process.wait()
-    results = {name: [read_json(runs[name, seed] / "result.json") for seed in seeds
-                      if (runs[name, seed] / "result.json").exists()] for name in rows}
-    results = {name: found for name, found in results.items() if found}
-    if results:
-        ours = (name for name in results if runs[name, seeds[0]].name == f"actupose-s{seeds[0]}")
-        print(comparison_table(results, next(ours, ""), bool(sweep)), flush=True)
-    bins = {name: np.array([r["bins"] for r in found], float).mean(0) for name, found in results.items()
-            if " " not in name}
-    if bins:
-        draw_chart(root / "bins.png", bins, "PCK@0.05", "bar")                                        # Fig. 9
-        draw_comparison(root / "panel.png", {name: runs[name, seeds[0]] for name in bins},
-                        choose_device(device))                                                        # Fig. 8
-    for name, values in sweep if not failed else ():                                                 # Fig. 10
-        found = [results[f"actupose {name}={show(value)}"] for value in sorted(values)]
-        scores = {"validation": [[r["val"] for r in rows] for rows in found],
-                  "test": [[r["pck"]["all"] for r in rows] for rows in found]}
-        label, ticks = Settings.__dataclass_fields__[name].metadata["help"], [*map(show, sorted(values))]
-        draw_chart(root / f"sweep-{name}.png", scores, "PCK@0.05", "line", f"{name}: {label}", ticks)
-    if failed:
-        raise UserError("; ".join(failed))
+    return failed
 
 
-def mean(values):
-    """The mean of the values that are not None."""
-    values = [value for value in values if value is not None]
-    return sum(values) / len(values) if values else None
-
-
-def spread(values):
-    """The sample deviation as text, where there are several values."""
-    return f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-
-
-def markdown(table):
-    """Rows of cells, the header first, as a table in Markdown."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in table]
-    return "\n".join([lines[0], "|---" * len(table[0]) + "|", *lines[1:]])
-
-
-def comparison_table(results, ours="actupose", val=False):
-    """Table 1 in Markdown, of {name: [result, ...]}: means over seeds, overall PCK ± its sample deviation.
-
-    val: with the validation PCK. With source-only and oracle there: the share of the gap between them that is
-    closed. With the row `ours` there: the difference to it, seed by seed (every seed has its own data), as
-    mean ± sample deviation s of the n differences and, for n >= 3, the 95 % t-interval of their mean: mean
-    -+ t s / sqrt(n), where t has n - 1 degrees of freedom.
-    """
-    some = next(iter(results.values()))[0]
-    overall = {name: mean(r["pck"]["all"] for r in rows) for name, rows in results.items()}
-    gap = overall["oracle"] - overall["source-only"] if {"oracle", "source-only"} <= set(overall) else 0.0
-    reference = {r["seed"]: r["pck"]["all"] for r in results.get(ours, ())}
-    groups = [g for g in some["pck"] if g != "all"]
-    table = [["method", "seeds", *groups, "all", *["val"] * val, "teacher", "EvalPose",
-              *["gap closed"] * bool(gap), *[f"to {ours}"] * bool(reference)]]
-    for name, rows in results.items():
-        cells = [name + REMARKS.get((name, some["target"]), ""), len(rows)]
-        cells += [fmt(mean(r["pck"][g] for r in rows)) for g in groups]
-        cells += [f"**{fmt(overall[name])}**{spread([r['pck']['all'] for r in rows])}"]
-        cells += [fmt(mean(r["val"] for r in rows)) + spread([r["val"] for r in rows])] * val
-        cells += [fmt(mean(r["teacher"]["pck"]["all"] for r in rows if r["teacher"])),
-                  fmt(mean(r["evalpose"] for r in rows))]
-        if gap:
-            cells.append(f"{100 * (overall[name] - overall['source-only']) / gap:.0f} %")
-        if reference:
-            pairs = [r["pck"]["all"] - reference[r["seed"]] for r in rows if r["seed"] in reference]
-            other = rows != results[ours]                       # a sweep can repeat the row
-            cells.append(f"{mean(pairs):+.1f}{spread(pairs)}" if pairs and other else "-")
-            if len(pairs) > 2 and other:                        # beyond 10 seeds a little too wide
-                half = T95[min(len(pairs), 10) - 3] * np.std(pairs, ddof=1) / math.sqrt(len(pairs))
-                cells[-1] += f" [{mean(pairs) - half:+.1f}, {mean(pairs) + half:+.1f}]"
-        table.append(cells)
-    if quoted := QUOTED.get((some["source"], some["target"])):
-        cells = ["PoseDA (quoted from the paper)", "-", *(fmt(quoted.get(g)) for g in (*groups, "all"))]
-        table.append(cells + ["-"] * (len(table[0]) - len(cells)))
-    return markdown(table)
-
-
-def tasks_table(folders):
-    """Table 2 in Markdown: the overall PCK of each method in finished comparisons, with the seeds' number."""
-    table = {name: [name] for name in ("method", *METHODS, *ABLATIONS, "PoseDA (quoted from the paper)")}
+def finished_tasks(folders):
+    """For `actupose.tasks_table`: the results of finished comparisons, {title: {method: [result, ...]}}."""
+    tasks = {}
     for folder in folders:
-        runs = [(path.parent.name.rpartition("-s")[0], read_json(path))
-                for path in folder.glob("*-s*/result.json")]
-        tasks = {(r["source"], r["target"]) for _, r in runs}
-        if len(tasks) != 1:
-            raise UserError(f"--tasks: {folder} holds finished runs of {len(tasks)} tasks; give directories "
+        runs = {name: [read_json(path) for path in sorted(folder.glob(f"{name}-s[0-9]*/result.json"))]
+                for name in (*METHODS, *ABLATIONS)}
+        titles = {f"{folder}: {r['source']} → {r['target']}" for found in runs.values() for r in found}
+        if len(titles) != 1:
+            raise UserError(f"--tasks: {folder} holds finished runs of {len(titles)} tasks; give directories "
                             f"in which `compare` ran one task each")
-        (source, target), = tasks
-        for name, row in table.items():
-            scores = [r["pck"]["all"] for of, r in runs if of == name]
-            row.append(f"{fmt(mean(scores))}{spread(scores)} ({len(scores)}){REMARKS.get((name, target), '')}"
-                       if scores else "-")
-        table["method"][-1] = f"{folder.name}: {source} → {target}"
-        row[-1] = fmt(QUOTED.get((source, target), {}).get("all"))
-    return markdown([row for row in table.values() if set(row[1:]) != {"-"}])
+        tasks[titles.pop()] = runs
+    return tasks
 
 
 def draw_comparison(path, runs, device):
@@ -1487,12 +1382,9 @@ def draw_comparison(path, runs, device):
 HELP = {
     "train": """Train ACTUPose or a baseline. With no option: ACTUPose on the built-in benchmark, in minutes.
 
-  python train.py --source mannequin-hand                  the demo with hands
-  python train.py --method udape --seed 1                  a baseline, another seed
-  python train.py --target lsp --target-root DIR           adapt to real photographs
-  python train.py --preset paper --source surreal ...      the paper's settings, see README
-  python train.py --resume --out RUN                       go on with a run that was stopped
-  python train.py evaluate RUN | predict RUN IMAGE... --out DIR | compare""",
+  python train.py --source mannequin-hand      the demo with hands
+  python train.py --resume --out RUN           go on with a run that was stopped
+  python train.py evaluate RUN | predict RUN IMAGE... --out DIR | compare      (each has its --help)""",
     "evaluate": "Score a run's last checkpoint again.",
     "predict": """Find the keypoints of photographs with a run's network: for each a picture and a JSON file.
 
@@ -1552,9 +1444,7 @@ def sweep_setting(text):
     name = name.replace("-", "_")
     kinds = {f.name: type(f.default) for f in dataclasses.fields(Settings)}
     if name not in kinds or name in ("method", "seed"):
-        near = difflib.get_close_matches(name, kinds, 1)
-        hint = f", did you mean {near[0]}?" if near and near[0] != name else ""
-        raise argparse.ArgumentTypeError(f"{name!r} is no setting to sweep{hint}")
+        raise argparse.ArgumentTypeError(f"{name!r} is no setting to sweep")
     return name, [parse(kinds[name])(value) for value in values.split(",")]
 
 
@@ -1605,9 +1495,7 @@ def command(arguments):
     verb = arguments[0] if arguments and not arguments[0].startswith("-") else "train"
     rest = arguments[1:] if arguments[:1] == [verb] else arguments
     if verb not in HELP:
-        near = difflib.get_close_matches(verb, HELP, 1)
-        hint = f", did you mean {near[0]}?" if near else ""
-        raise UserError(f"unknown command {verb!r}{hint}; use {', '.join(HELP)}")
+        raise UserError(f"unknown command {verb!r}; use {', '.join(HELP)}")
     if verb != "train" and world_size() > 1:
         raise UserError(f"{verb}: takes one process; run it without torchrun")
     parser = Parser(verb)
@@ -1625,7 +1513,6 @@ def command(arguments):
         add("--out", type=Path, required=True, help="directory of the results")
         add("--box", type=parse(tuple), metavar="X,Y,W,H", help="the part of each picture that shows the "
             "person or hand: corner, width and height in its pixels [all of it]")
-        add("--network", choices=("student", "teacher"), default="student", help="[student]")
     elif verb == "compare":
         add("--methods", help="rows of the table [all methods; with --sweep none]")
         add("--sweep", action="append", default=[], type=sweep_setting, metavar="NAME=V1,V2,...",
