@@ -290,12 +290,6 @@ def normalise(images):
     return (images - per_channel(IMAGE_MEAN, images.device)) / per_channel(IMAGE_STD, images.device)
 
 
-def denormalise(images):
-    """Normalised images (B, 3, H, W) -> uint8, clamped."""
-    colours = images * per_channel(IMAGE_STD, images.device) + per_channel(IMAGE_MEAN, images.device)
-    return (colours * 255).round().clamp(0, 255).to(torch.uint8)
-
-
 def random_crop_view(u, size, area):
     """Random resized crop as a view: u (B, 3) in [0, 1); area: (low, high), the crop's share of the image's
     area. Returns (B, 2, 3)."""

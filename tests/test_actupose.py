@@ -31,18 +31,6 @@ def test_eq1_by_hand():
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_eq1_kl_against_sampling():
-    """The closed form of Eq. 1's KL term equals a Monte Carlo estimate of E_q[log q - log p]."""
-    mean, log_var = torch.tensor([[[0.7, -0.3]], [[-0.5, 0.4]]], dtype=torch.float64)
-    q = torch.distributions.Normal(mean, (log_var / 2).exp())
-    p = torch.distributions.Normal(torch.zeros_like(mean), 1.0)
-    z = q.sample((400_000,))
-    estimate = (q.log_prob(z) - p.log_prob(z)).sum(-1).mean().item()
-    zero = torch.zeros(1, 4, dtype=torch.float64)
-    loss = actupose.vae_loss(zero, zero, mean, log_var, kl_weight=1.0)
-    assert loss.item() == pytest.approx(estimate, abs=5e-3)
-
-
 def test_eq2_by_hand():
     """The sum over the three known coordinates, 1 + 4 + 9, is rescaled to all four."""
     poses, weight = torch.tensor([[1.0, 2.0, 3.0, 100.0]]), torch.tensor([[1.0, 1.0, 1.0, 0.0]])
@@ -192,7 +180,8 @@ EQ4_LITERAL = [
 def test_eq4_by_hand(mode, epochs):
     """Relative: a confidence counts against its epoch's mean, and what is not drawn keeps its factor.
 
-    Literal: the products of 1 / confidence accumulate. Only the order counts, so scores have mean 1.
+    Literal: the products of 1 / confidence accumulate. Only the order counts, so scores have mean 1. As in
+    Fig. 6, low confidence moves a sample to harder bins, high confidence to easier ones.
     """
     curriculum = actupose.ActiveCurriculum(np.float32([1, 2, 3, 4]), epochs=9, num_bins=2, confidence=mode)
     for calls, expected in epochs:
@@ -200,21 +189,9 @@ def test_eq4_by_hand(mode, epochs):
             curriculum.observe(indices, confidence)
         curriculum.rerank()
         assert curriculum.score == pytest.approx(expected)
+        assert (np.diff(np.array(expected)[curriculum.order]) >= 0).all()
         curriculum.rerank()                                           # nothing is applied twice
         assert curriculum.score == pytest.approx(expected)
-
-
-def test_low_confidence_moves_a_sample_up():
-    """Fig. 6: low confidence moves a sample to a higher bin, high confidence to a lower one."""
-    curriculum = make_curriculum(1000)
-    middle = curriculum.order[500]
-    position = {}
-    for confidence in (0.2, 0.9):
-        curriculum.observe(np.arange(1000), np.full(1000, 0.5))
-        curriculum.observe([middle], [confidence])
-        curriculum.rerank()
-        position[confidence] = int(np.flatnonzero(curriculum.order == middle)[0])
-    assert position[0.9] < 500 < position[0.2]
 
 
 def test_curriculum_state_round_trip():
@@ -303,18 +280,6 @@ def test_style_transfer_learns_to_carry_colour():
     assert not any(p.requires_grad for p in transfer.parameters())
 
 
-def test_teacher_is_a_moving_average_of_parameters():
-    student = actupose.PoseResNet("narrow", 16)
-    teacher = actupose.make_teacher(student)
-    before = [p.clone() for p in teacher.parameters()]
-    with torch.no_grad():
-        for p in student.parameters():
-            p.add_(1.0)
-    actupose.update_teacher(teacher, student, 0.9)
-    for p, q in zip(teacher.parameters(), before):
-        assert torch.allclose(p, q + 0.1, atol=1e-6) and not p.requires_grad
-
-
 def test_rectified_maps_agree_with_published(golden):
     heatmaps = golden["rectify_in"].float()
     out, _, confidence = actupose.rectify(heatmaps, sigma=2.0)
@@ -385,15 +350,12 @@ def test_eq5_by_hand():
 # --- §3.4 -------------------------------------------------------------------------------------------------
 
 def test_eq6_by_hand():
-    """Cosines 0.6, -1 and 0.8; no pair gives 0."""
+    """Cosines 0.6, -1 and 0.8; no pair gives 0. Centred, means (2, 0) and (5, 5) subtracted: (-1, 1), (1, -1)
+    and (0, -3), (0, 3), of which three pairs are similar."""
     source, target = torch.tensor([[1.0, 0], [0, 2]]), torch.tensor([[1.0, 0], [3, 4], [-1, 0]])
     similar = torch.tensor([[False, True, True], [False, True, False]])
     assert actupose.cross_domain_loss(source, target, similar).item() == pytest.approx(-0.4)
     assert actupose.cross_domain_loss(source, target, similar & False).item() == 0
-
-
-def test_eq6_centred_by_hand():
-    """Means (2, 0) and (5, 5) subtracted: (-1, 1), (1, -1) and (0, -3), (0, 3). Uncentred all are similar."""
     source, target = torch.tensor([[1.0, 1], [3, -1]]), torch.tensor([[5.0, 2], [5, 8]])
     loss = actupose.cross_domain_loss(source, target, torch.tensor([[True, True], [False, True]]), True)
     assert loss.item() == pytest.approx(-(-1 + 1 - 1) / math.sqrt(2))
@@ -413,24 +375,9 @@ def test_eq7_by_hand():
     assert pairs.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     pairs = actupose.mine_pairs(poses, poses, triplets, distance - 1e-3, min_triplets=1, capacity=3)
     assert pairs.tolist() == [[0, 0], [1, 1], [-1, -1]]
-
-
-def test_mining_prunes_unsure_keypoints():
-    """Eq. 7: a wrong wrist hides that a pose equals itself, unless the wrist is known to be unsure."""
-    poses = torch.rand(4, 16, 2)
-    triplets = torch.tensor(data.BODY16.triplets)
-    disturbed, valid = poses.clone(), torch.ones(4, 16, dtype=torch.bool)
-    disturbed[:, 10] += 30.0
-    valid[:, 10] = False
-    itself = {(i, i) for i in range(4)}
-
-    def mined(*arguments):
-        return {tuple(pair) for pair in actupose.mine_pairs(poses, *arguments).tolist()}
-
-    assert itself <= mined(poses, triplets, 0.05)
-    assert itself <= mined(disturbed, triplets, 1e-4, None, valid)
-    assert not itself & mined(disturbed, triplets, 1e-4)
-    assert not mined(poses, triplets, 9.0, None, torch.zeros(4, 16, dtype=torch.bool))
+    unsure = torch.tensor([[True, True, False], [True, True, True]])        # prunes the triplet of pose 0
+    for masks, left in (((unsure, None), [[1, 0], [1, 1]]), ((None, unsure), [[0, 1], [1, 1]])):
+        assert actupose.mine_pairs(poses, poses, triplets, 1.0, *masks, min_triplets=1).tolist() == left
 
 
 def test_eq8_by_hand():
@@ -533,3 +480,38 @@ def test_subcell_decoding():
     assert (cells - centres).abs().max() < 0.1 and confidence[0, 2] == 1
     whole, _ = actupose.decode_keypoints(heatmaps)
     assert whole[0].tolist() == [[5, 8], [10, 3], [0, 15]]
+
+
+def test_comparison_table_by_hand():
+    """Table 1, with validation, remarks and quoted figures where they belong; the t-interval of 3 seeds."""
+    def result(value, seed, teacher=None, target="mannequin-wild"):
+        pck = {"elbow": value - 1, "wrist": None, "all": value}
+        return dict(pck=pck, evalpose=50.0 + seed, seed=seed, teacher=teacher and {"pck": {"all": teacher}},
+                    val=value + 2, source="surreal", target=target)
+
+    rows = {"source-only": [result(30.0, 0), result(32.0, 1)], "oracle": [result(61.0, 0), result(61.0, 9)],
+            "udape": [result(42.0, 0, 43.0), result(44.0, 1, 45.0)]}
+    table = actupose.comparison_table(rows).splitlines()
+    # The deviation of 42 and 44 is sqrt(2); (43 - 31) / (61 - 31) of the gap are closed.
+    assert table[4] == "| udape | 2 | 42.0 | - | **43.0** ± 1.4 | 44.0 | 50.5 | 40 % |"
+    rows["actupose"] = [result(47.0, 1), result(41.0, 0), result(90.0, 2)]         # by seed: 42 - 41, 44 - 47
+    table = actupose.comparison_table(rows).splitlines()
+    assert table[0].endswith("| gap closed | to actupose |") and table[4].endswith("| 40 % | -1.0 ± 2.8 |")
+    assert table[5].startswith("| actupose | 3 |") and table[5].endswith("| - |")
+    only = actupose.comparison_table({"udape": rows["udape"][:1]}).splitlines()
+    assert only[0].endswith("| EvalPose |") and only[2] == "| udape | 1 | 41.0 | - | **42.0** | 43.0 | 50.0 |"
+    # Differences 1, -3 and 5: mean 1, deviation 4; 4.303 x 4 / sqrt(3) = 9.94 to both sides.
+    rows["udape"].append(result(95.0, 2))
+    table = actupose.comparison_table(rows, val=True).splitlines()
+    assert table[4].endswith("| +1.0 ± 4.0 [-8.9, +10.9] |")
+    assert "| **60.3** ± 30.0 | 62.3 ± 30.0 |" in table[4]
+    # One sided 2.5 % of Student's t beyond each quantile, by numerical integration of its density.
+    for n, quantile in enumerate(actupose.T95, 3):
+        x = np.linspace(quantile, 400, 400_000)
+        density = (1 + x * x / (n - 1)) ** (-n / 2) * math.gamma(n / 2) / math.gamma((n - 1) / 2)
+        assert np.trapezoid(density, x) / math.sqrt(math.pi * (n - 1)) == pytest.approx(0.025, abs=3e-5)
+    for target, quoted in (("lsp", "78.4 | 73.2 | 77.9"), ("human36m", "- | - | 79.6"), ("h3d", None)):
+        lines = actupose.comparison_table({"oracle": [result(9.0, 0, target=target)]}).splitlines()
+        assert lines[2].startswith("| oracle (trained on its test images") == (target == "lsp")
+        row = f"| PoseDA (quoted from the paper) | - | {quoted} | - | - |"
+        assert lines[3:] == ([row] if quoted else [])

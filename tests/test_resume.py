@@ -184,6 +184,7 @@ def test_resume_refuses_other_settings(option, value, finished, unfinished, monk
     left alone; without --resume no run is overwritten."""
     monkeypatch.chdir(unfinished.parents[1])
     monkeypatch.setattr(train, "set_up", lambda *arguments: pytest.fail("the run went on"))
+    (unfinished / "last.pt.1.tmp").write_text("being written by a run at work")
     before = {path: path.stat().st_mtime_ns for out in (finished, unfinished) for path in out.rglob("*")}
     for place in ["--out", str(unfinished)], ["--out", str(finished)], []:
         assert train.main(["--resume", *TINY, option, value, *place]) == 2
@@ -191,7 +192,8 @@ def test_resume_refuses_other_settings(option, value, finished, unfinished, monk
         assert error.startswith(f"train.py: {option}: ") and value in error and error.count("\n") == 1
     assert train.main(["--resume", *TINY, "--out", str(finished)]) == 0
     assert "is finished" in capsys.readouterr().out
-    assert train.main([*TINY, "--out", str(unfinished)]) == 2 and "--resume" in capsys.readouterr().err
+    for place in unfinished, finished, unfinished / "last.pt":              # the last is no directory
+        assert train.main([*TINY, "--out", str(place)]) == 2 and "--out: " in capsys.readouterr().err
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
