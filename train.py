@@ -1194,7 +1194,7 @@ def draw_figures(run, scores, predictions, folder):
     by_bin = {name: values["bins"] for name, values in scores.items()}
     draw_chart(folder / "bins.png", by_bin, "PCK@0.05", "bar")
     bins = actupose.assign_bins(run.curriculum.complexity, s.bins)
-    draw_complexity(folder / "complexity.png", domains.source, bins, s.bins)                      # Fig. 2, 3
+    draw_complexity(folder / "complexity.png", domains.source, bins, s.bins)                       # Fig. 2-3
 
 
 # --- Photographs --------------------------------------------------------------------------------------------

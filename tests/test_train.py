@@ -313,7 +313,8 @@ def test_random_numbers_are_a_function_of_seed_and_step(monkeypatch):
         monkeypatch.setattr(train, "rank", lambda: number)
         shares.append(draw())
     for name, value in whole.items():
-        assert torch.equal(value, again[name]) and not any(torch.equal(value, other[name]) for other in others)
+        assert torch.equal(value, again[name]), name
+        assert not any(torch.equal(value, other[name]) for other in others), name
         one, two = (share[name] for share in shares)                                 # or one number per batch
         assert torch.equal(torch.cat([one, two]), value) if value.ndim else one == two == value, name
     numbers = torch.cat([value.flatten() for value in whole.values()])
@@ -368,22 +369,20 @@ MISTAKES = """
 --method actupos; --epochs many; --epochs 0 => --epochs: must be at least 1, got 0; --seed -1; --lr nan;
 --lr 0; --seed 99999999999999999999; --sigma inf; --lr-drops 5,nan; --ema 1.5; --vae-kl -1; --crop 0,1;
 --crop 1,0.6; --crop 0.6,1.3 => at most 1; --adversary on => needs --adapt off; --zoom 1; --zoom 1x2;
---subcell yes; --image-size 65; --method udape+vae-hm --hard-bins 26 => --hard-bins; --shoulders left;
---preset demi; --style-weights x; --source-root x; --supervise target => --curriculum;
---weights no/file => no/file; --epochs 20 => --pretrain-epochs; --style vgg => --style-weights;
---weights imagenet => --architecture; --device warp9 => --device: 'warp9'; --source surreal => --source-root;
---source mannequin-wild => --target: must differ from --source;
+--subcell yes; --image-size 65; --method udape+vae-hm --hard-bins 26 => --hard-bins: must be at most;
+--preset demi; --style-weights x; --source-root x; --supervise target => --curriculum; --shoulders left;
+--epochs 20 => --pretrain-epochs; --style vgg => --style-weights; --device warp9 => --device: 'warp9';
+--source surreal => --source-root; --source mannequin-wild => --target: must differ from --source;
 --target lsp --target-root no/place => --target-root: no/place/joints.mat;
 --source mannequin-hand --target mannequin-wild --source-count 60 => two domains of bodies or two of hands;
 --bins 61 --hard-bins 1 --source-count 60 => --bins: 61 is more than the 60 training images of the source;
 --batch-size 31 --source-count 60 --target-count 30 => --batch-size: 31 is more than the 30;
 --hard-bins 8 --method udape+vae-hm --source-count 60 --vae-steps 1 --image-size 32;
---epochz 3 => did you mean --epochs?; --metod=udape => did you mean --method?; evalate x => use train,;
+--epochz 3 => did you mean --epochs?; --metod=udape => did you mean --method?; evalate x => unknown command;
 --resume --out no/run => no/run; evaluate no/run => no/run; evaluate => run;
 compare --methods udap => --methods; compare --seeds a => --seeds; compare --seeds nan => --seed: must be of;
-compare --jobs 0 => --jobs; compare --method udape => did you mean --methods?;
-compare --sweep pase=1 => --sweep: 'pase' is no setting to sweep;
-compare --sweep pace=1,x => --sweep: invalid; compare --sweep pace => --sweep;
+compare --jobs 0 => --jobs; compare --method udape => did you mean --methods?; compare --sweep pace => --sweep;
+compare --sweep pase=1 => --sweep: 'pase' is no setting; compare --sweep pace=1,x => --sweep: invalid;
 compare --sweep seed=1 => --sweep: 'seed' is no setting;
 compare --sweep pace=0 => --pace: must be above 0; compare --tasks no/run => --tasks: no/run holds;
 compare --tasks a --lr 1 => --tasks: shows finished comparisons; leave"""
