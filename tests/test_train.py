@@ -381,9 +381,9 @@ MISTAKES = """
 --epochz 3 => did you mean --epochs?; --metod=udape => did you mean --method?; evalate x => unknown command;
 --resume --out no/run => no/run; evaluate no/run => no/run; evaluate => run;
 compare --methods udap => --methods; compare --seeds a => --seeds; compare --seeds nan => --seed: must be of;
-compare --jobs 0 => --jobs; compare --method udape => did you mean --methods?; compare --sweep pace => --sweep;
+compare --jobs 0 => --jobs; compare --method udape => did you mean --methods?;
 compare --sweep pase=1 => --sweep: 'pase' is no setting; compare --sweep pace=1,x => --sweep: invalid;
-compare --sweep seed=1 => --sweep: 'seed' is no setting;
+compare --sweep seed=1 => --sweep: 'seed' is no setting; compare --sweep pace => --sweep;
 compare --sweep pace=0 => --pace: must be above 0; compare --tasks no/run => --tasks: no/run holds;
 compare --tasks a --lr 1 => --tasks: shows finished comparisons; leave"""
 
@@ -498,7 +498,7 @@ def test_tasks_side_by_side(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for seed, value in enumerate((60.0, 62.0)):
         finish("a", f"actupose-s{seed}", value, "lsp")
-        finish("a", f"actupose-pace=2-s{seed}", 99.0, "lsp")                         # a sweep is no method
+        finish("a", f"actupose-spread=2-s{seed}", 99.0, "lsp")                         # a sweep is no method
     finish("a", "oracle-s0", 80.0, "lsp")
     finish("b", "actupose-s0", 50.0, "mannequin-wild", "mannequin")
     (tmp_path / "b" / "udape-s0").mkdir()                                            # not finished
