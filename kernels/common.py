@@ -82,7 +82,47 @@ def register(schema, function, fake, vmap=join_batches):
 
 def device_of(tensor):
     """Context in which Triton launches on the tensor's GPU, whichever is the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+class Launch:
+    """A kernel on a grid, with everything but its pointers: compiled at the first call, then called directly.
+
+    Triton's own kernel[grid](...) looks at each argument of each call to find the code compiled for it, which
+    takes longer than a small kernel runs. An operator therefore makes its launches once for each shape,
+    strides, dtype, device and alignment of its tensors and hands them nothing but pointers.
+    sizes: the kernel's numbers, which follow its pointers; constants: its constexpr arguments, in order.
+    """
+
+    def __init__(self, kernel, grid, sizes, constants, **options):
+        self.kernel, self.grid, self.constants = kernel, (*grid, 1, 1)[:3], constants
+        self.options, self.fixed, self.run = options | COMPILE_OPTIONS, (*sizes, *constants.values()), None
+
+    def __call__(self, *pointers):
+        if self.run is None:
+            self.run = start(self, pointers)
+        else:
+            self.run(*pointers, *self.fixed)
+
+
+def start(launch, pointers):
+    """Compile and run a launch for the first time. Returns what runs it again, given all arguments in order."""
+    kernel = launch.kernel[launch.grid]
+    try:
+        compiled = kernel(*pointers, *launch.fixed, **launch.options)
+    except RuntimeError as error:
+        if "C compiler" not in str(error):
+            raise
+        raise RuntimeError("Triton compiles a few lines of C when a kernel first runs: install gcc and Python's "
+                           "headers (python3-dev), or set CC. kernels.reference needs neither") from error
+    return kernel if compiled is None else compiled[launch.grid]   # None: of the interpreter
+
+
+def plan_key(tensor):
+    """What compiled code depends on of a tensor: shape, strides, dtype, device, alignment."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16 == 0
 
 
 class Layout(NamedTuple):
