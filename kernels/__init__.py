@@ -19,6 +19,7 @@ import torch
 # Importing the files of the operators registers them.
 from kernels import heatmap_argmax as _, reference, soft_argmax as _, triplet_angle as _  # noqa: F401
 from kernels.common import runs_triton
+from kernels.soft_argmax import SoftArgmax
 
 __all__ = ["heatmap_argmax", "heatmap_argmax_mean", "reference", "similar_pairs", "soft_argmax",
            "triplet_angle_distance"]
@@ -54,7 +55,18 @@ def heatmap_argmax_mean(heatmaps, weight=None):
     """
     _check_tensors(heatmaps=heatmaps)
     _check_masks(weight=weight)
-    return torch.ops.actupose.heatmap_argmax_mean(heatmaps.detach(), weight)
+    return torch.ops.actupose.heatmap_argmax_mean(heatmaps.detach(), None if weight is None else weight.detach())
+
+
+def rectify(heatmaps, sigma, subcell=False):
+    """Each heatmap redrawn as a clean Gaussian at its maximum: the teacher's pseudo-labels.
+
+    heatmaps: (B, K, H, W) floating point, any strides; sigma: cells; subcell: finer than a cell. Returns maps
+    (B, K, H, W), cells (B, K, 2) as (x, y) and confidence (B, K), float32. Formula and errors as in
+    `reference.rectify`, the Gaussians within 1e-6. Not differentiable.
+    """
+    _check_tensors(heatmaps=heatmaps)
+    return torch.ops.actupose.rectify(heatmaps.detach(), float(sigma), subcell)
 
 
 def soft_argmax(heatmaps, beta):
@@ -67,7 +79,7 @@ def soft_argmax(heatmaps, beta):
     """
     _check_tensors(heatmaps=heatmaps)
     if runs_triton(heatmaps):
-        return torch.ops.actupose.soft_argmax(heatmaps, float(beta))
+        return SoftArgmax.apply(heatmaps, float(beta))[0]
     # The operator's backward pass forms the probabilities again to save memory. Where the reference runs
     # anyway, autograd keeps them, which is faster.
     return reference.soft_argmax(heatmaps, float(beta))
