@@ -31,6 +31,10 @@ def _check_tensors(**arguments):
             raise TypeError(f"{name} must be a torch tensor, got {type(value).__name__}")
 
 
+def _detached(tensor):
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 def _check_masks(**masks):
     _check_tensors(**{name: value for name, value in masks.items() if value is not None})
 
@@ -43,7 +47,7 @@ def heatmap_argmax(heatmaps):
     differentiable.
     """
     _check_tensors(heatmaps=heatmaps)
-    return torch.ops.actupose.heatmap_argmax(heatmaps.detach())
+    return torch.ops.actupose.heatmap_argmax(_detached(heatmaps))
 
 
 def heatmap_argmax_mean(heatmaps, weight=None):
@@ -55,7 +59,7 @@ def heatmap_argmax_mean(heatmaps, weight=None):
     """
     _check_tensors(heatmaps=heatmaps)
     _check_masks(weight=weight)
-    return torch.ops.actupose.heatmap_argmax_mean(heatmaps.detach(), None if weight is None else weight.detach())
+    return torch.ops.actupose.heatmap_argmax_mean(_detached(heatmaps), None if weight is None else weight.detach())
 
 
 def rectify(heatmaps, sigma, subcell=False):
@@ -66,7 +70,7 @@ def rectify(heatmaps, sigma, subcell=False):
     `reference.rectify`, the Gaussians within 1e-6. Not differentiable.
     """
     _check_tensors(heatmaps=heatmaps)
-    return torch.ops.actupose.rectify(heatmaps.detach(), float(sigma), subcell)
+    return torch.ops.actupose.rectify(_detached(heatmaps), float(sigma), subcell)
 
 
 def soft_argmax(heatmaps, beta):

@@ -36,9 +36,10 @@ def runs_triton(*tensors):
     CUDA tensors do, and CPU tensors when TRITON_INTERPRET=1 was in the environment at import. float64 is the
     reference's: the kernels compute in float32.
     """
-    if not HAVE_TRITON or any(tensor.dtype == torch.float64 for tensor in tensors):
-        return False
-    return tensors[0].is_cuda or (INTERPRET and tensors[0].device.type == "cpu")
+    for tensor in tensors:   # a loop: any() would take a microsecond
+        if tensor.dtype == torch.float64:
+            return False
+    return HAVE_TRITON and (tensors[0].is_cuda or INTERPRET and tensors[0].is_cpu)
 
 
 # Operators --------------------------------------------------------------------------------------------------
@@ -83,10 +84,13 @@ def register(schema, function, fake, vmap=join_batches):
 
 # Launches ---------------------------------------------------------------------------------------------------
 
+HERE = nullcontext()
+
+
 def device_of(tensor):
     """Context in which Triton launches on the tensor's GPU, whichever is the current one."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
-        return nullcontext()
+        return HERE
     return torch.cuda.device(tensor.device)
 
 
@@ -125,7 +129,7 @@ def start(launch, pointers):
 
 def plan_key(tensor):
     """What compiled code depends on of a tensor: shape, strides, dtype, device, alignment."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16 == 0
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), tensor.data_ptr() % 16 == 0
 
 
 def ceil_div(a, b):

@@ -190,29 +190,30 @@ def plan(shape, strides, dtype, device, aligned, with_mean, weight):
                     (keypoints, height * width, width, layout.shares, *strides, *(weight[1] if weight else (0, 0))),
                     dict(FLAT=layout.flat and width > 1, SHARED=shared, MEAN=with_mean,
                          WEIGHTED=weight is not None,
-                         BLOCK_K=min(power_of_2(keypoints), max(1, 2048 // block_s)), BLOCK_S=block_s))
+                         BLOCK_K=min(power_of_2(keypoints), max(1, 512 // block_s)), BLOCK_S=block_s),
+                    num_warps=1)   # its sums stay within the warp
     return first, finish, layout.shares if shared else 0
 
 
-def decode(heatmaps, with_mean=False, weight=None):
-    """Coordinates, confidence and, if asked for, mean confidence of `heatmaps`, not float64, with Triton."""
+def decode(heatmaps, mean=None, weight=None):
+    """Coordinates and confidence of `heatmaps`, not float64, with Triton; into `mean` (B,), if given, the mean
+    confidence."""
     weight_key = None if weight is None else plan_key(weight)
-    first, finish, shares = plan(*plan_key(heatmaps), with_mean, weight_key)
+    first, finish, shares = plan(*plan_key(heatmaps), mean is not None, weight_key)
     batch, keypoints = heatmaps.shape[:2]
-    coords = heatmaps.new_empty((batch, keypoints, 2), dtype=torch.float32)
-    confidence = heatmaps.new_empty((batch, keypoints), dtype=torch.float32)
-    mean = heatmaps.new_empty(batch, dtype=torch.float32) if with_mean else None
-    if first is None:
-        mean = mean.zero_() if with_mean else None   # a sample without keypoints
-    else:
+    coords = torch.empty((batch, keypoints, 2), dtype=torch.float32, device=heatmaps.device)
+    confidence = torch.empty((batch, keypoints), dtype=torch.float32, device=heatmaps.device)
+    if first is not None:
         # A tensor that a launch does not touch stands in for one that it has no use for.
-        candidates = heatmaps.new_empty((batch * keypoints, shares), dtype=torch.int32) if shares else coords
+        candidates = coords.new_empty((batch * keypoints, shares), dtype=torch.int32) if shares else coords
         with device_of(heatmaps):
             first(heatmaps, coords, confidence, candidates)
             if finish is not None:
                 finish(heatmaps, coords, confidence, candidates, coords if weight is None else weight,
                        coords if mean is None else mean)
-    return (coords, confidence, mean) if with_mean else (coords, confidence)
+    elif mean is not None:
+        mean.zero_()   # samples without keypoints
+    return coords, confidence
 
 
 @functools.lru_cache(maxsize=1024)
@@ -240,7 +241,8 @@ def heatmap_argmax_mean(heatmaps: Tensor, weight: Optional[Tensor] = None):
     if not runs_triton(heatmaps):
         return reference.heatmap_argmax_mean(heatmaps, weight)
     reference.check_weight(weight, heatmaps)
-    return decode(heatmaps, True, weight)
+    mean = heatmaps.new_empty(heatmaps.shape[:1], dtype=torch.float32)
+    return *decode(heatmaps, mean, weight), mean
 
 
 def rectify(heatmaps: Tensor, sigma: float, subcell: bool = False):
