@@ -141,7 +141,7 @@ def test_derivatives_are_right_or_refused(backend):
     direct, = torch.autograd.grad(operator(trained), trained, direction, create_graph=True)
     for found in (pulled, gradient, direct):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="differentiable once"):
         direct.sum().backward()
     for function in (operator, lambda given: kernels.soft_argmax(given, 4.0)):
         try:
