@@ -272,21 +272,32 @@ class SoftArgmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_coords, _):
-        return backward_op(grad_coords, *ctx.saved_tensors, ctx.beta), None
+        gradient = SoftArgmaxGradient.apply if torch.is_grad_enabled() else backward_op
+        return gradient(grad_coords, *ctx.saved_tensors, ctx.beta), None
 
 
-def no_second_backward(ctx, grad):
-    """Autograd's rule for the gradient's own gradient: an error, where torch would say zero."""
-    raise RuntimeError("soft_argmax is differentiable once: its gradient has none of its own. Use "
-                       "kernels.reference.soft_argmax for second derivatives")
+class SoftArgmaxGradient(torch.autograd.Function):
+    """The backward pass where it could be differentiated itself: an error then, where torch would say zero."""
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad_coords, heatmaps, coords, stats, beta):
+        return backward_op(grad_coords, heatmaps, coords, stats, beta)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("soft_argmax is differentiable once: its gradient has none of its own. Use "
+                           "kernels.reference.soft_argmax for second derivatives")
 
 
 backward_op = register(
     "soft_argmax_backward(Tensor grad_coords, Tensor heatmaps, Tensor coords, Tensor stats, float beta) -> "
     "Tensor",
     soft_argmax_backward, lambda grad_coords, heatmaps, coords, stats, beta: torch.empty_like(heatmaps))
-torch.library.register_autograd("actupose::soft_argmax_backward", no_second_backward, lib=LIBRARY,
-                                setup_context=lambda ctx, inputs, output: None)   # torch.func asks for one
 forward_op = register("soft_argmax_forward(Tensor heatmaps, float beta) -> (Tensor coords, Tensor stats)",
                       soft_argmax_forward, fake_forward)
 LIBRARY.define("soft_argmax(Tensor heatmaps, float beta) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
