@@ -185,10 +185,9 @@ def call_of(operator, module, inputs, wrap=lambda function: function):
 
 def decode_on_host(heatmaps):
     """The published decoding: a copy to the host, then NumPy's argmax and maximum over each flattened map."""
-    heatmaps = heatmaps.float() if heatmaps.dtype == torch.bfloat16 else heatmaps   # NumPy has no bfloat16
-    maps = heatmaps.cpu().numpy()
-    flat = maps.reshape(*maps.shape[:2], -1)
-    index, width = flat.argmax(2), maps.shape[3]
+    maps = heatmaps.float() if heatmaps.dtype == torch.bfloat16 else heatmaps   # NumPy has no bfloat16
+    flat, width = maps.cpu().numpy().reshape(*maps.shape[:2], -1), maps.shape[3]
+    index = flat.argmax(2)
     return np.stack((index % width, index // width), 2).astype(np.float32), flat.max(2)
 
 
@@ -406,23 +405,21 @@ def no_launches():
 def host_times(operators, plan, device, seed, seconds, calls=1):
     """What the host spends on an operator and on its reference until they return: a dict for each row.
 
-    So many calls of the two are timed in turn, the order changing. A turn that something else disturbs only
-    takes longer, so the fastest count; the median of the turns' ratios stands beside theirs.
+    The two take turns of so many calls, after as many that are not timed. What disturbs a turn only lengthens
+    it: the fastest counts.
     """
-    generator, rows = torch.Generator(device).manual_seed(seed), []
-    setup = torch.cuda.synchronize if device.type == "cuda" else "pass"
-    for row, inputs in (case for operator in operators for case in cases(operator, plan, generator)):
-        turn = [(i, timeit.Timer(call_of(row["operator"], module, inputs), setup))
-                for i, module in enumerate((kernels, reference))]
+    def turn(call):
+        for _ in range(calls):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return timeit.timeit(call, number=calls) / calls
 
-        def sample():
-            turn.reverse()
-            return [seconds for _, seconds in sorted((i, timer.timeit(calls) / calls) for i, timer in turn)]
-        sample()
-        times = 1e6 * np.array(repeat(sample, seconds))
-        ours, plain = times.min(axis=0).tolist()
-        rows.append(row | dict(operator_us=ours, reference_us=plain, ratio=ours / plain,
-                               median_ratio=np.median(times[:, 0] / times[:, 1]).item()))
+    generator, rows = torch.Generator(device).manual_seed(seed), []
+    for row, inputs in (case for operator in operators for case in cases(operator, plan, generator)):
+        pair = [call_of(row["operator"], module, inputs) for module in (kernels, reference)]
+        ours, eager = (1e6 * np.min(repeat(lambda: [turn(call) for call in pair], seconds), axis=0)).tolist()
+        rows.append(row | dict(operator_us=ours, eager_us=eager, ratio=ours / eager))
     return rows
 
 
@@ -457,9 +454,9 @@ def print_operator(rows, cuda):
 
 def print_host(title, rows):
     """A table of `host_times`."""
-    print_table(title, ["operator", "size", "operator, us", "reference, us", "ratio", "median ratio"],
-                [[row["operator"], row["size"], short(row["operator_us"]), short(row["reference_us"]),
-                  f"{row['ratio']:.3f}", f"{row['median_ratio']:.3f}"] for row in rows])
+    print_table(title, ["operator", "size", "operator, us", "eager, us", "operator / eager"],
+                [[row["operator"], row["size"], short(row["operator_us"]), short(row["eager_us"]),
+                  f"{row['ratio']:.3f}"] for row in rows])
 
 
 def said_by(*command):
@@ -486,14 +483,6 @@ def header(device, seed):
 
 # Command line ----------------------------------------------------------------------------------------------
 
-def writable_file(text):
-    """The path of a file to be written; ArgumentTypeError, before the long run, where that would fail."""
-    path = Path(text)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"cannot write {text}")
-    return path
-
-
 def main(arguments=None, plan=None):
     """Run the benchmark; returns the exit status: 1 if an operator is wrong. `plan`: in place of FULL."""
     parser = argparse.ArgumentParser(prog="python -m kernels.benchmark", allow_abbrev=False,
@@ -501,9 +490,11 @@ def main(arguments=None, plan=None):
     parser.error = lambda message: parser.exit(2, f"{message} (--help lists the options)\n")
     parser.add_argument("--quick", action="store_true", help="few sizes, measured shortly: about a minute")
     parser.add_argument("--only", choices=OPERATORS, metavar="NAME", help="one of " + ", ".join(OPERATORS))
-    parser.add_argument("--json", type=writable_file, metavar="FILE", help="write all figures as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
     parser.add_argument("--seed", type=int, help="of the random inputs [default: a new one]")
     options = parser.parse_args(arguments)
+    if options.json and (options.json.is_dir() or not os.access(options.json.parent, os.W_OK)):
+        parser.error(f"cannot write {options.json}")
     if common.INTERPRET:
         parser.exit(2, "Triton's interpreter is on, whose time would say nothing: unset TRITON_INTERPRET\n")
     plan = plan or (QUICK if options.quick else FULL)
@@ -545,11 +536,11 @@ def main(arguments=None, plan=None):
         print_operator(rows, clock.cuda)
         result["rows"] += rows
     if common.HAVE_TRITON:
-        ours = [operator for operator in operators if operator != "similar_pairs"]   # it waits for the GPU
+        small = STEP if clock.cuda else TINY
+        free = [operator for operator in operators if operator != "similar_pairs"]   # which waits for the GPU
         with nullcontext() if clock.cuda else no_launches():
-            result["host"] = host_times(ours, STEP if clock.cuda else TINY, device, seed, 4 * plan.seconds,
-                                        calls=10 if clock.cuda else 50)
-        print_host("Host time of a call" + ", its launches doing nothing" * (not clock.cuda), result["host"])
+            result["host"] = host_times(free, small, device, seed, 4 * plan.seconds, 10)
+        print_host("Host time of a call" + ", launches doing nothing" * (not clock.cuda), result["host"])
     result["dispatch"] = host_times(operators, STEP, cpu, seed, 4 * plan.seconds)
     print_host("On CPU tensors: the operator over its reference called directly", result["dispatch"])
     if options.json:
