@@ -507,7 +507,7 @@ def main(arguments=None, plan=None):
     torch._logging.set_logs(dynamo=logging.ERROR, inductor=logging.CRITICAL)
     clock = Clock(device, plan.seconds)
     limits = measure_limits(clock)
-    result = dict(header=header(device, seed), limits=limits, checks=[], rows=[], host=[])   # clocks under load
+    result = dict(header=header(device, seed), limits=limits, checks=[], rows=[], host=[])   # after work
     if not clock.cuda:
         print("No CUDA device: the Triton columns are not measured; its interpreter's time says nothing.")
     rates = [(f"{name}, GB/s", short(limits[name] / 1e9)) for name in ("read", "write", "copy")]
