@@ -30,16 +30,13 @@ PROGRAMS = 512
 SHARE = 16384    # cells; below about this a map is read before the launch that joins its shares has begun
 
 
-def runs_triton(*tensors):
-    """Whether an operator on these tensors launches its Triton kernel; elsewhere the PyTorch reference runs.
+def runs_triton(tensor):
+    """Whether an operator on this tensor launches its Triton kernel; elsewhere the PyTorch reference runs.
 
     CUDA tensors do, and CPU tensors when TRITON_INTERPRET=1 was in the environment at import. float64 is the
     reference's: the kernels compute in float32.
     """
-    for tensor in tensors:   # a loop: any() would take a microsecond
-        if tensor.dtype == torch.float64:
-            return False
-    return HAVE_TRITON and (tensors[0].is_cuda or INTERPRET and tensors[0].is_cpu)
+    return HAVE_TRITON and tensor.dtype != torch.float64 and (tensor.is_cuda or INTERPRET and tensor.is_cpu)
 
 
 # Operators --------------------------------------------------------------------------------------------------
@@ -47,39 +44,21 @@ def runs_triton(*tensors):
 LIBRARY = torch.library.Library("actupose", "DEF")
 
 
-def join_batches(operator):
-    """vmap of an operator whose tensors all start with the batch B: the mapped dimension is joined to it."""
-    def rule(info, in_dims, *arguments):
-        joined, batch = [], 0
-        for argument, dim in zip(arguments, in_dims):
-            if isinstance(argument, torch.Tensor):
-                argument = argument.expand(info.batch_size, *argument.shape) if dim is None \
-                    else argument.movedim(dim, 0)
-                batch = argument.shape[1]
-                argument = argument.flatten(0, 1)
-            joined.append(argument)
-        results = operator(*joined)
-        if isinstance(results, torch.Tensor):
-            return results.unflatten(0, (info.batch_size, batch)), 0
-        return tuple(result.unflatten(0, (info.batch_size, batch)) for result in results), (0,) * len(results)
-    return rule
+def register(schema, on_gpu, plain, fake=None):
+    """Define the operator torch.ops.actupose.<name> with this schema, and return it.
 
-
-def register(schema, function, fake, vmap=join_batches):
-    """Make `function` the operator torch.ops.actupose.<name> with this schema, and return that.
-
-    fake: the same for tensors without data, for torch.compile; vmap: makes the operator's rule for
-    torch.func.vmap, if it has one. The parts of `torch.library` are used one by one because
-    `torch.library.custom_op`, which wraps them all, adds about 5 microseconds to every call.
+    on_gpu: launches its kernel; plain: its reference, which runs elsewhere; fake: the same for tensors without
+    data, for torch.compile, if it is not the reference itself. The parts of `torch.library` are used one by one
+    because `torch.library.custom_op`, which wraps them all, adds about 5 microseconds to every call.
     """
+    def operator(*arguments):
+        return on_gpu(*arguments) if runs_triton(arguments[0]) else plain(*arguments)
+
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    operator = getattr(torch.ops.actupose, name).default
-    torch.library.register_fake(f"actupose::{name}", fake, lib=LIBRARY)
-    if vmap is not None:
-        torch.library.register_vmap(f"actupose::{name}", vmap(operator), lib=LIBRARY)
-    return operator
+    LIBRARY.impl(name, operator, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"actupose::{name}", fake or plain, lib=LIBRARY)
+    return getattr(torch.ops.actupose, name).default
 
 
 # Launches ---------------------------------------------------------------------------------------------------

@@ -22,14 +22,12 @@ compared as one integer, the value's bits in an order that integers have, then t
 """
 import functools
 import math
-from typing import Optional
 
 import torch
-from torch import Tensor
 
 from kernels import reference
 from kernels.common import (Launch, cell_offset, device_of, divide, maps_of_program, plan_key, power_of_2,
-                            register, runs_triton, tl, triton)
+                            register, tl, triton)
 
 
 @triton.jit
@@ -195,9 +193,8 @@ def plan(shape, strides, dtype, device, aligned, with_mean, weight):
     return first, finish, layout.shares if shared else 0
 
 
-def decode(heatmaps, mean=None, weight=None):
-    """Coordinates and confidence of `heatmaps`, not float64, with Triton; into `mean` (B,), if given, the mean
-    confidence."""
+def heatmap_argmax(heatmaps, mean=None, weight=None):
+    """The operator behind `kernels.heatmap_argmax`. mean: (B,) that takes the mean confidences, or None."""
     weight_key = None if weight is None else plan_key(weight)
     first, finish, shares = plan(*plan_key(heatmaps), mean is not None, weight_key)
     batch, keypoints = heatmaps.shape[:2]
@@ -216,6 +213,13 @@ def decode(heatmaps, mean=None, weight=None):
     return coords, confidence
 
 
+def heatmap_argmax_mean(heatmaps, weight=None):
+    """The operator behind `kernels.heatmap_argmax_mean`."""
+    reference.check_weight(weight, heatmaps)
+    mean = heatmaps.new_empty(heatmaps.shape[:1], dtype=torch.float32)
+    return *heatmap_argmax(heatmaps, mean, weight), mean
+
+
 @functools.lru_cache(maxsize=1024)
 def plan_rectify(shape, strides, dtype, device, aligned, sigma, subcell):
     """The launch of `rectify`, or None where there are no maps."""
@@ -231,54 +235,20 @@ def plan_rectify(shape, strides, dtype, device, aligned, sigma, subcell):
                        ROWS=layout.rows), num_warps=layout.warps)
 
 
-def heatmap_argmax(heatmaps: Tensor):
-    """The operator behind `kernels.heatmap_argmax`, which says what it takes and returns."""
-    return decode(heatmaps) if runs_triton(heatmaps) else reference.heatmap_argmax(heatmaps)
-
-
-def heatmap_argmax_mean(heatmaps: Tensor, weight: Optional[Tensor] = None):
-    """The operator behind `kernels.heatmap_argmax_mean`, which says what it takes and returns."""
-    if not runs_triton(heatmaps):
-        return reference.heatmap_argmax_mean(heatmaps, weight)
-    reference.check_weight(weight, heatmaps)
-    mean = heatmaps.new_empty(heatmaps.shape[:1], dtype=torch.float32)
-    return *decode(heatmaps, mean, weight), mean
-
-
-def rectify(heatmaps: Tensor, sigma: float, subcell: bool = False):
-    """The operator behind `kernels.rectify`, which says what it takes and returns."""
-    if not runs_triton(heatmaps):
-        return reference.rectify(heatmaps, sigma, subcell)
+def rectify(heatmaps, sigma, subcell=False):
+    """The operator behind `kernels.rectify`."""
     launch = plan_rectify(*plan_key(heatmaps), sigma, subcell)
-    drawn, coords, confidence = fake_rectify(heatmaps, sigma, subcell)
+    drawn = heatmaps.new_empty(heatmaps.shape, dtype=torch.float32)
+    coords, confidence = drawn.new_empty((*drawn.shape[:2], 2)), drawn.new_empty(drawn.shape[:2])
     if launch is not None:
         with device_of(heatmaps):
             launch(heatmaps, coords, confidence, drawn)
     return drawn, coords, confidence
 
 
-def fake_argmax(heatmaps):
-    """Shapes and dtypes of `heatmap_argmax`."""
-    reference.check_heatmaps(heatmaps.shape, heatmaps.dtype)
-    batch, keypoints = heatmaps.shape[:2]
-    return (heatmaps.new_empty((batch, keypoints, 2), dtype=torch.float32),
-            heatmaps.new_empty((batch, keypoints), dtype=torch.float32))
-
-
-def fake_argmax_mean(heatmaps, weight=None):
-    """Shapes and dtypes of `heatmap_argmax_mean`."""
-    reference.check_weight(weight, heatmaps)
-    return (*fake_argmax(heatmaps), heatmaps.new_empty(heatmaps.shape[:1], dtype=torch.float32))
-
-
-def fake_rectify(heatmaps, sigma, subcell=False):
-    """Shapes and dtypes of `rectify`."""
-    reference.check_sigma(sigma)
-    return (heatmaps.new_empty(heatmaps.shape, dtype=torch.float32), *fake_argmax(heatmaps))
-
-
-register("heatmap_argmax(Tensor heatmaps) -> (Tensor coords, Tensor confidence)", heatmap_argmax, fake_argmax)
+register("heatmap_argmax(Tensor heatmaps) -> (Tensor coords, Tensor confidence)",
+         heatmap_argmax, reference.heatmap_argmax)
 register("heatmap_argmax_mean(Tensor heatmaps, Tensor? weight=None) -> "
-         "(Tensor coords, Tensor confidence, Tensor mean)", heatmap_argmax_mean, fake_argmax_mean)
+         "(Tensor coords, Tensor confidence, Tensor mean)", heatmap_argmax_mean, reference.heatmap_argmax_mean)
 register("rectify(Tensor heatmaps, float sigma, bool subcell=False) -> "
-         "(Tensor maps, Tensor cells, Tensor confidence)", rectify, fake_rectify)
+         "(Tensor maps, Tensor cells, Tensor confidence)", rectify, reference.rectify)

@@ -193,11 +193,11 @@ def soft_argmax(heatmaps, beta):
     return coords + (exact - coords).detach()
 
 
-def soft_argmax_backward(grad_coords, heatmaps, coords, beta):
+def soft_argmax_backward(heatmaps, grad_coords, coords, stats, beta):
     """Gradient of `soft_argmax`: d/dh_n = beta p_n ((x_n - X) g_x + (y_n - Y) g_y), with (X, Y) = coords.
 
-    grad_coords: (B, K, 2), the gradient g of the loss with respect to the coordinates. Returns (B, K, H, W)
-    in the dtype and memory layout of the heatmaps.
+    grad_coords: (B, K, 2), the gradient g of the loss with respect to the coordinates; stats: the kernel's,
+    not used. Returns (B, K, H, W) in the dtype and memory layout of the heatmaps.
     """
     height, width = heatmaps.shape[2:]
     xs = torch.arange(width, dtype=coords.dtype, device=coords.device)

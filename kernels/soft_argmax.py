@@ -22,11 +22,10 @@ map's centre. Together that keeps the result within 1e-5 cells of float64 at 64 
 import functools
 
 import torch
-from torch import Tensor
 
 from kernels import reference
-from kernels.common import (LIBRARY, Launch, ceil_div, cell_offset, device_of, divide, join_batches,
-                            maps_of_program, plan_key, power_of_2, register, runs_triton, tl, triton, walk)
+from kernels.common import (LIBRARY, Launch, ceil_div, cell_offset, device_of, divide, maps_of_program,
+                            plan_key, power_of_2, register, tl, triton, walk)
 
 
 @triton.jit
@@ -200,8 +199,8 @@ def plan_backward(shape, strides, dtype, device, aligned, grad_strides, beta):
                   num_warps=max(1, block_k * block_n // 512))
 
 
-def launch(heatmaps, beta):
-    """Coordinates (B, K, 2) and statistics (B, K, 2) of `heatmaps`, any strides, not float64, with Triton."""
+def forward(heatmaps, beta):
+    """Coordinates (B, K, 2) as of `kernels.soft_argmax`, and (B, K, 2) numbers for the backward pass."""
     first, finish, shares = plan(*plan_key(heatmaps), beta)
     coords = heatmaps.new_empty((*heatmaps.shape[:2], 2), dtype=torch.float32)
     stats = torch.empty_like(coords)
@@ -215,45 +214,27 @@ def launch(heatmaps, beta):
     return coords, stats
 
 
-def launch_backward(grad_coords, heatmaps, coords, stats, beta):
-    """Gradient (B, K, H, W) in the dtype and layout of `heatmaps`, with Triton."""
+def plain_forward(heatmaps, beta):
+    """The same in plain PyTorch, whose backward pass forms the softmax anew."""
+    coords = reference.soft_argmax(heatmaps.detach(), beta)
+    return coords, torch.zeros_like(coords)
+
+
+def backward(heatmaps, grad_coords, coords, stats, beta):
+    """Gradient (B, K, H, W) of the heatmaps in their dtype and layout, given that of the coordinates."""
     grad_heatmaps = torch.empty_like(heatmaps)
     others = [tensor.contiguous() for tensor in (grad_coords, coords, stats)]
     shape, strides, dtype, device, aligned = plan_key(heatmaps)
     aligned = aligned and all(tensor.data_ptr() % 16 == 0 for tensor in others)
-    backward = plan_backward(shape, strides, dtype, device, aligned, grad_heatmaps.stride(), beta)
-    if backward is not None:
+    launch = plan_backward(shape, strides, dtype, device, aligned, grad_heatmaps.stride(), beta)
+    if launch is not None:
         with device_of(heatmaps):
-            backward(heatmaps, *others, grad_heatmaps)
+            launch(heatmaps, *others, grad_heatmaps)
     return grad_heatmaps
 
 
-def soft_argmax_forward(heatmaps: Tensor, beta: float):
-    """Coordinates (B, K, 2) as of `kernels.soft_argmax`, and (B, K, 2) numbers for the backward pass."""
-    if runs_triton(heatmaps):
-        return launch(heatmaps, beta)
-    coords = reference.soft_argmax(heatmaps, beta)
-    return coords, torch.zeros_like(coords)   # the reference's backward pass forms the softmax anew
-
-
-def soft_argmax_backward(grad_coords, heatmaps, coords, stats, beta):
-    """Gradient (B, K, H, W) of the heatmaps, given that of the coordinates (B, K, 2)."""
-    if runs_triton(heatmaps):
-        return launch_backward(grad_coords, heatmaps, coords, stats, beta)
-    return reference.soft_argmax_backward(grad_coords, heatmaps, coords, beta)
-
-
-def fake_forward(heatmaps, beta):
-    """Shapes and dtypes of `soft_argmax_forward`."""
-    reference.check_heatmaps(heatmaps.shape, heatmaps.dtype)
-    reference.check_beta(beta)
-    dtype = torch.float64 if heatmaps.dtype == torch.float64 else torch.float32
-    coords = heatmaps.new_empty((heatmaps.shape[0], heatmaps.shape[1], 2), dtype=dtype)
-    return coords, torch.empty_like(coords)
-
-
 class SoftArgmax(torch.autograd.Function):
-    """(heatmaps, beta) -> coordinates and the numbers of the backward pass; differentiable once, in reverse.
+    """(heatmaps, beta) -> coordinates and the numbers of the backward pass; reverse mode, any number of times.
 
     By hand: `torch.library.register_autograd` costs some 60 microseconds more per forward and backward pass,
     and is silent about forward mode, which raises here.
@@ -272,36 +253,17 @@ class SoftArgmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_coords, _):
-        gradient = SoftArgmaxGradient.apply if torch.is_grad_enabled() else backward_op
-        return gradient(grad_coords, *ctx.saved_tensors, ctx.beta), None
+        if torch.is_grad_enabled():   # with create_graph=True the gradient may be differentiated itself
+            heatmaps, beta = ctx.saved_tensors[0], ctx.beta
+            return torch.func.vjp(lambda maps: reference.soft_argmax(maps, beta), heatmaps)[1](grad_coords)[0], None
+        heatmaps, coords, stats = ctx.saved_tensors
+        return backward_op(heatmaps, grad_coords, coords, stats, ctx.beta), None
 
 
-class SoftArgmaxGradient(torch.autograd.Function):
-    """The backward pass where it could be differentiated itself: an error then, where torch would say zero."""
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(grad_coords, heatmaps, coords, stats, beta):
-        return backward_op(grad_coords, heatmaps, coords, stats, beta)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise RuntimeError("soft_argmax is differentiable once: its gradient has none of its own. Use "
-                           "kernels.reference.soft_argmax for second derivatives")
-
-
-backward_op = register(
-    "soft_argmax_backward(Tensor grad_coords, Tensor heatmaps, Tensor coords, Tensor stats, float beta) -> "
-    "Tensor",
-    soft_argmax_backward, lambda grad_coords, heatmaps, coords, stats, beta: torch.empty_like(heatmaps))
 forward_op = register("soft_argmax_forward(Tensor heatmaps, float beta) -> (Tensor coords, Tensor stats)",
-                      soft_argmax_forward, fake_forward)
+                      forward, plain_forward)
+backward_op = register("soft_argmax_backward(Tensor heatmaps, Tensor grad_coords, Tensor coords, Tensor stats, "
+                       "float beta) -> Tensor", backward, reference.soft_argmax_backward)
 LIBRARY.define("soft_argmax(Tensor heatmaps, float beta) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-torch.library.register_vmap("actupose::soft_argmax", join_batches(torch.ops.actupose.soft_argmax.default),
-                            lib=LIBRARY)
 LIBRARY.impl("soft_argmax", lambda heatmaps, beta: SoftArgmax.apply(heatmaps, beta)[0],
              "CompositeImplicitAutograd")
