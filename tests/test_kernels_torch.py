@@ -202,7 +202,7 @@ def test_what_runs_on_the_cpu(prepare, environment, printed, run_python):
 
 
 COMPILE = """
-import subprocess, sys, triton
+import re, subprocess, sys, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kernels import common
@@ -215,6 +215,18 @@ TYPES = dict.fromkeys(("coords", "grad_coords", "stats", "confidence", "mean", "
 TYPES |= dict.fromkeys(("triplets", "counts", "starts", "pairs", "limit"), "*i64")
 TYPES |= dict(candidates="*i32", partial="*fp64", source_valid="*u8", target_valid="*u8", beta="fp32",
               gamma="fp32")
+
+def loops(cubin):
+    # (instructions, barriers) of each loop: from the target of a branch backwards up to that branch.
+    listing = subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, "-sass", cubin], text=True)
+    code = re.findall(r"/[*]([0-9a-f]{4,})[*]/ +([^;]+);", listing)   # (address, instruction)
+    place, found = {int(address, 16): n for n, (address, _) in enumerate(code)}, []
+    for last, (address, instruction) in enumerate(code):
+        target = re.search(r"BRA.* (0x[0-9a-f]+)", instruction)
+        if target and int(target[1], 16) < int(address, 16):   # those that lead to themselves are padding
+            body = code[place[int(target[1], 16)]:last + 1]
+            found.append((len(body), sum("BAR." in instruction for _, instruction in body)))
+    return found
 
 def report(title, kernel, constants, num_warps=None, options=None, maps="*fp32"):
     options = options or {"num_warps": num_warps, **common.COMPILE_OPTIONS}
