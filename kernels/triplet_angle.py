@@ -179,32 +179,32 @@ def pairs_kernel(table, counts, ends, pairs, room: "i64", gamma,
                  BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """Program (rows, chunk of columns): count the pairs of each row if there is no room, else write them."""
     n = tl.arange(0, BLOCK)
-    s = tl.program_id(0).to(tl.int64) * BLOCK
+    s = tl.program_id(0).to(tl.int64) * BLOCK + n
     begin = tl.program_id(1).to(tl.int64) * chunk
     end = tl.minimum(begin + chunk, T)
-    exists = n < S - s
-    entry = (s + n) * tl.num_programs(1) + tl.program_id(1)
-    place = tl.load(ends + entry - 1, mask=exists & (entry > 0), other=0)   # unknown, unused while counting
-    if room > 0:
-        if tl.max(tl.load(counts + entry, mask=exists & (place < room), other=0), axis=0) == 0:
-            end = begin   # nothing to write
+    entry = s * tl.num_programs(1) + tl.program_id(1)
+    # Of no meaning, nor used, while counting.
+    start = tl.load(ends + entry - 1, mask=(s < S) & (entry > 0), other=0)
+    expected = tl.load(counts + entry, mask=(s < S) & (start < room), other=0)
+    if (room > 0) & (tl.max(expected, axis=0) == 0):
+        end = begin   # nothing to write
     found = tl.zeros((BLOCK,), tl.int32)
-    for t in range(begin, end, BLOCK):
-        distance = tile_distance(table + s, table + source_rows + t, A, min_triplets, columns, rows, scale,
-                                 BLOCK, COLUMNS)
-        hit = (distance < gamma) & exists[:, None] & (n < end - t)[None, :]
+    for first in range(begin, end, BLOCK):
+        distance = tile_distance(table + tl.program_id(0).to(tl.int64) * BLOCK, table + source_rows + first,
+                                 A, min_triplets, columns, rows, scale, BLOCK, COLUMNS)
+        hit = (distance < gamma) & (s < S)[:, None] & (n < end - first)[None, :]
         row = tl.sum(hit.to(tl.int32), axis=1)
         if room > 0:
             column = tl.zeros_like(row) - 1
             for i in range(0, tl.max(row, axis=0)):   # the next pair of each row
                 column = tl.min(tl.where(hit & (n[None, :] > column[:, None]), n[None, :], BLOCK), axis=1)
-                pair = place + found + i
-                write = (i < row) & (pair < room)
-                tl.store(pairs + 2 * pair, s + n, mask=write)
-                tl.store(pairs + 2 * pair + 1, t + column, mask=write)
+                place = start + found + i
+                write = (i < row) & (place < room)
+                tl.store(pairs + 2 * place, s, mask=write)
+                tl.store(pairs + 2 * place + 1, first + column, mask=write)
         found += row
     if room == 0:
-        tl.store(counts + entry, found, mask=exists)
+        tl.store(counts + entry, found, mask=s < S)
     else:
         # The rows that are left: the programs take turns to fill them.
         programs = tl.num_programs(0) * tl.num_programs(1)
