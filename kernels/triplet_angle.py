@@ -5,25 +5,38 @@
 
 over the n_valid triplets that are usable in both poses; and the list of the pairs below a threshold.
 
-HEADER
+In PyTorch the differences are a tensor (S, T, A) that is written and read again: 5 GB of traffic at S = T =
+4096 and A = 16, for a matrix of 67 MB. Here a first launch writes the angles of all poses, (S + T) A numbers,
+and each program of a second adds the squared differences of a tile of the matrix in registers. 64 x 64 pairs
+on 4 warps take 87 instructions per warp and triplet on sm_90, 64 of them the arithmetic of 32 pairs a thread,
+96 registers, and no barrier in the loop: by arithmetic 30 microseconds of an H100, which needs 20 to write.
+
+Pruning costs nothing where there is nothing to prune. An angle that is not usable is infinite, and one that
+is NaN so large that its square is: a tile whose sums are finite is done, any other starts again and counts.
+
+The list of similar pairs comes from running one kernel twice on the same table: first it counts the pairs of
+each row, then, where the running sum of the counts says, it writes them. The same compiled code decides both
+times, so that the counts are right to the last pair, and rows and columns come in rising order whatever the
+order of the programs. Two 65,536 x 65,536 passes take two numbers per row, not the 17 GB of the matrix.
 """
 from functools import lru_cache, partial
 from math import prod
-from typing import NamedTuple, Optional
+from types import SimpleNamespace
+from typing import Optional
 
 import torch
 from torch import Tensor
 
-from kernels import reference
-from kernels.common import HAVE_TRITON, PROGRAMS, Launch, device_of, plan_key, register, runs_triton, tl, triton
+from kernels import common, reference
+from kernels.common import PROGRAMS, Launch, plan_key, register, runs_triton, tl, triton
 
 # Tile of (BLOCK x BLOCK) pairs, triplets taken at a time, warps. A matrix of few large tiles would leave most
 # of a GPU idle while each program waits for one triplet after the other: small tiles read them all at once.
 LARGE = 64, 2, 4
 SMALL = 16, 16, 4
 MINING = 32, 4, 4   # finding the pairs in a tile takes registers too
-FEW_TILES = 128   # large ones
-ROWS = 64         # poses of a program that writes the table, whose rows are padded to a multiple
+FEW_TILES = 128     # large ones
+ROWS = 64           # poses of a program that writes the table, whose rows are padded to a multiple
 
 
 @triton.jit
@@ -31,7 +44,7 @@ def atan2_upper(y, x):
     """atan2(y, x) for y >= 0, in [0, pi], within 3e-7 rad: 0 and pi for y = 0 to the last bit, 0 at (0, 0).
 
     The arctangent is the polynomial of Cephes' atanf on |t| <= tan(pi / 8); the rest is symmetry. Only
-    operators of the language: Triton's interpreter has no libdevice. `/` would be approximate on a GPU.
+    operators of the language: Triton's interpreter has no libdevice. A plain `/` is not exact on a GPU.
     """
     side = tl.abs(x)
     low = tl.minimum(y, side)
@@ -88,7 +101,7 @@ def table_kernel(source, target, source_valid, target_valid, triplets, table,
                  source_valid_b, source_valid_n, source_valid_k,
                  target_valid_b, target_valid_n, target_valid_k,
                  SOURCE_MASKED: tl.constexpr, TARGET_MASKED: tl.constexpr,
-                 COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+                 BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """Program (batch, poses, triplets): their angles, into a table (batch, columns, rows).
 
     The rows are those of the source, padded to a multiple of BLOCK, and then those of the target.
@@ -115,8 +128,8 @@ def table_kernel(source, target, source_valid, target_valid, triplets, table,
 def zero_tile(memory, BLOCK: tl.constexpr):
     """Zeros (BLOCK, BLOCK), divided among threads as rows in memory would be: nothing is read.
 
-    Triton divides a tile as the loads and stores of it want it. For a plain tl.zeros it gives a thread one
-    column, of which a large tile's would load 33 angles for 32 pairs; like this eight rows by four columns, 12.
+    Triton divides a tile as its loads and stores want it. From plain zeros a thread of a large tile has 32
+    pairs of one column, with 33 angles to load; like this eight rows by four columns, with 12.
     """
     n = tl.arange(0, BLOCK)
     return tl.load(memory + n[:, None] * BLOCK + n[None, :], mask=(n < 0)[:, None], other=0.0)
@@ -125,7 +138,10 @@ def zero_tile(memory, BLOCK: tl.constexpr):
 @triton.jit
 def tile_distance(source, target, A, min_triplets, columns, rows, scale,
                   BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Distances (BLOCK, BLOCK) of the table's rows from those at `source` and `target`."""
+    """Distances (BLOCK, BLOCK) of the table's rows from those at `source` and `target`.
+
+    tl.sqrt is approximate on a GPU, within a relative 2^-23; exact, it would take as long as five triplets.
+    """
     n = tl.arange(0, BLOCK)
     step = rows.to(tl.int64)
     squares = zero_tile(target, BLOCK)
@@ -168,12 +184,12 @@ def distance_kernel(table, distance, S, T, A, min_triplets, columns, source_rows
                            BLOCK, COLUMNS)
     s += tl.arange(0, BLOCK)
     t += tl.arange(0, BLOCK)
-    # int64: the matrix may have more than 2^31 entries.
-    tl.store(distance + (b * S + s)[:, None] * T + t[None, :], result, mask=(s < S)[:, None] & (t < T)[None, :])
+    entry = (b * S + s)[:, None] * T + t[None, :]   # int64: there may be more than 2^31
+    tl.store(distance + entry, result, mask=(s < S)[:, None] & (t < T)[None, :])
 
 
 # room changes from call to call: Triton must not compile for its value. (Its stand-in takes no options.)
-@partial(triton.jit, do_not_specialize=["room"]) if HAVE_TRITON else triton.jit
+@partial(triton.jit, do_not_specialize=["room"]) if common.HAVE_TRITON else triton.jit
 def pairs_kernel(table, counts, ends, pairs, room: "i64", gamma,
                  S, T, A, min_triplets, columns, source_rows, rows, scale, chunk,
                  BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
@@ -183,11 +199,7 @@ def pairs_kernel(table, counts, ends, pairs, room: "i64", gamma,
     begin = tl.program_id(1).to(tl.int64) * chunk
     end = tl.minimum(begin + chunk, T)
     entry = s * tl.num_programs(1) + tl.program_id(1)
-    # Of no meaning, nor used, while counting.
-    start = tl.load(ends + entry - 1, mask=(s < S) & (entry > 0), other=0)
-    expected = tl.load(counts + entry, mask=(s < S) & (start < room), other=0)
-    if (room > 0) & (tl.max(expected, axis=0) == 0):
-        end = begin   # nothing to write
+    start = tl.load(ends + entry - 1, mask=(s < S) & (entry > 0), other=0)   # not used while counting
     found = tl.zeros((BLOCK,), tl.int32)
     for first in range(begin, end, BLOCK):
         distance = tile_distance(table + tl.program_id(0).to(tl.int64) * BLOCK, table + source_rows + first,
@@ -209,27 +221,21 @@ def pairs_kernel(table, counts, ends, pairs, room: "i64", gamma,
         # The rows that are left: the programs take turns to fill them.
         programs = tl.num_programs(0) * tl.num_programs(1)
         this = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        total = tl.load(ends + S.to(tl.int64) * tl.num_programs(1) - 1)
+        total = tl.load(ends + tl.num_programs(1).to(tl.int64) * S - 1)
         for first in range(total + this * BLOCK, room, programs * BLOCK):
             left = 2 * first + tl.arange(0, 2 * BLOCK)
             tl.store(pairs + left, -1, mask=left < 2 * room)
 
 
-class Described(NamedTuple):
-    """A `plan_key` by names: the checks take it for its tensor."""
-    shape: tuple
-    strides: tuple
-    dtype: torch.dtype
-    device: torch.device
-    aligned: bool
-
-
 @lru_cache(maxsize=1024)
 def plan(source, target, triplets, source_valid, target_valid, min_triplets, mining):
-    """What follows from the layouts alone, given the tensors' `plan_key`s: the shape of the result, then the
-    shape of the table and the launches that fill and use it, or None three times if no pair is to be found."""
-    source, target, triplets, source_valid, target_valid = (
-        key and Described(*key) for key in (source, target, triplets, source_valid, target_valid))
+    """What follows from the layouts of the tensors, given by their `plan_key`s: the shape of the result (of
+    the counts, if mining), the shape of the table, and the launches that fill the table and use it. Without
+    a pair to find there are no launches.
+    """
+    source, target, triplets, source_valid, target_valid = (   # by names, as the checks take them
+        key and SimpleNamespace(**dict(zip(("shape", "strides", "dtype", "device"), key)))
+        for key in (source, target, triplets, source_valid, target_valid))
     reference.check_poses(source, target, triplets, source_valid, target_valid, min_triplets)
     (S, K), T, A = source.shape[-3:-1], target.shape[-3], triplets.shape[0]
     lead = torch.broadcast_shapes(source.shape[:-3], target.shape[:-3])
@@ -243,37 +249,37 @@ def plan(source, target, triplets, source_valid, target_valid, min_triplets, min
         repeated = len(tensor.shape) < dims or tensor.shape[0] == 1
         return (0 if repeated else tensor.strides[0], *tensor.strides[1 - dims:])
 
-    source_rows, target_rows = -(-S // ROWS) * ROWS, -(-T // ROWS) * ROWS
-    rows = source_rows + target_rows
-    few = batch * -(-S // LARGE[0]) * -(-T // LARGE[0]) < FEW_TILES
-    block, at_a_time, warps = MINING if mining else SMALL if few else LARGE
-    columns = -(-A // at_a_time) * at_a_time
-    fill = Launch(
-        table_kernel, (batch * (columns // at_a_time) * (rows // ROWS),),
-        (S, T, K, A, columns, source_rows, rows, *strides(source, 4), *strides(target, 4),
-         *strides(source_valid, 3), *strides(target_valid, 3)),
-        dict(SOURCE_MASKED=source_valid is not None, TARGET_MASKED=target_valid is not None,
-             COLUMNS=at_a_time, BLOCK=ROWS), num_warps=4)
-    sizes = S, T, A, max(min_triplets, 1), columns, source_rows, rows, 1 / K
-    constants = dict(BLOCK=block, COLUMNS=at_a_time)
+    block, at_a_time, warps = MINING
     if not mining:
-        grid = (batch * (source_rows // block) * (target_rows // block),)
-        use = Launch(distance_kernel, grid, sizes, constants, num_warps=warps)
-        return (*lead, S, T), (batch, columns, rows), fill, use
-    # Few rows: their columns are divided too, so that there are programs enough.
-    high, wide = -(-S // block), -(-T // block)
-    chunk = -(-wide // min(wide, -(-2 * PROGRAMS // high)))
-    chunks = -(-wide // chunk)
-    use = Launch(pairs_kernel, (high, chunks), (*sizes, chunk * block), constants, num_warps=warps)
-    return (S, chunks), (batch, columns, rows), fill, use
+        large_tiles = batch * -(-S // LARGE[0]) * -(-T // LARGE[0])
+        block, at_a_time, warps = LARGE if large_tiles >= FEW_TILES else SMALL
+    source_rows, target_rows = -(-S // ROWS) * ROWS, -(-T // ROWS) * ROWS
+    rows, columns = source_rows + target_rows, -(-A // at_a_time) * at_a_time
+    masked = dict(SOURCE_MASKED=source_valid is not None, TARGET_MASKED=target_valid is not None)
+    fill = Launch(table_kernel, (batch * (columns // at_a_time) * (rows // ROWS),),
+                  (S, T, K, A, columns, source_rows, rows, *strides(source, 4), *strides(target, 4),
+                   *strides(source_valid, 3), *strides(target_valid, 3)),
+                  dict(**masked, BLOCK=ROWS, COLUMNS=at_a_time), num_warps=4)
+    shape, grid = (*lead, S, T), (batch * (source_rows // block) * (target_rows // block),)
+    sizes = S, T, A, max(min_triplets, 1), columns, source_rows, rows, 1 / K
+    if mining:
+        # Few rows: their columns are divided too, so that there are programs enough.
+        high, wide = -(-S // block), -(-T // block)
+        chunk = -(-wide // min(wide, -(-2 * PROGRAMS // high)))
+        grid = high, -(-wide // chunk)
+        shape, sizes = (S, grid[1]), (*sizes, chunk * block)
+    use = Launch(pairs_kernel if mining else distance_kernel, grid, sizes,
+                 dict(BLOCK=block, COLUMNS=at_a_time), num_warps=warps)
+    return shape, (batch, columns, rows), fill, use
 
 
 def prepare(source, target, triplets, source_valid, target_valid, min_triplets, mining):
     """Fill the table of angles. Returns the shape of the result, the table, and the launch that uses it."""
+    triplets = triplets.contiguous()
+    tensors = source, target, triplets, source_valid, target_valid
     shape, table_shape, fill, use = plan(
-        plan_key(source), plan_key(target), plan_key(triplets), source_valid if source_valid is None else
-        plan_key(source_valid), target_valid if target_valid is None else plan_key(target_valid),
-        min_triplets, mining)
+        *[None if tensor is None else plan_key(tensor) for tensor in tensors], min_triplets, mining)
+    reference.check_indices(triplets, source.shape[-2])
     if use is None:
         return shape, None, None
     table = source.new_empty(table_shape, dtype=torch.float32)
@@ -283,19 +289,24 @@ def prepare(source, target, triplets, source_valid, target_valid, min_triplets, 
     return shape, table, use
 
 
-def launch(source, target, triplets, source_valid=None, target_valid=None, min_triplets=1):
-    """`reference.triplet_angle_distance` with the Triton kernels; any strides, not float64."""
+def triplet_angle_distance(source: Tensor, target: Tensor, triplets: Tensor,
+                           source_valid: Optional[Tensor] = None, target_valid: Optional[Tensor] = None,
+                           min_triplets: int = 1):
+    """The operator behind `kernels.triplet_angle_distance`, which says what it takes and returns."""
+    arguments = source, target, triplets, source_valid, target_valid, min_triplets
+    if not runs_triton(source, target):
+        return reference.triplet_angle_distance(*arguments)
     if max(source.dim(), target.dim()) > 4:   # to one leading dimension
-        reference.check_poses(source, target, triplets, source_valid, target_valid, min_triplets)
+        reference.check_poses(*arguments)
         lead = torch.broadcast_shapes(source.shape[:-3], target.shape[:-3])
         source, target, source_valid, target_valid = (
             tensor if tensor is None else
             tensor.expand(*lead, *tensor.shape[-dims:]).reshape(-1, *tensor.shape[-dims:])
             for tensor, dims in ((source, 3), (target, 3), (source_valid, 2), (target_valid, 2)))
-        return launch(source, target, triplets, source_valid, target_valid, min_triplets).unflatten(0, lead)
-    with device_of(source):
-        shape, table, use = prepare(source, target, triplets.contiguous(), source_valid, target_valid,
-                                    min_triplets, False)
+        return triplet_angle_distance(source, target, triplets, source_valid, target_valid,
+                                      min_triplets).unflatten(0, lead)
+    with common.device_of(source):
+        shape, table, use = prepare(*arguments, mining=False)
         distance = source.new_empty(shape, dtype=torch.float32)
         if use is None:
             return distance.fill_(float("inf"))
@@ -303,46 +314,26 @@ def launch(source, target, triplets, source_valid=None, target_valid=None, min_t
     return distance
 
 
-def launch_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=1,
-                 capacity=None):
-    """`reference.similar_pairs` with the Triton kernels; any strides, not float64."""
-    with device_of(source):
-        shape, table, use = prepare(source, target, triplets.contiguous(), source_valid, target_valid,
-                                    min_triplets, True)
+def similar_pairs(source: Tensor, target: Tensor, triplets: Tensor, gamma: float,
+                  source_valid: Optional[Tensor] = None, target_valid: Optional[Tensor] = None,
+                  min_triplets: int = 1, capacity: Optional[int] = None):
+    """The operator behind `kernels.similar_pairs`, which says what it takes and returns."""
+    if not runs_triton(source, target):
+        return reference.similar_pairs(source, target, triplets, gamma, source_valid, target_valid,
+                                       min_triplets, capacity)
+    reference.check_pairs(source, target, gamma, capacity)
+    with common.device_of(source):
+        shape, table, use = prepare(source, target, triplets, source_valid, target_valid, min_triplets,
+                                    mining=True)
         if use is None or capacity == 0:
             return triplets.new_full((capacity or 0, 2), -1)
         counts = triplets.new_empty(shape)
-        use(table, counts, counts, counts, 0, gamma)
+        use(table, counts, counts, counts, 0, gamma)   # counts stand in for what is not used yet
         ends = counts.view(-1).cumsum(0)
         pairs = triplets.new_empty((ends[-1].item() if capacity is None else capacity, 2))   # item() waits
         if len(pairs):
             use(table, counts, ends, pairs, len(pairs), gamma)
     return pairs
-
-
-def triplet_angle_distance(source: Tensor, target: Tensor, triplets: Tensor,
-                           source_valid: Optional[Tensor] = None, target_valid: Optional[Tensor] = None,
-                           min_triplets: int = 1):
-    """The operator behind `kernels.triplet_angle_distance`, which says what it takes and returns."""
-    if not runs_triton(source, target):
-        return reference.triplet_angle_distance(source, target, triplets, source_valid, target_valid,
-                                                min_triplets)
-    found = launch(source, target, triplets, source_valid, target_valid, min_triplets)
-    reference.check_indices(triplets, source.shape[-2])
-    return found
-
-
-def similar_pairs(source: Tensor, target: Tensor, triplets: Tensor, gamma: float,
-                  source_valid: Optional[Tensor] = None, target_valid: Optional[Tensor] = None,
-                  min_triplets: int = 1, capacity: Optional[int] = None):
-    """The operator behind `kernels.similar_pairs`, which says what it takes and returns."""
-    arguments = source, target, triplets, gamma, source_valid, target_valid, min_triplets, capacity
-    if not runs_triton(source, target):
-        return reference.similar_pairs(*arguments)
-    reference.check_pairs(source, target, gamma, capacity)
-    found = launch_pairs(*arguments)
-    reference.check_indices(triplets, source.shape[-2])
-    return found
 
 
 def fake_distance(source, target, triplets, source_valid=None, target_valid=None, min_triplets=1):

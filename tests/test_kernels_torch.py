@@ -208,13 +208,13 @@ from triton.compiler import ASTSource
 from kernels import common
 from kernels.heatmap_argmax import argmax_kernel, finish_kernel
 from kernels.soft_argmax import backward_kernel, forward_kernel, forward_options, join_kernel
-from kernels.triplet_angle import LARGE, MINING, SMALL, distance_kernel, pairs_kernel
+from kernels.triplet_angle import LARGE, MINING, ROWS, SMALL, distance_kernel, pairs_kernel, table_kernel
 
 TYPES = dict.fromkeys(("coords", "grad_coords", "stats", "confidence", "mean", "weight", "source", "target",
-                       "distance"), "*fp32")
-TYPES |= dict.fromkeys(("triplets", "counts", "starts", "pairs", "limit"), "*i64")
-TYPES |= dict(candidates="*i32", partial="*fp64", source_valid="*u8", target_valid="*u8", beta="fp32",
-              gamma="fp32")
+                       "table", "distance"), "*fp32")
+TYPES |= dict.fromkeys(("triplets", "counts", "ends", "pairs"), "*i64")
+TYPES |= dict(candidates="*i32", partial="*fp64", source_valid="*i1", target_valid="*i1", beta="fp32",
+              gamma="fp32", scale="fp32", room="i64")
 
 def loops(cubin):
     # (instructions, barriers) of each loop: from the target of a branch backwards up to that branch.
@@ -246,7 +246,8 @@ def report(title, kernel, constants, num_warps=None, options=None, maps="*fp32")
     spilled = int(used["STACK"]) + int(used["LOCAL"])
     # 16-byte accesses, of which each thread has several in flight
     wide = sum(compiled.asm["ptx"].count(access) for access in ("ld.global.v4.b32", "st.global.v4.b32"))
-    print(title, options["num_warps"], used["REG"], compiled.metadata.shared, spilled, wide, sep="|")
+    print(title, options["num_warps"], used["REG"], compiled.metadata.shared, spilled, wide,
+          " ".join(f"{length}/{barriers}" for length, barriers in loops(sys.argv[2])), sep="|")
 
 for element, tile, unit in (("fp32", (1, 4096), "w"), ("fp32", (8, 256), "k"), ("fp32", (4, 256), "w"),
                             ("fp16", (1, 4096), "w"), ("bf16", (16, 128), "k")):
@@ -266,12 +267,10 @@ report("argmax finish", finish_kernel, {"FLAT": True, "SHARED": True, "MEAN": Tr
 report("soft-argmax join", join_kernel, {"BLOCK_K": 16, "BLOCK_S": 32}, 4)
 for masked in (False, True):
     constants = {"SOURCE_MASKED": masked, "TARGET_MASKED": masked, "source_c": 1, "target_c": 1}
-    for name, kernel, tile in (("distance large tile", distance_kernel, LARGE),
-                               ("distance small tile", distance_kernel, SMALL),
-                               ("pairs", pairs_kernel, MINING)):
-        tile = dict(tile)
-        warps = tile.pop("num_warps")
-        report(name + " with masks" * masked, kernel, {**constants, **tile}, warps)
+    report("angles" + " with masks" * masked, table_kernel, {**constants, "BLOCK": ROWS, "COLUMNS": 2}, 4)
+for name, kernel, tile in (("distance large tile", distance_kernel, LARGE),
+                           ("distance small tile", distance_kernel, SMALL), ("pairs", pairs_kernel, MINING)):
+    report(name, kernel, dict(BLOCK=tile[0], COLUMNS=tile[1]), tile[2])
 """
 
 
@@ -287,8 +286,14 @@ def test_kernels_compile_without_a_gpu(capability, tmp_path, run_python):
             pytest.skip(f"this Triton has no {tool}: {error}")
     output = run_python(COMPILE, capability, str(tmp_path / "kernel.cubin"), TRITON_CACHE_DIR=str(tmp_path))
     rows = [line.split("|") for line in output.splitlines()]
-    for row in [("sm_" + capability, "warps", "registers", "shared", "spilled", "16-byte accesses"), *rows]:
-        print("{:45} {:>5} {:>9} {:>7} {:>7} {:>17}".format(*row))
-    assert len(rows) == 31
-    for title, *_, spilled, wide in rows:
+    for row in [("sm_" + capability, "warps", "registers", "shared", "spilled", "16-byte accesses",
+                 "loops: instructions/barriers"), *rows]:
+        print("{:45} {:>5} {:>9} {:>7} {:>7} {:>17}  {}".format(*row))
+    assert len(rows) == 30
+    for title, *_, spilled, wide, inside in rows:
         assert spilled == "0" and ("contiguous" not in title or int(wide) >= 1), title
+        if title.startswith(("distance", "pairs")):   # first the loop over pairs, then the one that counts
+            pair_loop, counting_loop, *_ = inside.split()
+            assert pair_loop.endswith("/0") and counting_loop.endswith("/0"), title
+            if title == "distance large tile":   # of which each warp takes two triplets at a time
+                assert int(pair_loop[:-2]) <= 2 * 140
