@@ -30,11 +30,11 @@ from torch import Tensor
 from kernels import common, reference
 from kernels.common import PROGRAMS, Launch, plan_key, register, runs_triton, tl, triton
 
-# Tile of (BLOCK x BLOCK) pairs, triplets taken at a time, warps. A matrix of few large tiles would leave most
+# Tile of (BLOCK x BLOCK) pairs, triplets taken at a time, options. A matrix of few large tiles would leave most
 # of a GPU idle while each program waits for one triplet after the other: small tiles read them all at once.
-LARGE = 64, 2, 4
-SMALL = 16, 16, 4
-MINING = 32, 4, 4   # finding the pairs in a tile takes registers too
+LARGE = 64, 2, dict(num_warps=4)
+SMALL = 16, 16, dict(num_warps=4)
+MINING = 16, 4, dict(num_warps=1)   # sums and maxima of a single warp need no barriers
 FEW_TILES = 128     # large ones
 ROWS = 64           # poses of a program that writes the table, whose rows are padded to a multiple
 
@@ -249,10 +249,10 @@ def plan(source, target, triplets, source_valid, target_valid, min_triplets, min
         repeated = len(tensor.shape) < dims or tensor.shape[0] == 1
         return (0 if repeated else tensor.strides[0], *tensor.strides[1 - dims:])
 
-    block, at_a_time, warps = MINING
+    block, at_a_time, options = MINING
     if not mining:
         large_tiles = batch * -(-S // LARGE[0]) * -(-T // LARGE[0])
-        block, at_a_time, warps = LARGE if large_tiles >= FEW_TILES else SMALL
+        block, at_a_time, options = LARGE if large_tiles >= FEW_TILES else SMALL
     source_rows, target_rows = -(-S // ROWS) * ROWS, -(-T // ROWS) * ROWS
     rows, columns = source_rows + target_rows, -(-A // at_a_time) * at_a_time
     masked = dict(SOURCE_MASKED=source_valid is not None, TARGET_MASKED=target_valid is not None)
@@ -265,11 +265,11 @@ def plan(source, target, triplets, source_valid, target_valid, min_triplets, min
     if mining:
         # Few rows: their columns are divided too, so that there are programs enough.
         high, wide = -(-S // block), -(-T // block)
-        chunk = -(-wide // min(wide, -(-2 * PROGRAMS // high)))
+        chunk = -(-wide // min(wide, -(-8 * PROGRAMS // high)))
         grid = high, -(-wide // chunk)
         shape, sizes = (S, grid[1]), (*sizes, chunk * block)
     use = Launch(pairs_kernel if mining else distance_kernel, grid, sizes,
-                 dict(BLOCK=block, COLUMNS=at_a_time), num_warps=warps)
+                 dict(BLOCK=block, COLUMNS=at_a_time), **options)
     return shape, (batch, columns, rows), fill, use
 
 

@@ -270,7 +270,7 @@ for masked in (False, True):
     report("angles" + " with masks" * masked, table_kernel, {**constants, "BLOCK": ROWS, "COLUMNS": 2}, 4)
 for name, kernel, tile in (("distance large tile", distance_kernel, LARGE),
                            ("distance small tile", distance_kernel, SMALL), ("pairs", pairs_kernel, MINING)):
-    report(name, kernel, dict(BLOCK=tile[0], COLUMNS=tile[1]), tile[2])
+    report(name, kernel, dict(BLOCK=tile[0], COLUMNS=tile[1]), options={**tile[2], **common.COMPILE_OPTIONS})
 """
 
 
