@@ -43,9 +43,9 @@ def check_weight(weight, heatmaps):
 def check_poses(source, target, triplets, source_valid, target_valid, min_triplets):
     """Raise TypeError / ValueError unless shapes, dtypes and devices fit `triplet_angle_distance`."""
     for name, poses in (("source", source), ("target", target)):
-        if poses.dim() < 3 or poses.shape[-1] != 2 or poses.shape[-2] == 0:
+        if len(poses.shape) < 3 or poses.shape[-1] != 2 or poses.shape[-2] == 0:
             raise ValueError(f"{name} must have shape (..., poses, K, 2), K >= 1, got {tuple(poses.shape)}")
-        if not poses.is_floating_point():
+        if not poses.dtype.is_floating_point:
             raise TypeError(f"{name} must be floating point, got {poses.dtype}: convert it with .float()")
     if source.shape[-2] != target.shape[-2]:
         raise ValueError(f"source and target must have the same keypoints K, got {source.shape[-2]} and "
@@ -66,7 +66,7 @@ def check_poses(source, target, triplets, source_valid, target_valid, min_triple
             raise ValueError(f"{name} must have shape {tuple(poses.shape[:-1])}, got {tuple(valid.shape)}")
         if valid.device != source.device:
             raise ValueError(f"{name} is on {valid.device} but source on {source.device}: move one of them")
-    if triplets.dim() != 2 or triplets.shape[1] != 3:
+    if len(triplets.shape) != 2 or triplets.shape[1] != 3:
         raise ValueError(f"triplets must have shape (A, 3), got {tuple(triplets.shape)}")
     if triplets.dtype != torch.int64:
         raise TypeError(f"triplets must be int64, got {triplets.dtype}: convert them with .long()")
@@ -90,10 +90,10 @@ def check_pairs(source, target, gamma, capacity):
 def check_indices(triplets, keypoints):
     """Raise ValueError unless `triplets` hold indices below `keypoints`.
 
-    Looking at the values of a tensor on a GPU would wait for the device, so only those on the CPU are
-    checked.
+    Looking at the values of a tensor on a GPU would wait for the device, and torch.compile's have none, so
+    only those of plain tensors on the CPU are checked.
     """
-    if triplets.device.type == "cpu" and triplets.numel():
+    if type(triplets) is torch.Tensor and triplets.is_cpu and triplets.numel():
         low, high = triplets.min().item(), triplets.max().item()
         if low < 0 or high >= keypoints:
             raise ValueError(f"triplets must hold keypoint indices in [0, {keypoints}), got {low} ... {high}")
