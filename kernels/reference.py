@@ -6,14 +6,20 @@ cells of the heatmap; angles are in radians.
 import torch
 
 
-def check_heatmaps(heatmaps):
-    """Raise TypeError / ValueError unless `heatmaps` is a floating (B, K, H, W) tensor with H, W >= 1."""
-    if heatmaps.dim() != 4:
-        raise ValueError(f"heatmaps must have 4 dimensions (B, K, H, W), got shape {tuple(heatmaps.shape)}")
-    if not heatmaps.is_floating_point():
-        raise TypeError(f"heatmaps must be floating point, got {heatmaps.dtype}: convert them with .float()")
-    if not 0 < heatmaps.shape[2] * heatmaps.shape[3] < 2 ** 31:
-        raise ValueError(f"heatmaps must have from 1 to 2^31 - 1 cells, got shape {tuple(heatmaps.shape)}")
+def check_heatmaps(shape, dtype):
+    """Raise TypeError / ValueError unless heatmaps (B, K, H, W) are floating point, of 1 to 2^20 cells."""
+    if len(shape) != 4:
+        raise ValueError(f"heatmaps must have 4 dimensions (B, K, H, W), got shape {tuple(shape)}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"heatmaps must be floating point, got {dtype}: convert them with .float()")
+    if not 0 < shape[2] * shape[3] <= 2 ** 20:
+        raise ValueError(f"heatmaps must have from 1 to 2^20 cells, got shape {tuple(shape)}")
+
+
+def check_sigma(sigma):
+    """Raise ValueError unless the Gaussian's deviation in cells is positive and finite."""
+    if not 0 < sigma < float("inf"):
+        raise ValueError(f"sigma must be positive and finite, got {sigma}")
 
 
 def check_beta(beta):
@@ -36,11 +42,15 @@ def check_weight(weight, heatmaps):
 
 def check_poses(source, target, triplets, source_valid, target_valid, min_triplets):
     """Raise TypeError / ValueError unless shapes, dtypes and devices fit `triplet_angle_distance`."""
-    for name, poses in (("source", source), ("target", target)):
-        if poses.dim() < 3 or poses.shape[-1] != 2 or poses.shape[-2] == 0:
+    for name, poses, valid in ("source", source, source_valid), ("target", target, target_valid):
+        if len(poses.shape) < 3 or poses.shape[-1] != 2 or poses.shape[-2] == 0:
             raise ValueError(f"{name} must have shape (..., poses, K, 2), K >= 1, got {tuple(poses.shape)}")
-        if not poses.is_floating_point():
+        if not poses.dtype.is_floating_point:
             raise TypeError(f"{name} must be floating point, got {poses.dtype}: convert it with .float()")
+        if valid is not None and valid.dtype != torch.bool:
+            raise TypeError(f"{name}_valid must be bool, got {valid.dtype}: compare it with a threshold first")
+        if valid is not None and valid.shape != poses.shape[:-1]:
+            raise ValueError(f"{name}_valid must have shape {tuple(poses.shape[:-1])}, got {tuple(valid.shape)}")
     if source.shape[-2] != target.shape[-2]:
         raise ValueError(f"source and target must have the same keypoints K, got {source.shape[-2]} and "
                          f"{target.shape[-2]}")
@@ -48,24 +58,14 @@ def check_poses(source, target, triplets, source_valid, target_valid, min_triple
         if ours != theirs and 1 not in (ours, theirs):
             raise ValueError("the leading dimensions of source and target must be equal or 1, got "
                              f"{tuple(source.shape[:-3])} and {tuple(target.shape[:-3])}")
-    if target.device != source.device:
-        raise ValueError(f"target is on {target.device} but source on {source.device}: move one of them")
-    masks = ("source_valid", source_valid, source), ("target_valid", target_valid, target)
-    for name, valid, poses in masks:
-        if valid is None:
-            continue
-        if valid.dtype != torch.bool:
-            raise TypeError(f"{name} must be bool, got {valid.dtype}: compare it with a threshold first")
-        if valid.shape != poses.shape[:-1]:
-            raise ValueError(f"{name} must have shape {tuple(poses.shape[:-1])}, got {tuple(valid.shape)}")
-        if valid.device != source.device:
-            raise ValueError(f"{name} is on {valid.device} but source on {source.device}: move one of them")
-    if triplets.dim() != 2 or triplets.shape[1] != 3:
+    if len(triplets.shape) != 2 or triplets.shape[1] != 3:
         raise ValueError(f"triplets must have shape (A, 3), got {tuple(triplets.shape)}")
     if triplets.dtype != torch.int64:
         raise TypeError(f"triplets must be int64, got {triplets.dtype}: convert them with .long()")
-    if triplets.device != source.device:
-        raise ValueError(f"triplets are on {triplets.device} but source on {source.device}: move them")
+    others = dict(target=target, triplets=triplets, source_valid=source_valid, target_valid=target_valid)
+    for name, other in others.items():
+        if other is not None and other.device != source.device:
+            raise ValueError(f"{name} on {other.device}, source on {source.device}: move one of them")
     if min_triplets < 0:
         raise ValueError(f"min_triplets must not be negative, got {min_triplets}")
 
@@ -84,10 +84,10 @@ def check_pairs(source, target, gamma, capacity):
 def check_indices(triplets, keypoints):
     """Raise ValueError unless `triplets` hold indices below `keypoints`.
 
-    Looking at the values of a tensor on a GPU would wait for the device, so only those on the CPU are
-    checked.
+    Looking at the values of a tensor on a GPU would wait for the device, and torch.compile's have none, so
+    only those of plain tensors on the CPU are checked.
     """
-    if triplets.device.type == "cpu" and triplets.numel():
+    if type(triplets) is torch.Tensor and triplets.is_cpu and triplets.numel():
         low, high = triplets.min().item(), triplets.max().item()
         if low < 0 or high >= keypoints:
             raise ValueError(f"triplets must hold keypoint indices in [0, {keypoints}), got {low} ... {high}")
@@ -101,7 +101,7 @@ def heatmap_argmax(heatmaps):
     row-major order and the first NaN wins over every number; a map of -inf decodes to cell (0, 0). Not
     differentiable. Raises ValueError for a wrong shape, TypeError for a dtype that is not floating point.
     """
-    check_heatmaps(heatmaps)
+    check_heatmaps(heatmaps.shape, heatmaps.dtype)
     confidence, index = heatmaps.detach().flatten(2).max(dim=2)
     width = heatmaps.shape[3]
     coords = torch.stack((index % width, index // width), dim=2)
@@ -115,13 +115,57 @@ def heatmap_argmax_mean(heatmaps, weight=None):
     mean (B,), float32: sum(weight * confidence) / sum(weight) over the keypoints whose weight is not 0, and 0
     where none is. Raises as `heatmap_argmax`, and for a weight of another shape, dtype or device.
     """
-    check_heatmaps(heatmaps)
+    check_heatmaps(heatmaps.shape, heatmaps.dtype)
     check_weight(weight, heatmaps)
     coords, confidence = heatmap_argmax(heatmaps)
     weight = torch.ones_like(confidence) if weight is None else weight.detach().float()
     total = weight.sum(dim=1)
     weighted = torch.where(weight == 0, 0.0, weight * confidence).sum(dim=1)
     return coords, confidence, weighted / torch.where(total == 0, 1.0, total)
+
+
+def subcell_offset(heatmaps, cells, confidence):
+    """From the maximum's cell to the vertex of the parabola through it and its neighbours, on each axis.
+
+    heatmaps: (B, K, H, W); cells (B, K, 2), confidence (B, K): their maxima. Returns (B, K, 2) within +- 1/2.
+    """
+    height, width = heatmaps.shape[-2:]
+    flat, index = heatmaps.flatten(2), cells.long()
+    offset = []
+    for axis, (size, step) in enumerate(((width, 1), (height, width))):
+        i, at = index[..., axis], index[..., 1] * width + index[..., 0]
+        edge = (i == 0) | (i == size - 1)
+        before = flat.gather(2, torch.where(edge, at, at - step)[..., None])[..., 0].float()
+        after = flat.gather(2, torch.where(edge, at, at + step)[..., None])[..., 0].float()
+        curvature = 2 * confidence - before - after
+        vertex = 0.5 * (after - before) / torch.where(curvature > 0, curvature, 1.0)
+        offset.append(torch.where(edge | (curvature <= 0), 0.0, vertex.clamp(-0.5, 0.5)))
+    return torch.stack(offset, -1)
+
+
+def draw_gaussians(cells, height, width, sigma):
+    """Gaussians of height 1 at cells (B, K, 2), (x, y), cut at 3 sigma on each axis -> (B, K, H, W)."""
+    radius = 3 * sigma + 1e-3                     # 3 sigma itself is inside, as in the published targets
+    profiles = []
+    for axis, size in enumerate((width, height)):
+        offset = torch.arange(size, device=cells.device, dtype=cells.dtype) - cells[..., axis, None]
+        profiles.append(torch.exp(-offset ** 2 / (2 * sigma ** 2)) * (offset.abs() <= radius))
+    return profiles[1][..., :, None] * profiles[0][..., None, :]
+
+
+def rectify(heatmaps, sigma, subcell=False):
+    """Each heatmap redrawn as a clean Gaussian of height 1 at its maximum: the teacher's pseudo-labels (§3.2).
+
+    heatmaps: (B, K, H, W) floating point; sigma: the Gaussian's deviation in cells, cut at 3 sigma on each
+    axis; subcell: at the vertex of `subcell_offset`, else at the cell. Returns maps (B, K, H, W), cells (B,
+    K, 2) as (x, y) and confidence (B, K), the maximum, all float32 and contiguous. Not differentiable. Raises
+    as `heatmap_argmax`, and ValueError for sigma <= 0.
+    """
+    check_sigma(sigma)
+    cells, confidence = heatmap_argmax(heatmaps)
+    if subcell:
+        cells = cells + subcell_offset(heatmaps.detach(), cells, confidence)
+    return draw_gaussians(cells, *heatmaps.shape[2:], sigma), cells, confidence
 
 
 def soft_argmax(heatmaps, beta):
@@ -132,7 +176,7 @@ def soft_argmax(heatmaps, beta):
     float64 for sides up to 64, and in proportion beyond. Raises ValueError for a wrong shape or beta <= 0,
     TypeError for a dtype that is not floating point.
     """
-    check_heatmaps(heatmaps)
+    check_heatmaps(heatmaps.shape, heatmaps.dtype)
     check_beta(beta)
     probability = cell_probabilities(heatmaps, beta)
     coords = expected_cell(probability, probability.dtype)
@@ -143,11 +187,11 @@ def soft_argmax(heatmaps, beta):
     return coords + (exact - coords).detach()
 
 
-def soft_argmax_backward(grad_coords, heatmaps, coords, beta):
+def soft_argmax_backward(heatmaps, grad_coords, coords, stats, beta):
     """Gradient of `soft_argmax`: d/dh_n = beta p_n ((x_n - X) g_x + (y_n - Y) g_y), with (X, Y) = coords.
 
-    grad_coords: (B, K, 2), the gradient g of the loss with respect to the coordinates. Returns (B, K, H, W)
-    in the dtype and memory layout of the heatmaps.
+    grad_coords: (B, K, 2), the gradient g of the loss with respect to the coordinates; stats: the kernel's,
+    not used. Returns (B, K, H, W) in the dtype and memory layout of the heatmaps.
     """
     height, width = heatmaps.shape[2:]
     xs = torch.arange(width, dtype=coords.dtype, device=coords.device)

@@ -5,42 +5,36 @@
 
 over the n_valid triplets that are usable in both poses; and the list of the pairs below a threshold.
 
-What it must move: the poses, 8 K (S + T) bytes, and the matrix, 4 S T bytes. What it must do: a difference, a
-square and a sum for every pair and triplet, 3 S T A operations, and (S + T) A angles of about 60. At S = T =
-4096 and A = 16 that is 67 MB, 16 microseconds of H200's memory, and 0.8 billion operations, 28 microseconds
-of its float32 lanes: arithmetic decides, and it is all in the inner sum.
+In PyTorch the differences are a tensor (S, T, A) that is written and read again: 5 GB of traffic at S = T =
+4096 and A = 16, for a matrix of 67 MB. Here a first launch writes the angles of all poses, (S + T) A numbers,
+and each program of a second adds the squared differences of a tile of the matrix in registers. 64 x 64 pairs
+on 4 warps take 87 instructions per warp and triplet on sm_90, 64 of them the arithmetic of 32 pairs a thread,
+96 registers, and no barrier in the loop: by arithmetic 30 microseconds of an H100, which needs 20 to write.
 
-In PyTorch the differences are a tensor S x T x A, with a mask of a quarter of its size, both written and read
-again to be summed over A: 5 GB of traffic for the 67 MB. Here a program owns a tile of the matrix. For a few
-triplets at a time (COLUMNS) it forms the angles of the tile's poses from their keypoints, one angle a thread,
-shares them among its threads and adds the squared differences to the tile in registers. Nothing but the
-result is written. The angles of a pose are formed again in every tile that it meets: 2 BLOCK of them against
-BLOCK x BLOCK differences, in place of a table of angles and the launch that would write it.
+Pruning costs nothing where there is nothing to prune. An angle that is not usable is infinite, and one that
+is NaN so large that its square is: a tile whose sums are finite is done, any other starts again and counts.
 
-Pruning costs nothing where there is nothing to prune: a program looks whether all poses of its tile have the
-triplets at hand, and only if not does it test each pair. An angle that is not usable stands as +inf among
-the source's and as -inf among the target's, so that the difference tells.
-
-The list of similar pairs comes from running one kernel twice: first it counts the pairs of each row, then,
-where the running sum of the counts says, it writes them. Because it is the same compiled code that decides
-both times, the counts are right to the last pair, and rows and columns come in rising order whatever the
-order of the programs. Two 65,536 x 65,536 passes take two numbers a row, not the 17 GB of the matrix.
+The list of similar pairs comes from running one kernel twice on the same table: first it counts the pairs of
+each row, then, where the running sum of the counts says, it writes them. The same compiled code decides both
+times, so that the counts are right to the last pair, and rows and columns come in rising order whatever the
+order of the programs. Two 65,536 x 65,536 passes take two numbers per row, not the 17 GB of the matrix.
 """
-from typing import Optional
+from functools import lru_cache, partial
+from math import prod
+from types import SimpleNamespace
 
 import torch
-from torch import Tensor
 
 from kernels import reference
-from kernels.common import COMPILE_OPTIONS, PROGRAMS, device_of, register, runs_triton, tl, triton
+from kernels.common import HAVE_TRITON, WARPS, Launch, ceil_div, device_of, plan_key, register, tl, triton
 
-# Tile of (BLOCK x BLOCK) pairs, and the triplets taken at a time. Large tiles form few angles a pair, and two
-# triplets keep the differences in registers. A matrix of few such tiles would leave most of a GPU idle while
-# each program loops over the triplets: there small tiles take them all at once.
-LARGE = dict(BLOCK=64, COLUMNS=2, num_warps=4)
-SMALL = dict(BLOCK=16, COLUMNS=16, num_warps=4)
-FEW_TILES = 128
-MINING = dict(BLOCK=32, COLUMNS=4, num_warps=4)   # places of the pairs, int64, take the registers of the rest
+# Tile of (BLOCK x BLOCK) pairs, triplets taken at a time, options. A matrix of few large tiles would leave most
+# of a GPU idle while each program waits for one triplet after the other: small tiles read them all at once.
+LARGE = 64, 2, dict(num_warps=4)
+SMALL = 16, 16, dict(num_warps=4)
+MINING = 16, 4, dict(num_warps=1)   # sums and maxima of a single warp need no barriers
+FEW_TILES = 128     # large ones
+ROWS = 64           # poses of a program that writes the table, whose rows are padded to a multiple
 
 
 @triton.jit
@@ -48,7 +42,7 @@ def atan2_upper(y, x):
     """atan2(y, x) for y >= 0, in [0, pi], within 3e-7 rad: 0 and pi for y = 0 to the last bit, 0 at (0, 0).
 
     The arctangent is the polynomial of Cephes' atanf on |t| <= tan(pi / 8); the rest is symmetry. Only
-    operators of the language: Triton's interpreter has no libdevice.
+    operators of the language: Triton's interpreter has no libdevice. A plain `/` is not exact on a GPU.
     """
     side = tl.abs(x)
     low = tl.minimum(y, side)
@@ -56,7 +50,7 @@ def atan2_upper(y, x):
     # atan(r) = pi/4 + atan((r - 1) / (r + 1)) for r = low / high beyond tan(pi / 8).
     beyond = low > 0.41421356 * high
     bottom = tl.where(beyond, low + high, high)
-    t = tl.where(beyond, low - high, low) / tl.where(bottom == 0.0, 1.0, bottom)
+    t = tl.div_rn(tl.where(beyond, low - high, low), tl.where(bottom == 0.0, 1.0, bottom))
     z = t * t
     series = ((0.0805374449538 * z - 0.138776856032) * z + 0.199777106478) * z - 0.333329491539
     angle = series * z * t + t + tl.where(beyond, 0.78539816339745, 0.0)
@@ -65,250 +59,276 @@ def atan2_upper(y, x):
 
 
 @triton.jit
-def angles(poses, valid, n, first, middle, last, known, stride_n, stride_k, stride_c,
-           valid_stride_n, valid_stride_k, MASKED: tl.constexpr):
-    """Angles of the poses n (BLOCK,) at some triplets (COLUMNS,), and whether they are usable."""
-    pose = poses + (n.to(tl.int64) * stride_n)[:, None]
-    x = tl.load(pose + (middle * stride_k)[None, :]).to(tl.float32)
-    y = tl.load(pose + (middle * stride_k + stride_c)[None, :]).to(tl.float32)
-    ax = tl.load(pose + (first * stride_k)[None, :]).to(tl.float32) - x
-    ay = tl.load(pose + (first * stride_k + stride_c)[None, :]).to(tl.float32) - y
-    bx = tl.load(pose + (last * stride_k)[None, :]).to(tl.float32) - x
-    by = tl.load(pose + (last * stride_k + stride_c)[None, :]).to(tl.float32) - y
-    usable = known[None, :] & ((ax != 0.0) | (ay != 0.0)) & ((bx != 0.0) | (by != 0.0))
-    if MASKED:
-        flags = valid + (n.to(tl.int64) * valid_stride_n)[:, None]
-        usable = usable & (tl.load(flags + (first * valid_stride_k)[None, :]) != 0)
-        usable = usable & (tl.load(flags + (middle * valid_stride_k)[None, :]) != 0)
-        usable = usable & (tl.load(flags + (last * valid_stride_k)[None, :]) != 0)
-    return atan2_upper(tl.abs(ax * by - ay * bx), ax * bx + ay * by), usable
-
-
-@triton.jit
-def encoded(angle, usable, SIGN: tl.constexpr):
-    """Angles as the inner sum takes them, (COLUMNS, BLOCK), and 1 if all are numbers and usable.
+def angles(poses, valid, triplets, n, a, keypoints, A, stride_n, stride_k, stride_c, valid_n, valid_k,
+           MASKED: tl.constexpr, SIGN: tl.constexpr):
+    """Angles of the poses n (1, BLOCK) at the triplets a (COLUMNS, 1), as the table holds them.
 
     Not usable: +inf or -inf by side, whose difference with anything of the other side is infinite. NaN:
     +1e38 or -1e38, whose difference is finite but for the former, and whose square is infinite.
     """
-    number = angle == angle
-    plain = tl.min(tl.min((usable & number).to(tl.int32), axis=1), axis=0)
-    angle = tl.where(usable, tl.where(number, angle, SIGN * 1e38), SIGN * float("inf"))
-    return tl.trans(angle), plain
+    first = tl.load(triplets + 3 * a, mask=a < A, other=-1)
+    middle = tl.load(triplets + 3 * a + 1, mask=a < A, other=-1)
+    last = tl.load(triplets + 3 * a + 2, mask=a < A, other=-1)
+    # Indices on a GPU were not checked by the host: one out of range must not read beyond the poses.
+    known = tl.minimum(tl.minimum(first, middle), last) >= 0
+    known = known & (tl.maximum(tl.maximum(first, middle), last) < keypoints)
+    first = tl.where(known, first, 0)
+    middle = tl.where(known, middle, 0)
+    last = tl.where(known, last, 0)
+    pose = poses + n * stride_n
+    x = tl.load(pose + middle * stride_k).to(tl.float32)
+    y = tl.load(pose + middle * stride_k + stride_c).to(tl.float32)
+    ax = tl.load(pose + first * stride_k).to(tl.float32) - x
+    ay = tl.load(pose + first * stride_k + stride_c).to(tl.float32) - y
+    bx = tl.load(pose + last * stride_k).to(tl.float32) - x
+    by = tl.load(pose + last * stride_k + stride_c).to(tl.float32) - y
+    usable = known & ((ax != 0.0) | (ay != 0.0)) & ((bx != 0.0) | (by != 0.0))
+    if MASKED:
+        flags = valid + n * valid_n
+        usable = usable & tl.load(flags + first * valid_k)
+        usable = usable & tl.load(flags + middle * valid_k) & tl.load(flags + last * valid_k)
+    angle = atan2_upper(tl.abs(ax * by - ay * bx), ax * bx + ay * by)
+    angle = tl.where(usable, tl.where(angle == angle, angle, SIGN * 1e38), SIGN * float("inf"))
+    return tl.where(a < A, angle, 0.0)   # columns beyond A add nothing to a distance
 
 
 @triton.jit
-def tile_distance(source, target, source_valid, target_valid, triplets, s, t, keypoints, A, min_triplets,
-                  source_n, source_k, source_c, target_n, target_k, target_c,
-                  source_valid_n, source_valid_k, target_valid_n, target_valid_k,
-                  SOURCE_MASKED: tl.constexpr, TARGET_MASKED: tl.constexpr,
+def table_kernel(source, target, source_valid, target_valid, triplets, table,
+                 S, T, keypoints, A, columns, source_rows, rows,
+                 source_b, source_n, source_k, source_c, target_b, target_n, target_k, target_c,
+                 source_valid_b, source_valid_n, source_valid_k,
+                 target_valid_b, target_valid_n, target_valid_k,
+                 SOURCE_MASKED: tl.constexpr, TARGET_MASKED: tl.constexpr,
+                 BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """Program (batch, poses, triplets): their angles, into a table (batch, columns, rows).
+
+    The rows are those of the source, padded to a multiple of BLOCK, and then those of the target.
+    """
+    parts = columns // COLUMNS
+    blocks = rows // BLOCK
+    a = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)[:, None]
+    block = tl.program_id(0) // parts
+    b = (block // blocks).to(tl.int64)
+    row = (block % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    if block % blocks * BLOCK < source_rows:
+        # Rows beyond the last pose repeat it.
+        result = angles(source + b * source_b, source_valid + b * source_valid_b, triplets,
+                        tl.minimum(row, S - 1), a, keypoints, A, source_n, source_k, source_c,
+                        source_valid_n, source_valid_k, SOURCE_MASKED, 1.0)
+    else:
+        result = angles(target + b * target_b, target_valid + b * target_valid_b, triplets,
+                        tl.minimum(row - source_rows, T - 1), a, keypoints, A, target_n, target_k, target_c,
+                        target_valid_n, target_valid_k, TARGET_MASKED, -1.0)
+    tl.store(table + (b * columns + a) * rows + row, result)
+
+
+@triton.jit
+def zero_tile(memory, BLOCK: tl.constexpr):
+    """Zeros (BLOCK, BLOCK), divided among threads as rows in memory would be: nothing is read.
+
+    Triton divides a tile as its loads and stores want it. From plain zeros a thread of a large tile has 32
+    pairs of one column, with 33 angles to load; like this eight rows by four columns, with 12.
+    """
+    n = tl.arange(0, BLOCK)
+    return tl.load(memory + n[:, None] * BLOCK + n[None, :], mask=(n < 0)[:, None], other=0.0)
+
+
+@triton.jit
+def tile_distance(source, target, A, min_triplets, columns, rows, scale,
                   BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Distances (BLOCK, BLOCK) between the source poses s (BLOCK,) and the target poses t (BLOCK,)."""
-    squares = tl.zeros((BLOCK, BLOCK), tl.float32)
-    missing = tl.zeros((BLOCK, BLOCK), tl.int32)
-    all_plain = 1
-    for start in range(0, A, COLUMNS):
-        a = start + tl.arange(0, COLUMNS)
-        first = tl.load(triplets + 3 * a, mask=a < A, other=-1)
-        middle = tl.load(triplets + 3 * a + 1, mask=a < A, other=-1)
-        last = tl.load(triplets + 3 * a + 2, mask=a < A, other=-1)
-        # Indices on a GPU were not checked by the host: one out of range must not read beyond the poses.
-        low = tl.minimum(tl.minimum(first, middle), last)
-        high = tl.maximum(tl.maximum(first, middle), last)
-        known = (low >= 0) & (high < keypoints)
-        first = tl.where(known, first, 0)
-        middle = tl.where(known, middle, 0)
-        last = tl.where(known, last, 0)
-        source_angle, source_usable = angles(
-            source, source_valid, s, first, middle, last, known, source_n, source_k, source_c,
-            source_valid_n, source_valid_k, SOURCE_MASKED)
-        target_angle, target_usable = angles(
-            target, target_valid, t, first, middle, last, known, target_n, target_k, target_c,
-            target_valid_n, target_valid_k, TARGET_MASKED)
-        ours, ours_plain = encoded(source_angle, source_usable, 1.0)
-        theirs, theirs_plain = encoded(target_angle, target_usable, -1.0)
-        plain = tl.minimum(ours_plain, theirs_plain)
-        all_plain = tl.minimum(all_plain, plain)
-        # (COLUMNS, BLOCK, BLOCK): the first axis lies within a thread, which sums over it in registers.
-        difference = ours[:, :, None] - theirs[:, None, :]
-        if plain == 0:
+    """Distances (BLOCK, BLOCK) of the table's rows from those at `source` and `target`.
+
+    tl.sqrt is approximate on a GPU, within a relative 2^-23; exact, it would take as long as five triplets.
+    """
+    n = tl.arange(0, BLOCK)
+    step = rows.to(tl.int64)
+    squares = zero_tile(target, BLOCK)
+    ours = source + n
+    theirs = target + n
+    for _ in range(0, columns, COLUMNS):
+        for i in tl.static_range(COLUMNS):
+            difference = tl.load(ours + i * step)[:, None] - tl.load(theirs + i * step)[None, :]
+            squares += difference * difference
+        ours += COLUMNS * step
+        theirs += COLUMNS * step
+    if tl.max(tl.max(squares, axis=1), axis=0) == float("inf"):
+        # Some triplet is not usable or NaN: the sum again, over the usable ones, and their number.
+        squares = zero_tile(target, BLOCK)
+        missing = zero_tile(target, BLOCK)
+        for i in range(0, columns):
+            difference = tl.load(source + n + i * step)[:, None] - tl.load(target + n + i * step)[None, :]
             unusable = tl.abs(difference) == float("inf")
-            difference = tl.where(unusable, 0.0, difference)
-            missing += tl.sum(unusable.to(tl.int32), axis=0)
-        squares += tl.sum(difference * difference, axis=0)
-    distance = tl.sqrt(squares) / keypoints
-    if (all_plain == 0) | (min_triplets > A):
-        # Columns beyond A were counted as missing.
-        shared = tl.cdiv(A, COLUMNS) * COLUMNS - missing
-        distance *= tl.sqrt(A / tl.maximum(shared, 1).to(tl.float32))
-        distance = tl.where(squares == float("inf"), float("nan"), distance)
-        distance = tl.where(shared >= min_triplets, distance, float("inf"))
-    return distance
+            squares += tl.where(unusable, 0.0, difference * difference)
+            missing += tl.where(unusable, 1.0, 0.0)
+        shared = A - missing
+        squares *= A / tl.maximum(shared, 1.0)
+        squares = tl.where(squares == float("inf"), float("nan"), squares)
+        squares = tl.where(shared >= min_triplets, squares, float("inf"))
+    return tl.sqrt(squares) * scale
 
 
 @triton.jit
-def distance_kernel(source, target, source_valid, target_valid, triplets, distance,
-                    S, T, keypoints, A, min_triplets,
-                    source_b, source_n, source_k, source_c, target_b, target_n, target_k, target_c,
-                    source_valid_b, source_valid_n, source_valid_k,
-                    target_valid_b, target_valid_n, target_valid_k,
-                    SOURCE_MASKED: tl.constexpr, TARGET_MASKED: tl.constexpr,
+def distance_kernel(table, distance, S, T, A, min_triplets, columns, source_rows, rows, scale,
                     BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """Program (tile of a matrix): its distances."""
-    wide = tl.cdiv(T, BLOCK)
-    tiles = tl.cdiv(S, BLOCK) * wide
+    wide = (rows - source_rows) // BLOCK
+    tiles = source_rows // BLOCK * wide
     b = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
-    s = tile // wide * BLOCK + tl.arange(0, BLOCK)
-    t = tile % wide * BLOCK + tl.arange(0, BLOCK)
-    # Lanes beyond the last pose repeat it, and are not stored.
-    result = tile_distance(
-        source + b * source_b, target + b * target_b, source_valid + b * source_valid_b,
-        target_valid + b * target_valid_b, triplets, tl.minimum(s, S - 1), tl.minimum(t, T - 1), keypoints, A,
-        min_triplets, source_n, source_k, source_c, target_n, target_k, target_c,
-        source_valid_n, source_valid_k, target_valid_n, target_valid_k,
-        SOURCE_MASKED, TARGET_MASKED, BLOCK, COLUMNS)
-    # int64: the matrix may have more than 2^31 entries.
-    entry = (b * S + s)[:, None] * T + t[None, :]
+    s = (tile // wide).to(tl.int64) * BLOCK
+    t = (tile % wide).to(tl.int64) * BLOCK
+    table += b * columns * rows
+    result = tile_distance(table + s, table + source_rows + t, A, min_triplets, columns, rows, scale,
+                           BLOCK, COLUMNS)
+    s += tl.arange(0, BLOCK)
+    t += tl.arange(0, BLOCK)
+    entry = (b * S + s)[:, None] * T + t[None, :]   # int64: there may be more than 2^31
     tl.store(distance + entry, result, mask=(s < S)[:, None] & (t < T)[None, :])
 
 
-@triton.jit
-def pairs_kernel(source, target, source_valid, target_valid, triplets, counts, starts, pairs, limit,
-                 gamma, S, T, keypoints, A, min_triplets, chunk,
-                 source_n, source_k, source_c, target_n, target_k, target_c,
-                 source_valid_n, source_valid_k, target_valid_n, target_valid_k,
-                 SOURCE_MASKED: tl.constexpr, TARGET_MASKED: tl.constexpr,
+# room changes from call to call: Triton must not compile for its value. (Its stand-in takes no options.)
+@partial(triton.jit, do_not_specialize=["room"]) if HAVE_TRITON else triton.jit
+def pairs_kernel(table, counts, ends, pairs, room: "i64", gamma,
+                 S, T, A, min_triplets, columns, source_rows, rows, scale, chunk,
                  BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Program (rows, chunk of columns): count the pairs of each row if the limit is 0, else write them.
-
-    The limit is read from memory: as an argument Triton would compile the kernel for its value.
-    """
-    room = tl.load(limit)
-    s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    begin = tl.program_id(1) * chunk
+    """Program (rows, chunk of columns): count the pairs of each row if there is no room, else write them."""
+    n = tl.arange(0, BLOCK)
+    s = tl.program_id(0).to(tl.int64) * BLOCK + n
+    begin = tl.program_id(1).to(tl.int64) * chunk
     end = tl.minimum(begin + chunk, T)
-    entry = s.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    position = tl.load(starts + entry, mask=s < S, other=0)   # of no meaning, nor used, while counting
-    found = tl.zeros((BLOCK,), tl.int64)
+    entry = s * tl.num_programs(1) + tl.program_id(1)
+    start = tl.load(ends + entry - 1, mask=(s < S) & (entry > 0), other=0)   # not used while counting
+    found = tl.zeros((BLOCK,), tl.int32)
     for first in range(begin, end, BLOCK):
-        t = first + tl.arange(0, BLOCK)
-        distance = tile_distance(
-            source, target, source_valid, target_valid, triplets, tl.minimum(s, S - 1), tl.minimum(t, T - 1),
-            keypoints, A, min_triplets, source_n, source_k, source_c, target_n, target_k, target_c,
-            source_valid_n, source_valid_k, target_valid_n, target_valid_k,
-            SOURCE_MASKED, TARGET_MASKED, BLOCK, COLUMNS)
-        hit = ((distance < gamma) & (s < S)[:, None] & (t < end)[None, :]).to(tl.int32)
-        row = tl.sum(hit, axis=1)
-        if tl.max(row, axis=0) * room > 0:
-            place = (position + found)[:, None] + tl.cumsum(hit, axis=1) - hit
-            write = (hit == 1) & (place < room)
-            tl.store(pairs + 2 * place, s[:, None] + tl.zeros_like(place), mask=write)
-            tl.store(pairs + 2 * place + 1, t[None, :] + tl.zeros_like(place), mask=write)
+        distance = tile_distance(table + tl.program_id(0).to(tl.int64) * BLOCK, table + source_rows + first,
+                                 A, min_triplets, columns, rows, scale, BLOCK, COLUMNS)
+        hit = (distance < gamma) & (s < S)[:, None] & (n < end - first)[None, :]
+        row = tl.sum(hit.to(tl.int32), axis=1)
+        if room > 0:
+            column = tl.zeros_like(row) - 1
+            for i in range(0, tl.max(row, axis=0)):   # the next pair of each row
+                column = tl.min(tl.where(hit & (n[None, :] > column[:, None]), n[None, :], BLOCK), axis=1)
+                place = start + found + i
+                write = (i < row) & (place < room)
+                tl.store(pairs + 2 * place, s, mask=write)
+                tl.store(pairs + 2 * place + 1, first + column, mask=write)
         found += row
     if room == 0:
         tl.store(counts + entry, found, mask=s < S)
+    else:
+        # The rows that are left: the programs take turns to fill them.
+        programs = tl.num_programs(0) * tl.num_programs(1)
+        this = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        total = tl.load(ends + tl.num_programs(1).to(tl.int64) * S - 1)
+        for first in range(total + this * BLOCK, room, programs * BLOCK):
+            left = 2 * first + tl.arange(0, 2 * BLOCK)
+            tl.store(pairs + left, -1, mask=left < 2 * room)
 
 
-def launch(source, target, triplets, source_valid=None, target_valid=None, min_triplets=1):
-    """`reference.triplet_angle_distance` with the Triton kernel; any strides, not float64."""
-    S, T, keypoints = source.shape[-3], target.shape[-3], source.shape[-2]
+@lru_cache(maxsize=1024)
+def plan(source, target, triplets, source_valid, target_valid, min_triplets, mining):
+    """What follows from the layouts of the tensors, given by their `plan_key`s: the shape of the result (of
+    the counts, if mining), the shape of the table, and the launches that fill the table and use it. Without
+    a pair to find there are no launches.
+    """
+    source, target, triplets, source_valid, target_valid = (   # by names, as the checks take them
+        key and SimpleNamespace(**dict(zip(("shape", "strides", "dtype", "device"), key)))
+        for key in (source, target, triplets, source_valid, target_valid))
+    reference.check_poses(source, target, triplets, source_valid, target_valid, min_triplets)
+    (S, K), T, A = source.shape[-3:-1], target.shape[-3], triplets.shape[0]
     lead = torch.broadcast_shapes(source.shape[:-3], target.shape[:-3])
-    distance = source.new_empty((*lead, S, T), dtype=torch.float32)
-    if distance.numel() == 0:
-        return distance
+    batch = prod(lead)
+    if batch * S * T == 0 or max(min_triplets, 1) > A:
+        return (*lead, S, T), None, None, None
 
-    def one_batch(tensor, dims):
-        return tensor.expand(*lead, *tensor.shape[-dims:]).reshape(-1, *tensor.shape[-dims:])
+    def strides(tensor, dims):
+        if tensor is None:
+            return (0,) * dims
+        repeated = len(tensor.shape) < dims or tensor.shape[0] == 1
+        return (0 if repeated else tensor.strides[0], *tensor.strides[1 - dims:])
 
-    source, target = one_batch(source, 3), one_batch(target, 3)
+    block, at_a_time, options = MINING
+    if not mining:
+        large_tiles = batch * ceil_div(S, LARGE[0]) * ceil_div(T, LARGE[0])
+        block, at_a_time, options = LARGE if large_tiles >= FEW_TILES else SMALL
+    source_rows, target_rows = ceil_div(S, ROWS) * ROWS, ceil_div(T, ROWS) * ROWS
+    rows, columns = source_rows + target_rows, ceil_div(A, at_a_time) * at_a_time
+    masked = dict(SOURCE_MASKED=source_valid is not None, TARGET_MASKED=target_valid is not None)
+    fill = Launch(table_kernel, (batch * (columns // at_a_time) * (rows // ROWS),),
+                  (S, T, K, A, columns, source_rows, rows, *strides(source, 4), *strides(target, 4),
+                   *strides(source_valid, 3), *strides(target_valid, 3)),
+                  dict(**masked, BLOCK=ROWS, COLUMNS=at_a_time), num_warps=4)
+    shape, grid = (*lead, S, T), (batch * (source_rows // block) * (target_rows // block),)
+    sizes = S, T, A, max(min_triplets, 1), columns, source_rows, rows, 1 / K
+    if mining:
+        # Few rows: their columns are divided too, so that there are programs enough.
+        high, wide = ceil_div(S, block), ceil_div(T, block)
+        chunk = ceil_div(wide, min(wide, ceil_div(WARPS, high)))
+        grid = high, ceil_div(wide, chunk)
+        shape, sizes = (S, grid[1]), (*sizes, chunk * block)
+    use = Launch(pairs_kernel if mining else distance_kernel, grid, sizes,
+                 dict(BLOCK=block, COLUMNS=at_a_time), **options)
+    return shape, (batch, columns, rows), fill, use
+
+
+def prepare(source, target, triplets, source_valid, target_valid, min_triplets, mining):
+    """Fill the table of angles. Returns the shape of the result, the table, and the launch that uses it."""
+    triplets = triplets.contiguous()
+    tensors = source, target, triplets, source_valid, target_valid
+    shape, table_shape, fill, use = plan(
+        *[None if tensor is None else plan_key(tensor) for tensor in tensors], min_triplets, mining)
+    reference.check_indices(triplets, source.shape[-2])
+    if use is None:
+        return shape, None, None
+    table = source.new_empty(table_shape, dtype=torch.float32)
     # A mask that is not given is never read; any tensor will do for its pointer.
-    flags, flag_strides = [], []
-    for valid in (source_valid, target_valid):
-        flags.append(triplets if valid is None else one_batch(valid.view(torch.uint8), 2))
-        flag_strides += (0, 0, 0) if valid is None else flags[-1].stride()
+    fill(source, target, triplets if source_valid is None else source_valid,
+         triplets if target_valid is None else target_valid, triplets, table)
+    return shape, table, use
 
-    def tiles(block):
-        return source.shape[0] * triton.cdiv(S, block) * triton.cdiv(T, block)
 
-    tile = LARGE if tiles(LARGE["BLOCK"]) >= FEW_TILES else SMALL
+def triplet_angle_distance(source, target, triplets, source_valid=None, target_valid=None, min_triplets=1):
+    """The operator behind `kernels.triplet_angle_distance`."""
+    arguments = source, target, triplets, source_valid, target_valid, min_triplets
+    if target.dtype == torch.float64:
+        return reference.triplet_angle_distance(*arguments)
+    if max(source.dim(), target.dim()) > 4:   # to one leading dimension
+        reference.check_poses(*arguments)
+        lead = torch.broadcast_shapes(source.shape[:-3], target.shape[:-3])
+        source, target, source_valid, target_valid = (
+            tensor if tensor is None else
+            tensor.expand(*lead, *tensor.shape[-dims:]).reshape(-1, *tensor.shape[-dims:])
+            for tensor, dims in ((source, 3), (target, 3), (source_valid, 2), (target_valid, 2)))
+        return triplet_angle_distance(source, target, triplets, source_valid, target_valid,
+                                      min_triplets).unflatten(0, lead)
     with device_of(source):
-        distance_kernel[(tiles(tile["BLOCK"]),)](
-            source, target, *flags, triplets.contiguous(), distance, S, T, keypoints, triplets.shape[0],
-            max(1, min_triplets), *source.stride(), *target.stride(), *flag_strides,
-            SOURCE_MASKED=source_valid is not None, TARGET_MASKED=target_valid is not None,
-            **tile, **COMPILE_OPTIONS)
+        shape, table, use = prepare(*arguments, mining=False)
+        distance = source.new_empty(shape, dtype=torch.float32)
+        if use is None:
+            return distance.fill_(float("inf"))
+        use(table, distance)
     return distance
 
 
-def launch_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=1,
-                 capacity=None):
-    """`reference.similar_pairs` with the Triton kernel; any strides, not float64."""
-    S, T, keypoints = source.shape[0], target.shape[0], source.shape[1]
-    if S * T == 0 or capacity == 0:
-        return triplets.new_full((capacity or 0, 2), -1)
-    flags, flag_strides = [], []
-    for valid in (source_valid, target_valid):
-        flags.append(triplets if valid is None else valid.view(torch.uint8))
-        flag_strides += (0, 0) if valid is None else flags[-1].stride()
-    block = MINING["BLOCK"]
-    # Few rows: their columns are divided too, so that there are programs enough.
-    rows = triton.cdiv(S, block)
-    chunks = min(triton.cdiv(T, block), triton.cdiv(2 * PROGRAMS, rows))
-    chunk = triton.cdiv(triton.cdiv(T, chunks), block) * block
-    chunks = triton.cdiv(T, chunk)
-
-    def run(counts, starts, pairs, limit):
-        with device_of(source):
-            pairs_kernel[(rows, chunks)](
-                source, target, *flags, triplets.contiguous(), counts, starts, pairs, limit, gamma, S, T,
-                keypoints, triplets.shape[0], max(1, min_triplets), chunk, *source.stride(), *target.stride(),
-                *flag_strides,
-                SOURCE_MASKED=source_valid is not None, TARGET_MASKED=target_valid is not None,
-                **MINING, **COMPILE_OPTIONS)
-
-    counts = triplets.new_empty((S, chunks))
-    run(counts, counts, counts, triplets.new_zeros(1))
-    ends = counts.flatten().cumsum(0)
-    if capacity is None:
-        pairs = triplets.new_empty((ends[-1].item(), 2))   # waits for the GPU
-    else:
-        pairs = triplets.new_full((capacity, 2), -1)
-    if len(pairs):
-        run(counts, ends - counts.flatten(), pairs, triplets.new_full((1,), len(pairs)))
-    return pairs
-
-
-def triplet_angle_distance(source: Tensor, target: Tensor, triplets: Tensor,
-                           source_valid: Optional[Tensor] = None, target_valid: Optional[Tensor] = None,
-                           min_triplets: int = 1):
-    """The operator behind `kernels.triplet_angle_distance`, which says what it takes and returns."""
-    arguments = source, target, triplets, source_valid, target_valid, min_triplets
-    if not runs_triton(source, target):
-        return reference.triplet_angle_distance(*arguments)
-    reference.check_poses(*arguments)
-    reference.check_indices(triplets, source.shape[-2])
-    return launch(*arguments)
-
-
-def similar_pairs(source: Tensor, target: Tensor, triplets: Tensor, gamma: float,
-                  source_valid: Optional[Tensor] = None, target_valid: Optional[Tensor] = None,
-                  min_triplets: int = 1, capacity: Optional[int] = None):
-    """The operator behind `kernels.similar_pairs`, which says what it takes and returns."""
-    arguments = source, target, triplets, gamma, source_valid, target_valid, min_triplets, capacity
-    if not runs_triton(source, target):
-        return reference.similar_pairs(*arguments)
-    reference.check_poses(source, target, triplets, source_valid, target_valid, min_triplets)
+def similar_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=1,
+                  capacity=None):
+    """The operator behind `kernels.similar_pairs`."""
+    if target.dtype == torch.float64:
+        return reference.similar_pairs(source, target, triplets, gamma, source_valid, target_valid,
+                                       min_triplets, capacity)
     reference.check_pairs(source, target, gamma, capacity)
-    reference.check_indices(triplets, source.shape[-2])
-    return launch_pairs(*arguments)
-
-
-def fake_distance(source, target, triplets, source_valid=None, target_valid=None, min_triplets=1):
-    """Shape and dtype of `triplet_angle_distance`."""
-    reference.check_poses(source, target, triplets, source_valid, target_valid, min_triplets)
-    lead = torch.broadcast_shapes(source.shape[:-3], target.shape[:-3])
-    return source.new_empty((*lead, source.shape[-3], target.shape[-3]), dtype=torch.float32)
+    with device_of(source):
+        shape, table, use = prepare(source, target, triplets, source_valid, target_valid, min_triplets,
+                                    mining=True)
+        if use is None or capacity == 0:
+            return triplets.new_full((capacity or 0, 2), -1)
+        counts = triplets.new_empty(shape)
+        use(table, counts, counts, counts, 0, gamma)   # counts stand in for what is not used yet
+        ends = counts.view(-1).cumsum(0)
+        pairs = triplets.new_empty((ends[-1].item() if capacity is None else capacity, 2))   # item() waits
+        if len(pairs):
+            use(table, counts, ends, pairs, len(pairs), gamma)
+    return pairs
 
 
 def fake_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=1,
@@ -321,29 +341,9 @@ def fake_pairs(source, target, triplets, gamma, source_valid=None, target_valid=
     return triplets.new_empty((capacity, 2))
 
 
-def map_distance(operator):
-    """vmap of the distance: the mapped dimension becomes the first of the leading ones."""
-    def rule(info, in_dims, *arguments):
-        if in_dims[2] is not None:
-            raise ValueError("triplets must be the same for all that is mapped over: give them in_dims None")
-        lead = max(poses.dim() + (dim is None) - 4 for poses, dim in zip(arguments[:2], in_dims))
-
-        def mapped(tensor, dim, own):
-            tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            return tensor[(slice(None), *(None,) * (lead + 1 + own - tensor.dim()))]
-
-        arguments = list(arguments)
-        for i, own in ((0, 3), (1, 3), (3, 2), (4, 2)):   # poses end in (N, K, 2), masks in (N, K)
-            if i < len(arguments) and arguments[i] is not None:
-                arguments[i] = mapped(arguments[i], in_dims[i], own)
-        return operator(*arguments), 0
-    return rule
-
-
 register("triplet_angle_distance(Tensor source, Tensor target, Tensor triplets, Tensor? source_valid=None, "
          "Tensor? target_valid=None, int min_triplets=1) -> Tensor",
-         triplet_angle_distance, fake_distance, map_distance)
+         triplet_angle_distance, reference.triplet_angle_distance)
 register("similar_pairs(Tensor source, Tensor target, Tensor triplets, float gamma, "
          "Tensor? source_valid=None, Tensor? target_valid=None, int min_triplets=1, SymInt? capacity=None) "
-         "-> Tensor",
-         similar_pairs, fake_pairs, None)
+         "-> Tensor", similar_pairs, reference.similar_pairs, fake_pairs)
