@@ -16,16 +16,10 @@ def check_heatmaps(shape, dtype):
         raise ValueError(f"heatmaps must have from 1 to 2^20 cells, got shape {tuple(shape)}")
 
 
-def check_sigma(sigma):
-    """Raise ValueError unless the Gaussian's deviation in cells is positive and finite."""
-    if not 0 < sigma < float("inf"):
-        raise ValueError(f"sigma must be positive and finite, got {sigma}")
-
-
-def check_beta(beta):
-    """Raise ValueError unless the inverse temperature `beta` is positive and finite."""
-    if not 0 < beta < float("inf"):
-        raise ValueError(f"beta must be positive and finite, got {beta}")
+def check_positive(name, value):
+    """Raise ValueError unless the number of that name (sigma, beta) is positive and finite."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def check_weight(weight, heatmaps):
@@ -48,9 +42,10 @@ def check_poses(source, target, triplets, source_valid, target_valid, min_triple
         if not poses.dtype.is_floating_point:
             raise TypeError(f"{name} must be floating point, got {poses.dtype}: convert it with .float()")
         if valid is not None and valid.dtype != torch.bool:
-            raise TypeError(f"{name}_valid must be bool, got {valid.dtype}: compare it with a threshold first")
+            raise TypeError(f"{name}_valid must be bool, got {valid.dtype}: compare it with a threshold")
         if valid is not None and valid.shape != poses.shape[:-1]:
-            raise ValueError(f"{name}_valid must have shape {tuple(poses.shape[:-1])}, got {tuple(valid.shape)}")
+            raise ValueError(f"{name}_valid must have shape {tuple(poses.shape[:-1])}, "
+                             f"got {tuple(valid.shape)}")
     if source.shape[-2] != target.shape[-2]:
         raise ValueError(f"source and target must have the same keypoints K, got {source.shape[-2]} and "
                          f"{target.shape[-2]}")
@@ -154,14 +149,14 @@ def draw_gaussians(cells, height, width, sigma):
 
 
 def rectify(heatmaps, sigma, subcell=False):
-    """Each heatmap redrawn as a clean Gaussian of height 1 at its maximum: the teacher's pseudo-labels (§3.2).
+    """Each heatmap redrawn as a Gaussian of height 1 at its maximum: the teacher's pseudo-labels (§3.2).
 
     heatmaps: (B, K, H, W) floating point; sigma: the Gaussian's deviation in cells, cut at 3 sigma on each
     axis; subcell: at the vertex of `subcell_offset`, else at the cell. Returns maps (B, K, H, W), cells (B,
     K, 2) as (x, y) and confidence (B, K), the maximum, all float32 and contiguous. Not differentiable. Raises
     as `heatmap_argmax`, and ValueError for sigma <= 0.
     """
-    check_sigma(sigma)
+    check_positive("sigma", sigma)
     cells, confidence = heatmap_argmax(heatmaps)
     if subcell:
         cells = cells + subcell_offset(heatmaps.detach(), cells, confidence)
@@ -177,7 +172,7 @@ def soft_argmax(heatmaps, beta):
     TypeError for a dtype that is not floating point.
     """
     check_heatmaps(heatmaps.shape, heatmaps.dtype)
-    check_beta(beta)
+    check_positive("beta", beta)
     probability = cell_probabilities(heatmaps, beta)
     coords = expected_cell(probability, probability.dtype)
     if probability.dtype == torch.float64 or probability.device.type == "mps":   # which has no float64
@@ -204,8 +199,7 @@ def soft_argmax_backward(heatmaps, grad_coords, coords, stats, beta):
 
 
 def cell_probabilities(heatmaps, beta):
-    """softmax(beta * heatmap) over a map's cells: (B, K, H, W), float64 for float64 heatmaps, else
-    float32."""
+    """softmax(beta * heatmap) over the cells of each map: float64 for float64 heatmaps, else float32."""
     cells = (heatmaps if heatmaps.dtype == torch.float64 else heatmaps.float()).flatten(2)
     # Differences from the maximum are exact near it; beta times the heatmap itself would be rounded first.
     # Adding a constant does not change a softmax, so the maximum needs no gradient.
