@@ -6,33 +6,31 @@ their number), over sizes, dtypes and layouts. A column is a provider (`triton`;
 `eager`, which is `kernels.reference`; torch.compile of that; torch.max without coordinates; the field's
 published NumPy, with the copy to the host) and how it is timed:
 
-    cold cache, GPU time   Between two events around one call. A buffer of four L2 caches is read before, so
-                           neither the data nor writes still to be made are in the cache, and the call is
-                           queued meanwhile, so the host's time does not show. Triton's own `do_bench` leaves
-                           its writes in the cache and counts the host's time where that is longer.
+    cold cache, GPU time   Between two events around one call, after a buffer of four L2 caches was read: the
+                           cache holds neither data nor writes still to be made. The host issues the call
+                           during the reading, so its time does not count, as it may in Triton's `do_bench`.
     warm cache, GPU time   `triton.testing.do_bench_cudagraph`: calls in a row, in one graph
     warm cache, host time  `torch.utils.benchmark.Timer`: wall time, with all that the call has to do
 
 A cell holds the median time and the limit's share of it in per cent. The limit is the time of what must be
 read plus that of what must be written, or of the arithmetic if longer, at rates measured in the same run.
 
-Then follows the host time of a call alone, what a small batch costs: on CUDA until the call returns, the
-queue empty; else on tiny CPU tensors with launches that do nothing. The last table says what an operator on
-CPU tensors, where it runs its reference, costs over that. Before anything is timed, each operator is checked
-against the float64 reference; one that fails ends the run with status 1. Triton's interpreter is never timed.
+Two tables of host time follow: of a call until it returns, on CUDA, or else on tiny CPU tensors with launches
+that do nothing; and of the operators on CPU tensors, where they run their reference, over calling that
+directly. Before anything is timed, each operator is checked against the float64 reference; one that fails
+ends the run with status 1. Triton's interpreter is never timed.
 """
 import argparse
 import logging
 import math
 import platform
 import secrets
-import subprocess
 import sys
-import textwrap
 import time
 import timeit
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from subprocess import getoutput
 from typing import NamedTuple
 from unittest import mock
 
@@ -72,8 +70,8 @@ HOST_OPERATIONS = 5e9   # a call that needs more is not measured on a CPU
 
 class Plan(NamedTuple):
     """What to measure and for how long."""
-    heatmaps: list     # (shape, dtype, layout) of each row
-    poses: list        # (S, T, A, K, masked) of each row; masked: a tenth of the keypoints is not valid
+    heatmaps: list         # (shape, dtype, layout) of each row
+    poses: list            # (S, T, A, K, masked) of each row; masked: a tenth of the keypoints is not valid
     seconds: float = 0.0   # for a cell, about
 
 
@@ -105,9 +103,8 @@ def work(operator, shape, itemsize=4):
     """Bytes that an operator must read, bytes that it must write, operations.
 
     shape: (B, K, H, W) of heatmaps, or (S, T, A, K) of S source and T target poses with A triplets. Heatmaps
-    are read once, or twice for forward and backward, as the coordinates are needed before the gradient. What
-    is small beside them does not count, nor do poses and angles. Eq. 7 takes a difference, a square and a sum
-    for each pair and triplet. The similar pairs are nominally SIMILAR of all.
+    are read once, or twice for forward and backward; coordinates, poses and angles are too small to count.
+    Eq. 7 takes a difference, a square and a sum for each pair and triplet.
     """
     if operator in HEATMAP_OPERATORS:
         cells, gradient = math.prod(shape), operator == "soft_argmax_gradient"
@@ -121,36 +118,35 @@ def work(operator, shape, itemsize=4):
 
 
 def map_inputs(shape, dtype, layout, generator, adverse=False):
-    """Heatmaps (B, K, H, W) in [0, 1), weights (B, K), gradient of the coordinates (B, K, 2). adverse: maps
-    with ties, and some that hold NaN, are -inf, constant, or have a high peak."""
+    """Heatmaps (B, K, H, W) in [0, 1), weights (B, K), gradient of the coordinates (B, K, 2).
+
+    adverse: maps with ties, and some that hold NaN, are -inf, constant, or have a high peak.
+    """
     maps = torch.rand(shape, generator=generator, device=generator.device)
     if adverse:
         maps[:, ::2] = (8 * maps[:, ::2]).round() / 8
         maps[0, 0, -1, 0] = maps[0, 0, 0, -1] = math.nan
-        for sample, value in zip(maps[1:-1], (-math.inf, 0.5, -1.0)):
-            sample[0] = value
-        maps[1:, :1][-1:, :, -1, -1] = 30.0   # the last sample, if not the only one
+        if len(maps) > 4:
+            maps[1, 0], maps[2, 0], maps[3, 0], maps[-1, 0, -1, -1] = -math.inf, 0.5, -1.0, 30.0
     numbers = torch.linspace(0, 1, 2 * math.prod(shape[:2]), device=maps.device).view(*shape[:2], 2)
     return maps.to(dtype).contiguous(memory_format=LAYOUTS[layout]), numbers[..., 0].contiguous(), numbers
 
 
 def pose_inputs(S, T, A, K, generator, masked=True):
-    """gamma, below which lie about SIMILAR of the pairs, and the arguments of triplet_angle_distance: source
-    (S, K, 2), target (T, K, 2), triplets (A, 3), source_valid (S, K), target_valid (T, K), min_triplets.
-    masked: a tenth of the keypoints is not valid; else there are no masks."""
+    """gamma, below which lie about SIMILAR of the pairs, and the arguments of triplet_angle_distance."""
     def rand(*shape):
         return torch.rand(shape, generator=generator, device=generator.device)
     triplets = rand(A, K).argsort(dim=1)[:, :3].contiguous()
     source, target, valid = 64 * rand(S, K, 2), 64 * rand(T, K, 2), rand(S + T, K) < 0.9
     masks = (valid[:S], valid[S:]) if masked else (None, None)
-    some = (mask if mask is None else mask[:512] for mask in masks)
+    some = (valid[:S][:512], valid[S:][:512]) if masked else masks
     few = reference.triplet_angle_distance(source[:512], target[:512], triplets, *some, MIN_TRIPLETS)
     gamma = few.flatten().kthvalue(max(1, int(SIMILAR * few.numel()))).values.item()
     return gamma, source, target, triplets, *masks, MIN_TRIPLETS
 
 
 def cases(operator, plan, generator):
-    """Rows of an operator's table (dict) and their inputs, one at a time so that one lies in memory."""
+    """Rows of an operator's table (dict) and their inputs, which are made one at a time to save memory."""
     if operator in HEATMAP_OPERATORS:
         for shape, dtype, layout in plan.heatmaps:
             inputs = map_inputs(shape, dtype, layout, generator, adverse=plan is CHECK)
@@ -159,15 +155,14 @@ def cases(operator, plan, generator):
         return
     for *shape, masked in plan.poses:
         S, T, A, K = shape
-        if operator == "similar_mask" and S > 32 and plan is not CHECK:   # beyond what training calls
-            continue
-        yield dict(operator=operator, size=f"S = {S:,}, T = {T:,}, A = {A}, K = {K}", dtype="float32",
-                   layout="masks" if masked else "no masks", **work(operator, shape)
-                   ), pose_inputs(*shape, generator, masked)
+        if operator != "similar_mask" or S <= 32 or plan is CHECK:   # the mask at the size of training
+            yield dict(operator=operator, size=f"S = {S:,}, T = {T:,}, A = {A}, K = {K}", dtype="float32",
+                       layout="masks" if masked else "no masks",
+                       **work(operator, shape)), pose_inputs(*shape, generator, masked)
 
 
 def call_of(operator, module, inputs, wrap=lambda function: function):
-    """A call without arguments of the operator from `module` on `inputs`; `wrap`: what compiles it."""
+    """A call without arguments of the operator from `module` on `inputs`; wrap: what compiles it."""
     function = wrap(lambda *inputs: OPERATORS[operator](module, *inputs))
     if operator != "soft_argmax_gradient":
         return lambda: function(*inputs)
@@ -187,8 +182,8 @@ def calls_of(operator, inputs, cuda):
     """The calls to time, by provider."""
     def compiled(**mode):
         return call_of(operator, reference, inputs, lambda f: torch.compile(f, dynamic=False, **mode))
-    triton = call_of(operator, kernels, inputs)
-    calls = dict(triton=triton, graph=triton, eager=call_of(operator, reference, inputs), compile=compiled())
+    triton, eager = (call_of(operator, module, inputs) for module in (kernels, reference))
+    calls = dict(triton=triton, graph=triton, eager=eager, compile=compiled())
     if cuda:
         calls["reduce"] = compiled(mode="reduce-overhead")
     if operator == "heatmap_argmax":
@@ -202,8 +197,8 @@ def error_of(operator, inputs):
     """The worst difference from the float64 reference: (by what is allowed, difference, allowed).
 
     Allowed: none for the argmax; 1e-5 for the mean confidence, for what rectify returns, and in cells for the
-    soft-argmax, times side / 64 beyond 64; for its gradient 1e-4 of the largest, and half a unit in the last
-    place of a dtype below float32; 1e-5 rad for distances, and from gamma for pairs that are wrong.
+    soft-argmax, times side / 64 beyond 64; for its gradient 1e-4 of the largest, and the rounding of a dtype
+    below float32; 1e-5 rad for distances, and for how far from gamma a wrong pair is.
     """
     exact = [value.detach().cpu() if torch.is_tensor(value) else value for value in inputs]
     exact = [value.double() if getattr(value, "dtype", None) in DTYPES else value for value in exact]
@@ -229,13 +224,13 @@ def error_of(operator, inputs):
     elif operator == "soft_argmax_gradient":
         rounding = 0.0 if inputs[0].dtype == torch.float32 else torch.finfo(inputs[0].dtype).eps / 2
         allowed[0] = (1e-4 + rounding) * true[0].nan_to_num(0.0).abs().max().item()
-    errors = []
-    for our, their in zip(ours, true):
+    worst = []
+    for our, their, limit in zip(ours, true, allowed):
         our, their = our.detach().cpu().double(), their.double()
         same = (our == their) | (our.isnan() & their.isnan())
-        errors.append(torch.where(same, 0.0, (our - their).abs()).nan_to_num(math.inf))
-    return max((error.max().item() / (limit or 1e-300), error.max().item(), limit)
-               for error, limit in zip(errors, allowed))
+        error = torch.where(same, 0.0, (our - their).abs()).nan_to_num(math.inf).max().item()
+        worst.append((error / (limit or 1e-300), error, limit))
+    return max(worst)
 
 
 # Time and memory -------------------------------------------------------------------------------------------
@@ -248,12 +243,11 @@ class Clock:
         if self.cuda:
             cache = torch.cuda.get_device_properties(device).L2_cache_size
             self.buffer = torch.ones(max(cache, 1 << 25), device=device)   # numbers of 4 bytes
-            self.flush_seconds = self.best(self.buffer.amax)
 
-    def between_events(self, call, flushes=1):
-        """Seconds of the device for a call, queued behind so many readings of the buffer."""
+    def between_events(self, call):
+        """Seconds of the device for a call."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(flushes):
+        for _ in range(20):   # a millisecond or more, in which the host issues the whole call
             self.buffer.amax()
         start.record()
         call()
@@ -275,13 +269,10 @@ class Clock:
             return dict(ms=1000 * timer.blocked_autorange(min_run_time=self.seconds).median)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before, start = torch.cuda.memory_allocated(), time.perf_counter()
+        before = torch.cuda.memory_allocated()
         call()
-        issued = time.perf_counter() - start
         extra = torch.cuda.max_memory_allocated() - before
-        # Enough readings of the buffer that the host has issued the whole call before they end.
-        flushes = min(200, 1 + math.ceil(1.5 * issued / self.flush_seconds))
-        times = repeat(lambda: self.between_events(call, flushes), self.seconds)
+        times = repeat(lambda: self.between_events(call), self.seconds)
         return dict(ms=1000 * float(np.median(times)), extra_bytes=extra)
 
 
@@ -302,27 +293,23 @@ def timing_of(provider, cuda):
 
 @common.triton.jit
 def empty_kernel(pointer):
-    """What a launch takes that has nothing to do."""
-    pass
+    """Nothing: its time is that of a launch."""
 
 
 def measure_limits(clock):
-    """Best rates of reading, writing and copying (its bytes twice) large tensors, in bytes/s; of a matrix
-    product of side n in float32, 2 n^3 operations; on CUDA, seconds of an empty kernel."""
+    """Best rates of reading, writing and copying (read plus write) large tensors, bytes/s, and of a float32
+    matrix product, operations/s; on CUDA, seconds of an empty kernel."""
     numbers, n = (1 << 28, 8192) if clock.cuda else (1 << 26, 2048)   # 1 GB
     source, target = torch.ones(2, numbers, device=clock.device)
     torch.set_float32_matmul_precision("highest")   # no TF32
     factor = torch.rand(n, n, device=clock.device)
-    product = torch.empty_like(factor)
     readings = source.sum, source.amax, lambda: source.view(4096, -1).amax(1)
-    limits = dict(read=4 * numbers / min(map(clock.best, readings)),
-                  write=4 * numbers / clock.best(lambda: target.fill_(2.0)),
-                  copy=8 * numbers / clock.best(lambda: target.copy_(source)),
-                  fp32=2 * n**3 / clock.best(lambda: torch.mm(factor, factor, out=product)), launch=None)
-    if clock.cuda and common.HAVE_TRITON:
-        launch = common.Launch(empty_kernel, (1,), (), {})
-        limits["launch"] = clock.best(lambda: launch(source), 100)
-    return limits
+    launch = common.Launch(empty_kernel, (1,), (), {}) if clock.cuda and common.HAVE_TRITON else None
+    return dict(read=4 * numbers / min(map(clock.best, readings)),
+                write=4 * numbers / clock.best(lambda: target.fill_(2.0)),
+                copy=8 * numbers / clock.best(lambda: target.copy_(source)),
+                fp32=2 * n**3 / clock.best(lambda: factor @ factor),
+                launch=clock.best(lambda: launch(source), 100) if launch else None)
 
 
 def limit_ms(row, limits):
@@ -351,17 +338,14 @@ def measure_row(row, calls, clock, limits):
                 torch.compiler.reset()   # else the rows would reach the limit of recompilations
                 if clock.cuda:
                     torch.cuda.empty_cache()
-                for _ in range(3 if provider == "reduce" else 1):   # it records its graph in the second
+                for _ in range(3):   # reduce-overhead records its graph in the second
                     call()
                 cell = clock.measure(call, timing_of(provider, clock.cuda))
                 cell["share"] = row["limit_ms"] / cell["ms"]
-        except torch.OutOfMemoryError:
-            cell = dict(skipped="out of memory")
-        except Exception as error:   # whatever a compiler that is missing, or a graph, may raise
-            if provider in ("triton", "eager"):
+        except Exception as error:   # a compiler that is missing, a graph, too little memory
+            if provider in ("triton", "eager") and not isinstance(error, torch.OutOfMemoryError):
                 raise
-            first = textwrap.shorten(str(error).strip().split("\n")[0], 60, placeholder=" ...")
-            cell = dict(skipped=f"failed: {first}")
+            cell = dict(skipped="failed: " + str(error).strip().split("\n")[0][:60])
         row["providers"][provider] = cell
     times = [row["providers"][provider].get("ms") for provider in ("triton", "eager")]
     row["speedup"] = times[1] / times[0] if all(times) else None
@@ -369,29 +353,20 @@ def measure_row(row, calls, clock, limits):
 
 @contextmanager
 def no_launches():
-    """Operators on CPU tensors do what they do on CUDA tensors, but launch nothing; results are arbitrary.
+    """Operators on CPU tensors do on the host what they do for a GPU, but launch nothing: results are
+    arbitrary."""
+    def nothing(*arguments):
+        pass
 
-    Nor does anything look at the values of the triplets, in the reference neither, as on a GPU.
-    """
-    launches = []
-
-    def start(launch, pointers):
-        launches.append(launch)
-        return lambda *arguments: None
-    with mock.patch.multiple(common, INTERPRET=True, start=start), \
-            mock.patch.object(reference, "check_indices", lambda triplets, keypoints: None):
-        try:
-            yield
-        finally:
-            for launch in launches:   # an operator keeps its launches: the next call starts them
-                launch.run = None
+    with mock.patch.object(common, "INTERPRET", True), mock.patch.object(reference, "check_indices", nothing), \
+            mock.patch.object(common.Launch, "__call__", lambda launch, *pointers: nothing(*pointers, *launch.fixed)):
+        yield
 
 
 def host_times(operators, plan, device, seed, seconds, calls=1):
-    """What the host spends on an operator and on its reference until they return: a dict for each row.
+    """Host time of an operator and of its reference until they return: a dict for each row.
 
-    The two take turns of so many calls, after as many that are not timed. What disturbs a turn only lengthens
-    it: the fastest counts.
+    The two take turns of so many calls, after as many that are not timed; the fastest turn counts.
     """
     def turn(call):
         for _ in range(calls):
@@ -444,25 +419,16 @@ def print_host(title, rows):
                   f"{row['ratio']:.3f}"] for row in rows])
 
 
-def said_by(*command):
-    """What a command prints, or "unknown" where it is missing or fails."""
-    try:
-        return subprocess.run(command, cwd=Path(__file__).parents[1], text=True, capture_output=True,
-                              check=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
 def header(device, seed):
-    """What ran where, for the report."""
+    """What ran where, for the report. A command that fails leaves its message there."""
     facts = dict(device=common.device_name(device))
     if device.type == "cuda":
-        names = ["driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem"]
-        said = said_by("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader",
-                       f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}").split(", ")
-        facts |= dict(zip(names, said if len(said) == len(names) else ["unknown"] * len(names)))
-    return facts | {"commit": said_by("git", "describe", "--always", "--dirty", "--exclude=*"),
-                    "torch": torch.__version__, "Triton": getattr(common.triton, "__version__", "none"),
+        names = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem"
+        card = torch.cuda.get_device_properties(device).uuid
+        facts[names] = getoutput(f"nvidia-smi --query-gpu={names} --format=csv,noheader --id=GPU-{card}")
+    commit = getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty --exclude='*'")
+    return facts | {"commit": commit, "torch": torch.__version__,
+                    "Triton": getattr(common.triton, "__version__", "none"),
                     "Python": platform.python_version(), "threads": torch.get_num_threads(), "seed": seed}
 
 
@@ -489,15 +455,16 @@ def main(arguments=None, plan=None):
     torch._logging.set_logs(dynamo=logging.ERROR, inductor=logging.CRITICAL)
     clock = Clock(device, plan.seconds)
     limits = measure_limits(clock)
-    facts, checks = header(device, seed), []   # the clocks after some work
     if not clock.cuda:
         print("No CUDA device: the Triton columns are not measured; its interpreter's time says nothing.")
     rates = [(f"{name}, GB/s", short(limits[name] / 1e9)) for name in ("read", "write", "copy")]
     floor = "not measured" if limits["launch"] is None else short(1e6 * limits["launch"])
     print_table("What ran where, and the limits measured there", ["what", "value"], [
-        *facts.items(), *rates, ("float32 product, GFLOP/s", short(limits["fp32"] / 1e9)),
+        *header(device, seed).items(), *rates,   # the clocks after some work
+        ("float32 product, GFLOP/s", short(limits["fp32"] / 1e9)),
         ("an empty Triton kernel, us of GPU time", floor)])
 
+    checks = []
     for operator in operators:
         errors = [(*error_of(operator, inputs), f"{row['size']} {row['dtype']} {row['layout']}")
                   for row, inputs in cases(operator, CHECK, torch.Generator(device).manual_seed(seed))]
@@ -507,12 +474,11 @@ def main(arguments=None, plan=None):
                   f"--only {operator} --seed {seed}", file=sys.stderr)
             return 1
         checks.append([operator, f"{error:.2g}", f"{allowed:.2g}", at])
-    print_table("Largest errors against the float64 reference", ["operator", "error", "allowed", "at"], checks)
+    print_table("Largest errors against float64", ["operator", "error", "allowed", "at"], checks)
+
     for operator in operators:
         rows = []
         for row, inputs in cases(operator, plan, torch.Generator(device).manual_seed(seed)):
-            if sys.stderr.isatty():
-                print(f"\r{operator} {row['size']}".ljust(80), end="\r", file=sys.stderr, flush=True)
             measure_row(row, calls_of(operator, inputs, clock.cuda), clock, limits)
             rows.append(row)
         print_operator(rows, clock.cuda)

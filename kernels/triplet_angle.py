@@ -20,14 +20,14 @@ each row, then it writes them at the places that the running sum of the counts g
 decides both times, so the counts are right to the last pair, and pairs come in rising order whatever the
 order of the programs. At 65,536 x 65,536 this takes two numbers per row, not the 17 GB of the matrix.
 """
-from functools import lru_cache, partial
+from functools import lru_cache
 from math import prod
 from types import SimpleNamespace
 
 import torch
 
 from kernels import reference
-from kernels.common import HAVE_TRITON, WARPS, Launch, ceil_div, plan_key, register, tl, triton
+from kernels.common import WARPS, Launch, ceil_div, plan_key, register, tl, triton
 
 # Tile of (BLOCK x BLOCK) pairs, triplets taken at a time, options. A matrix of few large tiles would leave
 # most of a GPU idle while each program waits for one triplet after the other: small tiles read them all at
@@ -188,8 +188,7 @@ def distance_kernel(table, distance, S, T, A, min_triplets, columns, source_rows
     tl.store(distance + entry, result, mask=(s < S)[:, None] & (t < T)[None, :])
 
 
-# room changes from call to call: Triton must not compile for its value. (Its stand-in takes no options.)
-@partial(triton.jit, do_not_specialize=["room"]) if HAVE_TRITON else triton.jit
+@triton.jit(do_not_specialize=["room"])   # room changes from call to call: not to compile for its value
 def pairs_kernel(table, counts, ends, pairs, room: "i64", gamma,
                  S, T, A, min_triplets, columns, source_rows, rows, scale, chunk,
                  BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
