@@ -9,20 +9,15 @@ import torch
 try:
     import triton
     import triton.language as tl
+    HAVE_TRITON = True
 except ImportError:  # not packaged outside Linux: kernels are then defined but never launched
     triton = SimpleNamespace(jit=lambda function=None, **options: function or (lambda function: function))
     tl = SimpleNamespace(constexpr=None)
     HAVE_TRITON = False
-else:
-    HAVE_TRITON = True
 
 # Triton reads TRITON_INTERPRET where a kernel is defined, that is, when this package is imported. Kernels
 # defined under it run on CPU tensors, in Triton's interpreter.
 INTERPRET = HAVE_TRITON and triton.knobs.runtime.interpret
-
-# Where they run on CUDA, results are within tolerance with multiply-adds fused or not; naming the choice
-# keeps Triton 3.9 from warning that its default will change.
-COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 WARPS = 4096     # warps that give each of a large GPU's 132 multiprocessors half of what it holds
 SHARE = 16384    # cells; below about this a map is read before the launch that joins its shares has begun
@@ -82,7 +77,8 @@ class Launch:
 
     def __init__(self, kernel, grid, sizes, constants, **options):
         self.kernel, self.grid, self.constants = kernel, (*grid, 1, 1)[:3], constants
-        self.options, self.fixed, self.run = options | COMPILE_OPTIONS, (*sizes, *constants.values()), None
+        self.fixed, self.run = (*sizes, *constants.values()), None
+        self.options = options | {"enable_fp_fusion": True}   # named, or Triton 3.9 warns of a new default
 
     def __call__(self, *pointers):
         with device_of(pointers[0]):

@@ -290,15 +290,8 @@ def prepare(source, target, triplets, source_valid, target_valid, min_triplets, 
 def triplet_angle_distance(source, target, triplets, source_valid=None, target_valid=None, min_triplets=1):
     """The operator behind `kernels.triplet_angle_distance`."""
     arguments = source, target, triplets, source_valid, target_valid, min_triplets
-    if max(source.dim(), target.dim()) > 4:   # to one leading dimension
-        reference.check_poses(*arguments)
-        lead = torch.broadcast_shapes(source.shape[:-3], target.shape[:-3])
-        source, target, source_valid, target_valid = (
-            tensor if tensor is None else
-            tensor.expand(*lead, *tensor.shape[-dims:]).reshape(-1, *tensor.shape[-dims:])
-            for tensor, dims in ((source, 3), (target, 3), (source_valid, 2), (target_valid, 2)))
-        return triplet_angle_distance(source, target, triplets, source_valid, target_valid,
-                                      min_triplets).unflatten(0, lead)
+    if max(source.dim(), target.dim()) > 4:   # the kernels take one leading dimension at most
+        return reference.triplet_angle_distance(*arguments)
     shape, table, use = prepare(*arguments, False)
     distance = source.new_empty(shape, dtype=torch.float32)
     if use is None:
