@@ -1,10 +1,9 @@
 """Measures the operators against plain PyTorch:  python -m kernels.benchmark
 
-A table for each operator, and for three ways to call one (soft_argmax_gradient: forward and backward;
-similar_mask: triplet_angle_distance < gamma, the training step's; similar_pairs_capacity: without waiting for
-their number), over sizes, dtypes and layouts. A column is a provider (`triton`; the same in a CUDA graph;
-`eager`, which is `kernels.reference`; torch.compile of that; torch.max without coordinates; the field's
-published NumPy, with the copy to the host) and how it is timed:
+One table per operator and per use of one (soft_argmax_gradient: forward and backward; similar_mask: the
+training step's triplet_angle_distance < gamma; similar_pairs: with a capacity), over sizes, dtypes and
+layouts. A column is a provider (Triton, also in a CUDA graph; `kernels.reference`, eager and compiled;
+torch.max without coordinates; the field's published NumPy, with the copy to the host) and how it is timed:
 
     cold cache, GPU time   Between two events around one call, after a buffer of four L2 caches was read: the
                            cache holds neither data nor writes still to be made. The host issues the call
@@ -15,10 +14,9 @@ published NumPy, with the copy to the host) and how it is timed:
 A cell holds the median time and the limit's share of it in per cent. The limit is the time of what must be
 read plus that of what must be written, or of the arithmetic if longer, at rates measured in the same run.
 
-Two tables of host time follow: of a call until it returns, on CUDA, or else on tiny CPU tensors with launches
-that do nothing; and of the operators on CPU tensors, where they run their reference, over calling that
-directly. Before anything is timed, each operator is checked against the float64 reference; one that fails
-ends the run with status 1. Triton's interpreter is never timed.
+Two tables of host time follow: until a call returns, on CUDA or, without a GPU, on tiny CPU tensors with
+launches that do nothing; and on CPU tensors, of the operators over the reference that they run there. Before
+anything is timed, each operator is checked against the float64 reference: an error ends the run.
 """
 import argparse
 import math
@@ -50,13 +48,11 @@ HEATMAP_OPERATORS = {
 POSE_OPERATORS = {
     "triplet_angle_distance": lambda m, gamma, *poses: m.triplet_angle_distance(*poses),
     "similar_mask": lambda m, gamma, *poses: m.triplet_angle_distance(*poses) < gamma,
-    "similar_pairs": lambda m, gamma, *poses: m.similar_pairs(*poses[:3], gamma, *poses[3:]),
-    "similar_pairs_capacity": lambda m, gamma, *poses: m.similar_pairs(
+    "similar_pairs": lambda m, gamma, *poses: m.similar_pairs(
         *poses[:3], gamma, *poses[3:], capacity_for(len(poses[0]), len(poses[1])))}
 OPERATORS = HEATMAP_OPERATORS | POSE_OPERATORS
-PROVIDERS = {"triton": "triton", "graph": "triton, CUDA graph", "eager": "eager", "compile": "torch.compile",
-             "reduce": "torch.compile, reduce-overhead", "max": "torch.max", "numpy": "NumPy"}
 COLD, WARM, HOST = "cold cache, GPU time", "warm cache, GPU time", "warm cache, host time"
+GRAPH = "triton, CUDA graph"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}   # training's first
 BODY, HAND = (32, 16, 64, 64), (32, 21, 64, 64)   # the paper's batches of heatmaps (B, K, H, W)
@@ -79,16 +75,12 @@ FULL = Plan([*product([BODY], DTYPES, LAYOUTS), *product([HAND, LARGE[0]], DTYPE
             [(S, S, *BODY_POSE, S == 32) for S in (32, 256, 1024, 4096, 16384, 65536)]
             + [(4096, 4096, *BODY_POSE, True), (32, 32, *HAND_POSE, True), (4096, 4096, *HAND_POSE, False)],
             seconds=0.5)
-QUICK = Plan([(BODY, torch.float32, "channels-last"), (BODY, torch.bfloat16, "contiguous")],
-             [(32, 32, *BODY_POSE, True), (1024, 1024, *HAND_POSE, False)], seconds=0.1)
+STEP = Plan([(BODY, torch.float32, "channels-last")], [(32, 32, *BODY_POSE, True)], seconds=0.1)
 CHECK = Plan([*product([BODY, HAND, (5, 3, 37, 23), (1, 2, 1024, 1024)], DTYPES, LAYOUTS)],
              [(S, T, *pose, True) for pose in (BODY_POSE, HAND_POSE)
               for S, T in ((32, 32), (33, 65), (300, 257))])
-STEP = Plan(QUICK.heatmaps[:1], QUICK.poses[:1])   # what training calls
 TINY = Plan([((2, 4, 8, 8), torch.float32, "channels-last")], [(4, 4, *BODY_POSE, True)])
 
-
-# Inputs and the work on them -------------------------------------------------------------------------------
 
 def capacity_for(S, T):
     """Rows for the similar pairs of S source and T target poses: twice what is expected."""
@@ -108,8 +100,7 @@ def work(operator, shape, itemsize=4):
         return dict(read_bytes=(1 + gradient) * itemsize * cells, written_bytes=written * cells, operations=0)
     S, T, A, _ = shape
     written = {"triplet_angle_distance": 4 * S * T, "similar_mask": S * T,
-               "similar_pairs": round(16 * SIMILAR * S * T),
-               "similar_pairs_capacity": 16 * capacity_for(S, T)}[operator]
+               "similar_pairs": 16 * capacity_for(S, T)}[operator]
     return dict(read_bytes=0, written_bytes=written, operations=3 * S * T * A)
 
 
@@ -178,11 +169,12 @@ def calls_of(operator, inputs, cuda):
     def compiled(**mode):
         return call_of(operator, reference, inputs, lambda f: torch.compile(f, dynamic=False, **mode))
     triton, eager = (call_of(operator, module, inputs) for module in (kernels, reference))
-    calls = dict(triton=triton, graph=triton, eager=eager, compile=compiled())
+    calls = {"triton": triton, GRAPH: triton, "eager": eager, "torch.compile": compiled()}
     if cuda:
-        calls["reduce"] = compiled(mode="reduce-overhead")
+        calls["torch.compile, reduce-overhead"] = compiled(mode="reduce-overhead")
     if operator == "heatmap_argmax":
-        calls |= dict(max=lambda: inputs[0].flatten(2).max(2), numpy=lambda: decode_on_host(inputs[0]))
+        calls["torch.max"] = lambda: inputs[0].flatten(2).max(2)
+        calls["NumPy"] = lambda: decode_on_host(inputs[0])
     return calls
 
 
@@ -225,8 +217,6 @@ def error_of(operator, inputs):
         worst.append((error / (limit or 1e-300), error, limit))
     return max(worst)
 
-
-# Time and memory -------------------------------------------------------------------------------------------
 
 class Clock:
     """Times calls on one device; on CUDA it owns the buffer that displaces the cache."""
@@ -279,9 +269,9 @@ def repeat(sample, seconds):
 
 def timing_of(provider, cuda):
     """How a provider's calls are timed."""
-    if provider == "graph":
+    if provider == GRAPH:
         return WARM
-    return COLD if provider == "triton" or cuda and provider != "numpy" else HOST
+    return COLD if provider == "triton" or cuda and provider != "NumPy" else HOST
 
 
 @common.triton.jit
@@ -291,10 +281,9 @@ def empty_kernel(pointer):
 
 def measure_limits(clock):
     """Best rates of reading, writing and copying (read plus write) large tensors, bytes/s, and of a float32
-    matrix product, operations/s; on CUDA, seconds of an empty kernel."""
+    matrix product, operations/s; on CUDA, microseconds of an empty kernel."""
     numbers, n = (1 << 28, 8192) if clock.cuda else (1 << 26, 2048)   # 1 GB
     source, target = torch.ones(2, numbers, device=clock.device)
-    torch.set_float32_matmul_precision("highest")   # no TF32
     factor = torch.rand(n, n, device=clock.device)
     readings = source.sum, source.amax, lambda: source.view(4096, -1).amax(1)
     launch = common.Launch(empty_kernel, (1,), (), {}) if clock.cuda and common.HAVE_TRITON else None
@@ -302,22 +291,20 @@ def measure_limits(clock):
                 write=4 * numbers / clock.best(lambda: target.fill_(2.0)),
                 copy=8 * numbers / clock.best(lambda: target.copy_(source)),
                 fp32=2 * n**3 / clock.best(lambda: factor @ factor),
-                launch=clock.best(lambda: launch(source), 100) if launch else None)
+                launch_us=1e6 * clock.best(lambda: launch(source), 100) if launch else "not measured")
 
 
 def limit_ms(row, limits):
-    """The least time that a row can take. Three operations of Eq. 7 take the time of four of a product: a
-    difference alone, then square and sum as one multiply-add, which a product counts as two."""
+    """The least time that a row can take. Eq. 7's three operations are two instructions, a difference and a
+    multiply-add; a product counts an instruction as two."""
     return 1000 * max(row["read_bytes"] / limits["read"] + row["written_bytes"] / limits["write"],
                       row["operations"] / (0.75 * limits["fp32"]))
 
 
 def why_skipped(row, provider, cuda):
     """Why this cell is not to be measured, or None."""
-    if provider in ("triton", "graph") and not (cuda and common.HAVE_TRITON):
+    if provider in ("triton", GRAPH) and not (cuda and common.HAVE_TRITON):
         return "not measured"
-    if provider == "graph" and row["operator"] == "similar_pairs":
-        return "waits for the GPU"
     return "too much for a CPU" if not cuda and row["operations"] > HOST_OPERATIONS else None
 
 
@@ -346,7 +333,7 @@ def measure_row(row, calls, clock, limits):
 
 @contextmanager
 def no_launches():
-    """Operators on CPU tensors prepare their launches as for a GPU and launch nothing; results are arbitrary."""
+    """Operators on CPU tensors prepare launches as for a GPU and launch nothing: results are arbitrary."""
     with (mock.patch.object(common, "INTERPRET", True),
           mock.patch.object(common.Launch, "__call__", lambda launch, *pointers: (*pointers, *launch.fixed)),
           mock.patch.object(reference, "check_indices", lambda triplets, keypoints: None)):
@@ -374,8 +361,6 @@ def host_times(operators, plan, device, seed, seconds, calls=1):
     return lines
 
 
-# Tables ----------------------------------------------------------------------------------------------------
-
 def short(value):
     """Three digits, without an exponent."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.6f}" if 0 < value < 0.001 else f"{value:.3g}"
@@ -393,7 +378,7 @@ def line_of(row, cuda):
     """The line of a measured row."""
     cells, line = row["providers"], {name: row[name] for name in ("size", "dtype", "layout", "limit, ms")}
     for provider, cell in cells.items():
-        line[f"{PROVIDERS[provider]}: ms (% of limit), {timing_of(provider, cuda)}"] = (
+        line[f"{provider}: ms (% of limit), {timing_of(provider, cuda)}"] = (
             cell.get("skipped") or f"{short(cell['ms'])} ({short(100 * cell['share'])})")
     if cuda:
         line |= {f"extra MB, {p}": cells[p].get("extra_bytes", math.nan) / 1e6 for p in ("triton", "eager")}
@@ -418,25 +403,22 @@ def main(arguments=None, plan=None):
     parser = argparse.ArgumentParser(prog="python -m kernels.benchmark", allow_abbrev=False,
                                      description="Check the operators, then time them against PyTorch.")
     parser.error = lambda message: parser.exit(2, f"{message} (--help lists the options)\n")
-    parser.add_argument("--quick", action="store_true", help="few sizes, measured shortly: about a minute")
+    parser.add_argument("--quick", action="store_true", help="only the sizes of training, measured shortly")
     parser.add_argument("--only", choices=OPERATORS, metavar="NAME", help="one of " + ", ".join(OPERATORS))
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs [default: 0]")
     options = parser.parse_args(arguments)
     if common.INTERPRET:
         parser.exit(2, "Triton's interpreter is on, whose time would say nothing: unset TRITON_INTERPRET\n")
-    plan, seed = plan or (QUICK if options.quick else FULL), options.seed
+    plan, seed = plan or (STEP if options.quick else FULL), options.seed
     operators = [options.only] if options.only else list(OPERATORS)
-    cpu = device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
+    device, cpu = torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.device("cpu")
     clock = Clock(device, plan.seconds)
     limits = measure_limits(clock)
     if not clock.cuda:
         print("No CUDA device: the Triton columns are not measured; its interpreter's time says nothing.")
     facts = header(device, seed)   # the clocks after some work
     facts |= {f"{name}, GB/s": limits[name] / 1e9 for name in ("read", "write", "copy")}
-    facts |= {"float32 product, GFLOP/s": limits["fp32"] / 1e9, "an empty Triton kernel, us of GPU time":
-              1e6 * limits["launch"] if limits["launch"] else "not measured"}
+    facts |= {"float32 product, GFLOP/s": limits["fp32"] / 1e9, "empty kernel, us": limits["launch_us"]}
     print_table("What ran where, and the limits measured there",
                 [dict(what=what, value=value) for what, value in facts.items()])
 
@@ -459,10 +441,8 @@ def main(arguments=None, plan=None):
             rows.append(row)
         print_table(operator, [line_of(row, clock.cuda) for row in rows])
     if common.HAVE_TRITON:
-        small = STEP if clock.cuda else TINY
-        free = [operator for operator in operators if operator != "similar_pairs"]   # which waits for the GPU
         with nullcontext() if clock.cuda else no_launches():
-            lines = host_times(free, small, device, seed, 4 * plan.seconds, 10)
+            lines = host_times(operators, STEP if clock.cuda else TINY, device, seed, 4 * plan.seconds, 10)
         print_table("Host time of a call" + ", launches doing nothing" * (not clock.cuda), lines)
     print_table("On CPU tensors: the operator over its reference called directly",
                 host_times(operators, STEP, cpu, seed, 4 * plan.seconds))

@@ -15,8 +15,7 @@ except ImportError:  # not packaged outside Linux: kernels are then defined but 
     tl = SimpleNamespace(constexpr=None)
     HAVE_TRITON = False
 
-# Triton reads TRITON_INTERPRET where a kernel is defined, that is, when this package is imported. Kernels
-# defined under it run on CPU tensors, in Triton's interpreter.
+# Triton reads TRITON_INTERPRET where a kernel is defined, that is, when this package is imported.
 INTERPRET = HAVE_TRITON and triton.knobs.runtime.interpret
 
 WARPS = 4096     # warps that give each of a large GPU's 132 multiprocessors half of what it holds
@@ -24,10 +23,9 @@ SHARE = 16384    # cells; below about this a map is read before the launch that 
 
 
 def runs_triton(tensor):
-    """Whether an operator on this tensor launches its Triton kernel; elsewhere the PyTorch reference runs.
+    """Whether an operator on this tensor launches its Triton kernel; if not, the PyTorch reference runs.
 
-    CUDA tensors do, and CPU tensors when TRITON_INTERPRET=1 was in the environment at import. float64 is the
-    reference's: the kernels compute in float32.
+    float64 is the reference's: the kernels compute in float32.
     """
     return HAVE_TRITON and tensor.dtype != torch.float64 and (tensor.is_cuda or INTERPRET and tensor.is_cpu)
 
@@ -98,9 +96,8 @@ def start(launch, pointers):
     except RuntimeError as error:
         if "C compiler" not in str(error):
             raise
-        raise RuntimeError("Triton compiles a few lines of C when a kernel first runs: install gcc and "
-                           "Python's headers (python3-dev), or set CC. kernels.reference needs neither"
-                           ) from error
+        raise RuntimeError("Triton compiles a little C when a kernel first runs: install gcc and Python's "
+                           "headers (python3-dev), or set CC") from error
     return kernel if compiled is None else compiled[launch.grid]   # None: of the interpreter
 
 

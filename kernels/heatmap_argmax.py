@@ -10,9 +10,8 @@ H100's memory. In PyTorch this is a flattening (a copy, unless the map lies cont
 int64 indices, a remainder, a division, a stack and conversions: eight launches, each longer than the reading.
 Here a program reads a map, or several, in whatever layout. Each lane keeps the best of its cells, and one
 reduction picks among the lanes: on sm_90, 31 to 48 registers and no barrier before the last cell. Only when
-maps are few and large is a map shared among programs; a second launch then picks among their candidates. The
-mean confidence of a sample is over the maps of several programs: the second launch computes it too, from K
-floats, which needs no atomic counters.
+maps are few and large is a map shared among programs; a second launch then picks among their candidates. It
+also computes a sample's mean confidence, over the maps of several programs, which needs no atomic counters.
 
 In torch.max the first of equal cells wins, and the first NaN over everything; a comparison of floats knows
 neither rule. So a lane, which sees its cells in rising order, replaces only what is less; and lanes are
@@ -165,11 +164,8 @@ def rectify_kernel(heatmaps, coords, confidence, drawn,
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(shape, strides, dtype, device, aligned, with_mean, weight):
-    """Launches of `heatmap_argmax` and, None where not needed, of its finish; the candidates of a map.
-
-    weight: its `plan_key`, or None.
-    """
+def plan(shape, strides, dtype, device, aligned, with_mean, weight_key):
+    """Launches of `heatmap_argmax` and, None where not needed, of its finish; the candidates of a map."""
     reference.check_heatmaps(shape, dtype)
     batch, keypoints, height, width = shape
     layout = divide(shape, strides, dtype.itemsize)
@@ -181,11 +177,11 @@ def plan(shape, strides, dtype, device, aligned, with_mean, weight):
     if not shared and not with_mean:
         return first, None, 0
     block_s = power_of_2(layout.shares)
-    weight_strides = (0, 0) if weight is None else weight[1]
+    weight_strides = (0, 0) if weight_key is None else weight_key[1]
     finish = Launch(finish_kernel, (batch,),
                     (keypoints, height * width, width, layout.shares, *strides, *weight_strides),
                     dict(FLAT=layout.flat and width > 1, SHARED=shared, MEAN=with_mean,
-                         WEIGHTED=weight is not None,
+                         WEIGHTED=weight_key is not None,
                          BLOCK_K=min(power_of_2(keypoints), max(1, 512 // block_s)), BLOCK_S=block_s),
                     num_warps=1)   # its sums stay within the warp
     return first, finish, layout.shares if shared else 0

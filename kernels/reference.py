@@ -67,9 +67,9 @@ def check_poses(source, target, triplets, source_valid, target_valid, min_triple
 
 def check_pairs(source, target, gamma, capacity):
     """Raise ValueError unless there are two banks of poses, a threshold and a capacity."""
-    for name, poses in (("source", source), ("target", target)):
-        if poses.dim() != 3:
-            raise ValueError(f"{name} must have shape (poses, K, 2), got {tuple(poses.shape)}")
+    if source.dim() != 3 or target.dim() != 3:
+        raise ValueError(f"source and target must have shape (poses, K, 2), got {tuple(source.shape)} and "
+                         f"{tuple(target.shape)}")
     if not gamma >= 0:
         raise ValueError(f"gamma must not be negative, got {gamma}")
     if capacity is not None and capacity < 0:
@@ -79,8 +79,7 @@ def check_pairs(source, target, gamma, capacity):
 def check_indices(triplets, keypoints):
     """Raise ValueError unless `triplets` hold indices below `keypoints`.
 
-    Looking at the values of a tensor on a GPU would wait for the device, and torch.compile's have none, so
-    only those of plain tensors on the CPU are checked.
+    Only plain tensors on a CPU: a look at others would wait for the GPU, and torch.compile's have no values.
     """
     if type(triplets) is torch.Tensor and triplets.is_cpu and triplets.numel():
         low, high = triplets.min().item(), triplets.max().item()
@@ -110,9 +109,8 @@ def heatmap_argmax_mean(heatmaps, weight=None):
     mean (B,), float32: sum(weight * confidence) / sum(weight) over the keypoints whose weight is not 0, and 0
     where none is. Raises as `heatmap_argmax`, and for a weight of another shape, dtype or device.
     """
-    check_heatmaps(heatmaps.shape, heatmaps.dtype)
-    check_weight(weight, heatmaps)
     coords, confidence = heatmap_argmax(heatmaps)
+    check_weight(weight, heatmaps)
     weight = torch.ones_like(confidence) if weight is None else weight.detach().float()
     total = weight.sum(dim=1)
     weighted = torch.where(weight == 0, 0.0, weight * confidence).sum(dim=1)
@@ -168,8 +166,7 @@ def soft_argmax(heatmaps, beta):
 
     heatmaps: (B, K, H, W) floating point; beta > 0, the inverse temperature. Returns coords (B, K, 2), cells
     (x, y): float64 for float64 heatmaps, otherwise computed and returned in float32, within 1e-5 cells of
-    float64 for sides up to 64, and in proportion beyond. Raises ValueError for a wrong shape or beta <= 0,
-    TypeError for a dtype that is not floating point.
+    float64 for sides up to 64, and in proportion beyond. Raises as `heatmap_argmax`, and for beta <= 0.
     """
     check_heatmaps(heatmaps.shape, heatmaps.dtype)
     check_positive("beta", beta)
@@ -255,11 +252,10 @@ def triplet_angle_distance(source, target, triplets, source_valid=None, target_v
 
     source: (..., S, K, 2), target: (..., T, K, 2) floating point, (x, y) in any one unit that keeps them
     below 1e18 (their products must not overflow), leading dimensions equal or 1; triplets: (A, 3) long,
-    keypoint indices with the middle keypoint in the middle; source_valid (..., S, K), target_valid (..., T,
-    K): bool, or None when all are valid. All on one device. Returns (..., S, T) float32, radians. Not
-    differentiable as an operator: it is used to choose pairs. Raises ValueError / TypeError naming the
-    argument for wrong shapes, dtypes or devices, and for triplets out of range (those on a GPU are not looked
-    at).
+    keypoint indices (end, middle, end); source_valid (..., S, K), target_valid (..., T, K): bool, or None
+    when all are valid. All on one device. Returns (..., S, T) float32, radians. Not differentiable as an
+    operator: it is used to choose pairs. Raises ValueError / TypeError naming the argument for wrong shapes,
+    dtypes or devices, and for triplets on a CPU that are out of range.
     """
     check_poses(source, target, triplets, source_valid, target_valid, min_triplets)
     check_indices(triplets, source.shape[-2])

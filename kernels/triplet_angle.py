@@ -9,8 +9,7 @@ In PyTorch the differences are a tensor (S, T, A) that is written and read again
 4096 and A = 16, for a matrix of 67 MB. Here a first launch writes the angles of all poses, (S + T) A numbers,
 and each program of a second adds the squared differences of a tile of the matrix in registers. 64 x 64 pairs
 on 4 warps take 87 instructions per warp and triplet on sm_90, 64 of them the arithmetic of 32 pairs per
-thread, 96 registers, and no barrier in the loop: by arithmetic 30 microseconds on an H100, which needs 20 to
-write the matrix.
+thread, 96 registers, and no barrier in the loop: 30 us on an H100 by these counts, 20 by what it must write.
 
 Pruning costs nothing where there is nothing to prune. An angle that is not usable is infinite, and one that
 is NaN so large that its square is: a tile whose sums are finite is done, any other starts again and counts.
@@ -29,9 +28,8 @@ import torch
 from kernels import reference
 from kernels.common import WARPS, Launch, ceil_div, plan_key, register, tl, triton
 
-# Tile of (BLOCK x BLOCK) pairs, triplets taken at a time, options. A matrix of few large tiles would leave
-# most of a GPU idle while each program waits for one triplet after the other: small tiles read them all at
-# once.
+# Tile of (BLOCK x BLOCK) pairs, triplets taken at a time, options. Where there are few large tiles, most of a
+# GPU would idle while each program waits for one triplet after the other: small tiles read all at once.
 LARGE = 64, 2, dict(num_warps=4)
 SMALL = 16, 16, dict(num_warps=4)
 MINING = 16, 4, dict(num_warps=1)   # sums and maxima of a single warp need no barriers
@@ -261,8 +259,7 @@ def plan(source, target, triplets, source_valid, target_valid, min_triplets, min
                   dict(**masked, BLOCK=ROWS, COLUMNS=at_a_time), num_warps=4)
     shape, grid = (*lead, S, T), (batch * (source_rows // block) * (target_rows // block),)
     sizes = S, T, A, max(min_triplets, 1), columns, source_rows, rows, 1 / K
-    if mining:
-        # Few rows: their columns are divided too, so that there are programs enough.
+    if mining:   # few rows: their columns are divided too, so that there are programs enough
         high, wide = ceil_div(S, block), ceil_div(T, block)
         chunk = ceil_div(wide, min(wide, ceil_div(WARPS, high)))
         grid = high, ceil_div(wide, chunk)
