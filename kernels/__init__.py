@@ -10,25 +10,26 @@
 Each is a custom operator of torch (`torch.ops.actupose.<name>`): on CUDA tensors a Triton kernel, on CPU
 tensors the plain PyTorch of `kernels.reference`, which is the specification of both. With TRITON_INTERPRET=1
 in the environment when this package is imported, CPU tensors go through the Triton kernels in Triton's
-interpreter. Without Triton, or for float64, the reference runs everywhere.
+interpreter. Without Triton, or where the first argument is float64, the reference runs everywhere.
 
 They work under torch.compile(fullgraph=True), autocast (they compute in float32 whatever the input),
-torch.func.vmap (but `similar_pairs`) and in CUDA graphs: call them once on tensors of the same layout before
-the capture, since the first call compiles; give `similar_pairs` a capacity, since it else waits for the GPU.
-The first call of all compiles a few lines of C besides: it needs gcc and Python's headers.
+torch.func.vmap (except `similar_pairs`) and in CUDA graphs. Before the capture of a graph, call them once on
+tensors of the same layout, since the first call compiles, and give `similar_pairs` a capacity, since without
+one it waits for the GPU. The very first call also compiles a few lines of C, with gcc and Python's headers.
 
-How to read a kernel. A kernel is the body of a loop that has no order: a grid of *programs* runs it, each with
-its own `tl.program_id`, on one multiprocessor of the GPU. A program computes on *tiles*: `tl.arange(0, N)` is
-a vector, `[:, None]` and `[None, :]` make it the rows or columns of a matrix, and arithmetic broadcasts as in
-NumPy. Sides of tiles are powers of two. A pointer plus a tile of offsets is a tile of pointers, `tl.load` and
-`tl.store` move their contents, and a *mask* says which of them exist: loads give `other` elsewhere. Nothing
-says which of the program's *warps* (32 threads each) holds what: the compiler spreads a tile over the threads,
-16 neighbouring bytes to each where it can prove that they are neighbours. What stays within a thread is free,
-`tl.sum(..., axis)` across threads takes shuffles and, across warps, a *barrier* at which all wait. So loops
-keep their sums per lane and reduce them once, at the end. Arguments marked `tl.constexpr` are compiled in, one
-version of the kernel for each value; of other integers the compiler learns whether they are 1 or multiples of
-16 (*specialisation*), as a stride of 1 is what makes neighbours. In each file: the formula and what it must
-move, then the kernel, the plan (tiles, programs and constants for a layout, kept), the launch, the operator.
+How to read a kernel. A kernel is the body of a loop that has no order: a grid of *programs* runs it, each
+with its own `tl.program_id`, on one multiprocessor of the GPU. A program computes on *tiles*: `tl.arange(0,
+N)` is a vector, `[:, None]` and `[None, :]` make it a column or a row of a matrix, and arithmetic broadcasts
+as in NumPy. Sides of tiles are powers of two. A pointer plus a tile of offsets is a tile of pointers;
+`tl.load` and `tl.store` move their contents, and a *mask* says which of them exist: loads give `other`
+elsewhere. The code does not say which of the program's *warps* (32 threads each) holds what: the compiler
+spreads a tile over the threads, 16 neighbouring bytes to each where it can prove that they are neighbours.
+Sums within a thread take no communication; `tl.sum(..., axis)` across threads takes shuffles and, across
+warps, a *barrier* at which all wait. So loops keep their sums per lane and reduce them once, at the end.
+Arguments marked `tl.constexpr` are compiled in, one version of the kernel for each value. Of other integers
+the compiler learns whether they are 1 or multiples of 16 (*specialisation*): a stride of 1 is what makes
+neighbours. Each file has the formula and what it must move, then the kernel, the plan (tiles, programs and
+constants for a layout, computed once and kept), and the operator, which launches it.
 """
 import torch
 
@@ -39,6 +40,9 @@ from kernels.soft_argmax import SoftArgmax
 
 __all__ = ["heatmap_argmax", "heatmap_argmax_mean", "rectify", "reference", "similar_pairs", "soft_argmax",
            "triplet_angle_distance"]
+
+
+_operators = torch.ops.actupose
 
 
 def _plain(name, value):
@@ -52,17 +56,17 @@ def _optional(name, value):
     return None if value is None else _plain(name, value)
 
 
-# Shapes, units, formulas and errors are those of the functions of the same name in `kernels.reference`. Strides
-# are free, dtypes floating point, results float32 but for float64 heatmaps of `soft_argmax`.
+# Shapes, units, formulas and errors are those of the functions of the same name in `kernels.reference`.
+# Strides are free, dtypes floating point, results float32 except `soft_argmax` of float64 heatmaps.
 
 def heatmap_argmax(heatmaps):
     """Heatmaps (B, K, H, W) -> cells (B, K, 2) as (x, y) and values (B, K) of their maxima. No gradient."""
-    return torch.ops.actupose.heatmap_argmax(_plain("heatmaps", heatmaps))
+    return _operators.heatmap_argmax.default(_plain("heatmaps", heatmaps))
 
 
 def heatmap_argmax_mean(heatmaps, weight=None):
     """`heatmap_argmax`, and the mean value of a sample (B,) over its keypoints, weighted by (B, K). Eq. 4."""
-    return torch.ops.actupose.heatmap_argmax_mean(_plain("heatmaps", heatmaps), _optional("weight", weight))
+    return _operators.heatmap_argmax_mean.default(_plain("heatmaps", heatmaps), _optional("weight", weight))
 
 
 def rectify(heatmaps, sigma, subcell=False):
@@ -70,7 +74,7 @@ def rectify(heatmaps, sigma, subcell=False):
 
     sigma: cells; subcell: finer than a cell. On a GPU the Gaussians are within 1e-6. No gradient.
     """
-    return torch.ops.actupose.rectify(_plain("heatmaps", heatmaps), float(sigma), subcell)
+    return _operators.rectify.default(_plain("heatmaps", heatmaps), float(sigma), subcell)
 
 
 def soft_argmax(heatmaps, beta):
@@ -91,7 +95,7 @@ def triplet_angle_distance(source, target, triplets, source_valid=None, target_v
 
     On a GPU a triplet that names no keypoint is not usable; on a CPU it is an error. No gradient.
     """
-    return torch.ops.actupose.triplet_angle_distance(
+    return _operators.triplet_angle_distance.default(
         _plain("source", source), _plain("target", target), _plain("triplets", triplets),
         _optional("source_valid", source_valid), _optional("target_valid", target_valid), min_triplets)
 
@@ -102,6 +106,7 @@ def similar_pairs(source, target, triplets, gamma, source_valid=None, target_val
 
     To learn P it waits for the GPU; with `capacity` it does not, and returns that many rows.
     """
-    return torch.ops.actupose.similar_pairs(
+    return _operators.similar_pairs.default(
         _plain("source", source), _plain("target", target), _plain("triplets", triplets), float(gamma),
-        _optional("source_valid", source_valid), _optional("target_valid", target_valid), min_triplets, capacity)
+        _optional("source_valid", source_valid), _optional("target_valid", target_valid), min_triplets,
+        capacity)

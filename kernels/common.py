@@ -1,4 +1,4 @@
-"""What the operators share: where they run, how they are registered and launched, how programs divide maps."""
+"""What operators share: where they run, how they are registered and launched, how programs divide maps."""
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,30 +9,23 @@ import torch
 try:
     import triton
     import triton.language as tl
+    HAVE_TRITON = True
 except ImportError:  # not packaged outside Linux: kernels are then defined but never launched
     triton = SimpleNamespace(jit=lambda function=None, **options: function or (lambda function: function))
     tl = SimpleNamespace(constexpr=None)
     HAVE_TRITON = False
-else:
-    HAVE_TRITON = True
 
-# Triton reads TRITON_INTERPRET where a kernel is defined, that is, when this package is imported. Kernels
-# defined under it run on CPU tensors, in Triton's interpreter.
+# Triton reads TRITON_INTERPRET where a kernel is defined, that is, when this package is imported.
 INTERPRET = HAVE_TRITON and triton.knobs.runtime.interpret
-
-# Where they run on CUDA, results are within tolerance with multiply-adds fused or not; naming the choice
-# keeps Triton 3.9 from warning that its default will change.
-COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 WARPS = 4096     # warps that give each of a large GPU's 132 multiprocessors half of what it holds
 SHARE = 16384    # cells; below about this a map is read before the launch that joins its shares has begun
 
 
 def runs_triton(tensor):
-    """Whether an operator on this tensor launches its Triton kernel; elsewhere the PyTorch reference runs.
+    """Whether an operator on this tensor launches its Triton kernel; if not, the PyTorch reference runs.
 
-    CUDA tensors do, and CPU tensors when TRITON_INTERPRET=1 was in the environment at import. float64 is the
-    reference's: the kernels compute in float32.
+    float64 is the reference's: the kernels compute in float32.
     """
     return HAVE_TRITON and tensor.dtype != torch.float64 and (tensor.is_cuda or INTERPRET and tensor.is_cpu)
 
@@ -45,9 +38,9 @@ LIBRARY = torch.library.Library("actupose", "DEF")
 def register(schema, on_gpu, plain, fake=None):
     """Define the operator torch.ops.actupose.<name> with this schema, and return it.
 
-    on_gpu: launches its kernel; plain: its reference, which runs elsewhere; fake: the same for tensors without
-    data, for torch.compile, if it is not the reference itself. The parts of `torch.library` are used one by one
-    because `torch.library.custom_op`, which wraps them all, adds about 5 microseconds to every call.
+    on_gpu: launches its kernel; plain: its reference, which runs elsewhere; fake: what torch.compile runs on
+    tensors without data, if not the reference. The parts of `torch.library` are used one by one because
+    `torch.library.custom_op`, which wraps them all, adds about 5 microseconds to every call.
     """
     def operator(*arguments):
         return on_gpu(*arguments) if runs_triton(arguments[0]) else plain(*arguments)
@@ -74,32 +67,37 @@ def device_of(tensor):
 class Launch:
     """A kernel on a grid, with everything but its pointers: compiled at the first call, then called directly.
 
-    Triton's own kernel[grid](...) looks at each argument of each call to find its code, which takes longer than
-    a small kernel runs. So an operator makes its launches once for each `plan_key` of its tensors, and hands
-    them pointers. sizes: the numbers that follow these; constants: the constexpr arguments, in order.
+    Triton's own kernel[grid](...) looks at each argument of each call to find its code, which takes longer
+    than a small kernel runs. So an operator makes its launches once for each `plan_key` of its tensors, and
+    then hands them pointers. Where these constants leave a kernel no use for a pointer, any tensor stands in.
+    sizes: the numbers that follow the pointers; constants: the constexpr arguments, in order.
     """
 
     def __init__(self, kernel, grid, sizes, constants, **options):
         self.kernel, self.grid, self.constants = kernel, (*grid, 1, 1)[:3], constants
-        self.options, self.fixed, self.run = options | COMPILE_OPTIONS, (*sizes, *constants.values()), None
+        self.fixed, self.run = (*sizes, *constants.values()), None
+        self.options = options | {"enable_fp_fusion": True}   # named, or Triton 3.9 warns of a new default
 
     def __call__(self, *pointers):
-        if self.run is None:
-            self.run = start(self, pointers)
-        else:
-            self.run(*pointers, *self.fixed)
+        with device_of(pointers[0]):
+            if self.run is None:
+                self.run = start(self, pointers)
+            else:
+                self.run(*pointers, *self.fixed)
 
 
 def start(launch, pointers):
-    """Compile and run a launch for the first time. Returns what runs it again, given all arguments in order."""
+    """Compile and run a launch for the first time. Returns what runs it again, given all its arguments."""
+    if 0 in launch.grid:
+        return lambda *arguments: None
     kernel = launch.kernel[launch.grid]
     try:
         compiled = kernel(*pointers, *launch.fixed, **launch.options)
     except RuntimeError as error:
         if "C compiler" not in str(error):
             raise
-        raise RuntimeError("Triton compiles a few lines of C when a kernel first runs: install gcc and Python's "
-                           "headers (python3-dev), or set CC. kernels.reference needs neither") from error
+        raise RuntimeError("Triton compiles a little C when a kernel first runs: install gcc and Python's "
+                           "headers (python3-dev), or set CC") from error
     return kernel if compiled is None else compiled[launch.grid]   # None: of the interpreter
 
 
@@ -136,8 +134,8 @@ class Layout(NamedTuple):
 
 
 def walk(shape, strides):
-    """Strides of batch, keypoint, row, column; whether rows follow each other at the columns' stride, so that
-    cell n lies at n times it; and whether a cell's neighbours in memory are keypoints, as in channels-last."""
+    """Strides of batch, keypoint, row, column; whether rows follow each other at the columns' stride, so
+    that cell n lies at n times it; whether a cell's neighbours in memory are keypoints (channels-last)."""
     stride_b, stride_k, stride_h, stride_w = strides
     flat = shape[2] == 1 or shape[3] == 1 or stride_h == shape[3] * stride_w
     if shape[3] == 1:
@@ -146,12 +144,12 @@ def walk(shape, strides):
 
 
 def divide(shape, strides, itemsize, split=True):
-    """Layout of heatmaps of that shape (B, K, H, W), B and K at least 1. split: large maps may have shares.
+    """Layout of heatmaps of that shape (B, K, H, W). split: large maps may be divided into shares.
 
     A thread loads 16 bytes at a time. Where a map's cells are neighbours in memory, these are cells; small
     maps share a program. In channels-last heatmaps the neighbours are keypoints: a program takes as many as
     fill a 32-byte sector, the least that a GPU's memory delivers, or 4 of them with twice the threads where
-    the programs would else not fill the GPU. Large maps, when few, are divided among several programs.
+    the programs would otherwise not fill the GPU. Large maps, when few, are divided among several programs.
 
         heatmaps, float32                     block_k  lanes x rows  warps  programs  shares
         32 x 16 x 64 x 64                           1      1024 x 4      8       512       1
@@ -177,10 +175,10 @@ def divide(shape, strides, itemsize, split=True):
     rows = min(4, ceil_div(power_of_2(cells), lanes))
     warps = max(1, block_k * lanes // (32 * vector))
     programs = batch * ceil_div(keypoints, block_k)
-    shares = max(1, min(cells // SHARE, WARPS // (programs * warps))) if split else 1
+    shares = max(1, min(cells // SHARE, WARPS // max(1, programs * warps))) if split else 1
     share = ceil_div(cells, shares * rows * lanes) * rows * lanes
-    return Layout(keypoints, tuple(strides), flat, block_k, lanes, 1 if across else min(vector, lanes), rows, warps, programs,
-                  ceil_div(cells, share), share)
+    return Layout(keypoints, tuple(strides), flat, block_k, lanes, 1 if across else min(vector, lanes), rows,
+                  warps, programs, ceil_div(cells, share), share)
 
 
 @triton.jit
@@ -208,5 +206,5 @@ def device_name(device):
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
-    return models[0].split(": ")[1] if models else "CPU"
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return text.partition("model name\t: ")[2].partition("\n")[0] or "CPU"

@@ -5,18 +5,17 @@
 and `rectify`, the teacher's whole decoding (§3.2): the same, moved to the vertex of the parabola through the
 maximum and its neighbours, and a clean Gaussian drawn there.
 
-Every cell must be read once, and compared: 32 x 16 x 64 x 64 floats are 8.4 MB, 2.5 microseconds of an H100's
-memory. In PyTorch this is a flattening (a copy, unless the map lies contiguous), a maximum that writes int64
-indices, a remainder, a division, a stack and conversions: eight launches, each longer than the reading. Here a
-program reads a map, or several, in whatever layout. Each lane keeps the best of its cells, and one reduction
-picks among the lanes: on sm_90, 31 to 48 registers and no barrier before the last cell. Only when maps are few
-and large is a map shared among programs; a second launch then picks among their candidates. The mean
-confidence of a sample is over maps of several programs: it too waits for the second launch, which reads K
-floats, rather than for atomic counters.
+Every cell must be read once, and compared: 32 x 16 x 64 x 64 floats are 8.4 MB, 2.5 microseconds of an
+H100's memory. In PyTorch this is a flattening (a copy, unless the map lies contiguous), a maximum that writes
+int64 indices, a remainder, a division, a stack and conversions: eight launches, each longer than the reading.
+Here a program reads a map, or several, in whatever layout. Each lane keeps the best of its cells, and one
+reduction picks among the lanes: on sm_90, 31 to 48 registers and no barrier before the last cell. Only when
+maps are few and large is a map shared among programs; a second launch then picks among their candidates. It
+also computes a sample's mean confidence, over the maps of several programs, which needs no atomic counters.
 
-A comparison of floats knows neither ties nor NaN as torch.max does: the first cell wins, and the first NaN
-over everything. So a lane, which sees its cells in rising order, replaces only what is less; and lanes are
-compared as one integer, the value's bits in an order that integers have, then the cell, the first the largest.
+In torch.max the first of equal cells wins, and the first NaN over everything; a comparison of floats knows
+neither rule. So a lane, which sees its cells in rising order, replaces only what is less; and lanes are
+compared by one integer: the value's bits, ordered as the floats are, above the cell's number, counted down.
 """
 import functools
 import math
@@ -24,8 +23,8 @@ import math
 import torch
 
 from kernels import reference
-from kernels.common import (Launch, cell_offset, device_of, divide, maps_of_program, plan_key, power_of_2,
-                            register, tl, triton)
+from kernels.common import (Launch, cell_offset, divide, maps_of_program, plan_key, power_of_2, register, tl,
+                            triton)
 
 
 @triton.jit
@@ -119,7 +118,8 @@ def finish_kernel(heatmaps, coords, confidence, candidates, weight, mean,
             total += w
     if MEAN:
         total_weight = tl.sum(total, axis=0)
-        tl.store(mean + b, tl.div_rn(tl.sum(weighted, axis=0), tl.where(total_weight == 0.0, 1.0, total_weight)))
+        total_weight = tl.where(total_weight == 0.0, 1.0, total_weight)
+        tl.store(mean + b, tl.div_rn(tl.sum(weighted, axis=0), total_weight))
 
 
 @triton.jit
@@ -164,13 +164,10 @@ def rectify_kernel(heatmaps, coords, confidence, drawn,
 
 
 @functools.lru_cache(maxsize=1024)
-def plan(shape, strides, dtype, device, aligned, with_mean, weight):
-    """Launches of `heatmap_argmax` and of its finish, None where not needed; the candidates of a map. weight:
-    its `plan_key`, or None."""
+def plan(shape, strides, dtype, device, aligned, with_mean, weight_key):
+    """Launches of `heatmap_argmax` and, None where not needed, of its finish; the candidates of a map."""
     reference.check_heatmaps(shape, dtype)
     batch, keypoints, height, width = shape
-    if batch * keypoints == 0:
-        return None, None, 0
     layout = divide(shape, strides, dtype.itemsize)
     shared = layout.shares > 1
     first = Launch(argmax_kernel, (layout.programs, layout.shares),
@@ -180,10 +177,11 @@ def plan(shape, strides, dtype, device, aligned, with_mean, weight):
     if not shared and not with_mean:
         return first, None, 0
     block_s = power_of_2(layout.shares)
+    weight_strides = (0, 0) if weight_key is None else weight_key[1]
     finish = Launch(finish_kernel, (batch,),
-                    (keypoints, height * width, width, layout.shares, *strides, *(weight[1] if weight else (0, 0))),
+                    (keypoints, height * width, width, layout.shares, *strides, *weight_strides),
                     dict(FLAT=layout.flat and width > 1, SHARED=shared, MEAN=with_mean,
-                         WEIGHTED=weight is not None,
+                         WEIGHTED=weight_key is not None,
                          BLOCK_K=min(power_of_2(keypoints), max(1, 512 // block_s)), BLOCK_S=block_s),
                     num_warps=1)   # its sums stay within the warp
     return first, finish, layout.shares if shared else 0
@@ -193,36 +191,29 @@ def heatmap_argmax(heatmaps, mean=None, weight=None):
     """The operator behind `kernels.heatmap_argmax`. mean: (B,) that takes the mean confidences, or None."""
     weight_key = None if weight is None else plan_key(weight)
     first, finish, shares = plan(*plan_key(heatmaps), mean is not None, weight_key)
-    batch, keypoints = heatmaps.shape[:2]
-    coords = torch.empty((batch, keypoints, 2), dtype=torch.float32, device=heatmaps.device)
-    confidence = torch.empty((batch, keypoints), dtype=torch.float32, device=heatmaps.device)
-    if first is not None:
-        # A tensor that a launch does not touch stands in for one that it has no use for.
-        candidates = coords.new_empty((batch * keypoints, shares), dtype=torch.int32) if shares else coords
-        with device_of(heatmaps):
-            first(heatmaps, coords, confidence, candidates)
-            if finish is not None:
-                finish(heatmaps, coords, confidence, candidates, coords if weight is None else weight,
-                       coords if mean is None else mean)
-    elif mean is not None:
-        mean.zero_()   # samples without keypoints
+    batch, keypoints, _, _ = heatmaps.shape
+    coords = heatmaps.new_empty(batch, keypoints, 2, dtype=torch.float32)   # a tuple would take 0.3 us longer
+    confidence = coords.new_empty(batch, keypoints)
+    candidates = coords.new_empty(batch, keypoints, shares, dtype=torch.int32) if shares else coords
+    first(heatmaps, coords, confidence, candidates)
+    if finish is not None:
+        finish(heatmaps, coords, confidence, candidates, coords if weight is None else weight,
+               coords if mean is None else mean)
     return coords, confidence
 
 
 def heatmap_argmax_mean(heatmaps, weight=None):
     """The operator behind `kernels.heatmap_argmax_mean`."""
     reference.check_weight(weight, heatmaps)
-    mean = heatmaps.new_empty(heatmaps.shape[:1], dtype=torch.float32)
+    mean = heatmaps.new_empty(len(heatmaps), dtype=torch.float32)
     return *heatmap_argmax(heatmaps, mean, weight), mean
 
 
 @functools.lru_cache(maxsize=1024)
 def plan_rectify(shape, strides, dtype, device, aligned, sigma, subcell):
-    """The launch of `rectify`, or None where there are no maps."""
+    """The launch of `rectify`."""
     reference.check_heatmaps(shape, dtype)
-    reference.check_sigma(sigma)
-    if shape[0] * shape[1] == 0:
-        return None
+    reference.check_positive("sigma", sigma)
     layout = divide(shape, strides, dtype.itemsize, split=False)
     return Launch(rectify_kernel, (layout.programs,),
                   (-0.5 / (sigma * sigma * math.log(2)), 3 * sigma + 1e-3, layout.keypoints,
@@ -235,16 +226,16 @@ def rectify(heatmaps, sigma, subcell=False):
     """The operator behind `kernels.rectify`."""
     launch = plan_rectify(*plan_key(heatmaps), sigma, subcell)
     drawn = heatmaps.new_empty(heatmaps.shape, dtype=torch.float32)
-    coords, confidence = drawn.new_empty((*drawn.shape[:2], 2)), drawn.new_empty(drawn.shape[:2])
-    if launch is not None:
-        with device_of(heatmaps):
-            launch(heatmaps, coords, confidence, drawn)
+    confidence = drawn.new_empty(drawn.shape[:2])
+    coords = drawn.new_empty(*confidence.shape, 2)
+    launch(heatmaps, coords, confidence, drawn)
     return drawn, coords, confidence
 
 
 register("heatmap_argmax(Tensor heatmaps) -> (Tensor coords, Tensor confidence)",
          heatmap_argmax, reference.heatmap_argmax)
 register("heatmap_argmax_mean(Tensor heatmaps, Tensor? weight=None) -> "
-         "(Tensor coords, Tensor confidence, Tensor mean)", heatmap_argmax_mean, reference.heatmap_argmax_mean)
+         "(Tensor coords, Tensor confidence, Tensor mean)",
+         heatmap_argmax_mean, reference.heatmap_argmax_mean)
 register("rectify(Tensor heatmaps, float sigma, bool subcell=False) -> "
          "(Tensor maps, Tensor cells, Tensor confidence)", rectify, reference.rectify)

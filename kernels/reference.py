@@ -16,16 +16,10 @@ def check_heatmaps(shape, dtype):
         raise ValueError(f"heatmaps must have from 1 to 2^20 cells, got shape {tuple(shape)}")
 
 
-def check_sigma(sigma):
-    """Raise ValueError unless the Gaussian's deviation in cells is positive and finite."""
-    if not 0 < sigma < float("inf"):
-        raise ValueError(f"sigma must be positive and finite, got {sigma}")
-
-
-def check_beta(beta):
-    """Raise ValueError unless the inverse temperature `beta` is positive and finite."""
-    if not 0 < beta < float("inf"):
-        raise ValueError(f"beta must be positive and finite, got {beta}")
+def check_positive(name, value):
+    """Raise ValueError unless the number of that name (sigma, beta) is positive and finite."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def check_weight(weight, heatmaps):
@@ -48,9 +42,10 @@ def check_poses(source, target, triplets, source_valid, target_valid, min_triple
         if not poses.dtype.is_floating_point:
             raise TypeError(f"{name} must be floating point, got {poses.dtype}: convert it with .float()")
         if valid is not None and valid.dtype != torch.bool:
-            raise TypeError(f"{name}_valid must be bool, got {valid.dtype}: compare it with a threshold first")
+            raise TypeError(f"{name}_valid must be bool, got {valid.dtype}: compare it with a threshold")
         if valid is not None and valid.shape != poses.shape[:-1]:
-            raise ValueError(f"{name}_valid must have shape {tuple(poses.shape[:-1])}, got {tuple(valid.shape)}")
+            raise ValueError(f"{name}_valid must have shape {tuple(poses.shape[:-1])}, "
+                             f"got {tuple(valid.shape)}")
     if source.shape[-2] != target.shape[-2]:
         raise ValueError(f"source and target must have the same keypoints K, got {source.shape[-2]} and "
                          f"{target.shape[-2]}")
@@ -72,9 +67,9 @@ def check_poses(source, target, triplets, source_valid, target_valid, min_triple
 
 def check_pairs(source, target, gamma, capacity):
     """Raise ValueError unless there are two banks of poses, a threshold and a capacity."""
-    for name, poses in (("source", source), ("target", target)):
-        if poses.dim() != 3:
-            raise ValueError(f"{name} must have shape (poses, K, 2), got {tuple(poses.shape)}")
+    if source.dim() != 3 or target.dim() != 3:
+        raise ValueError(f"source and target must have shape (poses, K, 2), got {tuple(source.shape)} and "
+                         f"{tuple(target.shape)}")
     if not gamma >= 0:
         raise ValueError(f"gamma must not be negative, got {gamma}")
     if capacity is not None and capacity < 0:
@@ -84,8 +79,7 @@ def check_pairs(source, target, gamma, capacity):
 def check_indices(triplets, keypoints):
     """Raise ValueError unless `triplets` hold indices below `keypoints`.
 
-    Looking at the values of a tensor on a GPU would wait for the device, and torch.compile's have none, so
-    only those of plain tensors on the CPU are checked.
+    Only plain tensors on a CPU: a look at others would wait for the GPU, and torch.compile's have no values.
     """
     if type(triplets) is torch.Tensor and triplets.is_cpu and triplets.numel():
         low, high = triplets.min().item(), triplets.max().item()
@@ -115,9 +109,8 @@ def heatmap_argmax_mean(heatmaps, weight=None):
     mean (B,), float32: sum(weight * confidence) / sum(weight) over the keypoints whose weight is not 0, and 0
     where none is. Raises as `heatmap_argmax`, and for a weight of another shape, dtype or device.
     """
-    check_heatmaps(heatmaps.shape, heatmaps.dtype)
-    check_weight(weight, heatmaps)
     coords, confidence = heatmap_argmax(heatmaps)
+    check_weight(weight, heatmaps)
     weight = torch.ones_like(confidence) if weight is None else weight.detach().float()
     total = weight.sum(dim=1)
     weighted = torch.where(weight == 0, 0.0, weight * confidence).sum(dim=1)
@@ -154,14 +147,14 @@ def draw_gaussians(cells, height, width, sigma):
 
 
 def rectify(heatmaps, sigma, subcell=False):
-    """Each heatmap redrawn as a clean Gaussian of height 1 at its maximum: the teacher's pseudo-labels (§3.2).
+    """Each heatmap redrawn as a Gaussian of height 1 at its maximum: the teacher's pseudo-labels (§3.2).
 
     heatmaps: (B, K, H, W) floating point; sigma: the Gaussian's deviation in cells, cut at 3 sigma on each
     axis; subcell: at the vertex of `subcell_offset`, else at the cell. Returns maps (B, K, H, W), cells (B,
     K, 2) as (x, y) and confidence (B, K), the maximum, all float32 and contiguous. Not differentiable. Raises
     as `heatmap_argmax`, and ValueError for sigma <= 0.
     """
-    check_sigma(sigma)
+    check_positive("sigma", sigma)
     cells, confidence = heatmap_argmax(heatmaps)
     if subcell:
         cells = cells + subcell_offset(heatmaps.detach(), cells, confidence)
@@ -173,11 +166,10 @@ def soft_argmax(heatmaps, beta):
 
     heatmaps: (B, K, H, W) floating point; beta > 0, the inverse temperature. Returns coords (B, K, 2), cells
     (x, y): float64 for float64 heatmaps, otherwise computed and returned in float32, within 1e-5 cells of
-    float64 for sides up to 64, and in proportion beyond. Raises ValueError for a wrong shape or beta <= 0,
-    TypeError for a dtype that is not floating point.
+    float64 for sides up to 64, and in proportion beyond. Raises as `heatmap_argmax`, and for beta <= 0.
     """
     check_heatmaps(heatmaps.shape, heatmaps.dtype)
-    check_beta(beta)
+    check_positive("beta", beta)
     probability = cell_probabilities(heatmaps, beta)
     coords = expected_cell(probability, probability.dtype)
     if probability.dtype == torch.float64 or probability.device.type == "mps":   # which has no float64
@@ -204,8 +196,7 @@ def soft_argmax_backward(heatmaps, grad_coords, coords, stats, beta):
 
 
 def cell_probabilities(heatmaps, beta):
-    """softmax(beta * heatmap) over a map's cells: (B, K, H, W), float64 for float64 heatmaps, else
-    float32."""
+    """softmax(beta * heatmap) over the cells of each map: float64 for float64 heatmaps, else float32."""
     cells = (heatmaps if heatmaps.dtype == torch.float64 else heatmaps.float()).flatten(2)
     # Differences from the maximum are exact near it; beta times the heatmap itself would be rounded first.
     # Adding a constant does not change a softmax, so the maximum needs no gradient.
@@ -261,11 +252,10 @@ def triplet_angle_distance(source, target, triplets, source_valid=None, target_v
 
     source: (..., S, K, 2), target: (..., T, K, 2) floating point, (x, y) in any one unit that keeps them
     below 1e18 (their products must not overflow), leading dimensions equal or 1; triplets: (A, 3) long,
-    keypoint indices with the middle keypoint in the middle; source_valid (..., S, K), target_valid (..., T,
-    K): bool, or None when all are valid. All on one device. Returns (..., S, T) float32, radians. Not
-    differentiable as an operator: it is used to choose pairs. Raises ValueError / TypeError naming the
-    argument for wrong shapes, dtypes or devices, and for triplets out of range (those on a GPU are not looked
-    at).
+    keypoint indices (end, middle, end); source_valid (..., S, K), target_valid (..., T, K): bool, or None
+    when all are valid. All on one device. Returns (..., S, T) float32, radians. Not differentiable as an
+    operator: it is used to choose pairs. Raises ValueError / TypeError naming the argument for wrong shapes,
+    dtypes or devices, and for triplets on a CPU that are out of range.
     """
     check_poses(source, target, triplets, source_valid, target_valid, min_triplets)
     check_indices(triplets, source.shape[-2])

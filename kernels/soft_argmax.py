@@ -4,26 +4,26 @@
     dL/dh_n = beta p_n ((x_n - X) dL/dX + (y_n - Y) dL/dY)
 
 The forward pass must read every cell once, the backward pass must read it once and write its gradient; each
-has an exponential and about ten additions and products to do for it. In PyTorch the probabilities are a tensor as large as the maps: written, read for each marginal, kept for the
-backward pass, read there again beside two more of its size. Here each lane of a program holds a running
-maximum and three sums over its cells, of the weights exp(beta (h - maximum)) and of those times x and y; when
-the maximum grows, the sums so far are scaled down. Lanes are joined once, after the last cell, so that no
-thread waits for another while maps are read. A program writes X, Y and, for the backward pass, the maximum and
-the sum of the weights: from these a program of the backward pass forms the probability of any cell again,
-without a look at the others. It has a tile of cells, and no loop.
+has an exponential and about ten additions and products to do for it. In PyTorch the probabilities are a
+tensor as large as the maps: written, read for each marginal, kept for the backward pass, read there again
+beside two more of its size. Here each lane of a program holds a running maximum and three sums over its
+cells, of the weights exp(beta (h - maximum)) and of those times x and y; when the maximum grows, the sums so
+far are scaled down. Lanes are joined once, after the last cell, so that no thread waits for another while
+maps are read. A program writes X, Y and, for the backward pass, the maximum and the sum of the weights. From
+these a program of the backward pass recomputes the probability of each cell in its tile, without a loop.
 
-Four cells of a lane are summed in float32, everything beyond in float64. A distinct peak far from the centre,
-plus thousands of small weights, each of which rounds the sum so far, would be off by 4e-5 cells in float32
-alone; conversions to float64 for every cell would keep the memory waiting. Coordinates are summed from the
-map's centre. Together that keeps the result within 1e-5 cells of float64 at 64 cells a side.
+Four cells of a lane are summed in float32, everything beyond in float64. A distinct peak far from the
+centre, plus thousands of small weights, each of which rounds the sum so far, would be off by 4e-5 cells in
+float32 alone; conversions to float64 for every cell would keep the memory waiting. Coordinates are summed
+from the map's centre. Together that keeps the result within 1e-5 cells of float64 at 64 cells per side.
 """
 import functools
 
 import torch
 
 from kernels import reference
-from kernels.common import (LIBRARY, Launch, ceil_div, cell_offset, device_of, divide, maps_of_program,
-                            plan_key, power_of_2, register, tl, triton, walk)
+from kernels.common import (LIBRARY, Launch, ceil_div, cell_offset, divide, maps_of_program, plan_key,
+                            power_of_2, register, tl, triton, walk)
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def exponential(beta, difference):
 
 @triton.jit
 def join(top, total, x, y, beta):
-    """Sums (BLOCK_K, N) of parts, each from its own maximum, as sums (BLOCK_K,) from the largest, and that."""
+    """Sums (BLOCK_K, N) of parts, each from its own maximum -> the largest and sums (BLOCK_K,) from it."""
     shift = finite_or_zero(tl.max(top, axis=1))
     kept = exponential(beta, top - shift[:, None]).to(tl.float64)
     return shift, tl.sum(kept * total, axis=1), tl.sum(kept * x, axis=1), tl.sum(kept * y, axis=1)
@@ -161,10 +161,8 @@ def backward_kernel(heatmaps, grad_coords, coords, stats, grad_heatmaps,
 def plan(shape, strides, dtype, device, aligned, beta):
     """Launches of the forward pass and, None where not needed, of the join; the shares of a map."""
     reference.check_heatmaps(shape, dtype)
-    reference.check_beta(beta)
+    reference.check_positive("beta", beta)
     batch, keypoints, height, width = shape
-    if batch * keypoints == 0:
-        return None, None, 0
     layout = divide(shape, strides, dtype.itemsize)
     shared = layout.shares > 1
     first = Launch(forward_kernel, (layout.programs, layout.shares),
@@ -183,10 +181,8 @@ def plan(shape, strides, dtype, device, aligned, beta):
 
 @functools.lru_cache(maxsize=1024)
 def plan_backward(shape, strides, dtype, device, aligned, grad_strides, beta):
-    """The launch of the backward pass, or None where there are no maps."""
+    """The launch of the backward pass."""
     batch, keypoints, height, width = shape
-    if batch * keypoints == 0:
-        return None
     cells = height * width
     (*read, read_flat, _), (*written, flat, across) = (walk(shape, of) for of in (strides, grad_strides))
     block_k = min(power_of_2(keypoints), 16 if across else max(1, 2048 // power_of_2(cells)))
@@ -202,13 +198,10 @@ def forward(heatmaps, beta):
     first, finish, shares = plan(*plan_key(heatmaps), beta)
     coords = heatmaps.new_empty((*heatmaps.shape[:2], 2), dtype=torch.float32)
     stats = torch.empty_like(coords)
-    if first is not None:
-        # A tensor that the launch does not touch stands in for the one that it has no use for.
-        partial = coords.new_empty((coords.numel() // 2, shares, 4), dtype=torch.float64) if shares else stats
-        with device_of(heatmaps):
-            first(heatmaps, coords, stats, partial)
-            if finish is not None:
-                finish(coords, stats, partial)
+    partial = coords.new_empty((*coords.shape[:2], shares, 4), dtype=torch.float64) if shares else stats
+    first(heatmaps, coords, stats, partial)
+    if finish is not None:
+        finish(coords, stats, partial)
     return coords, stats
 
 
@@ -225,14 +218,12 @@ def backward(heatmaps, grad_coords, coords, stats, beta):
     shape, strides, dtype, device, aligned = plan_key(heatmaps)
     aligned = aligned and all(tensor.data_ptr() % 16 == 0 for tensor in others)
     launch = plan_backward(shape, strides, dtype, device, aligned, grad_heatmaps.stride(), beta)
-    if launch is not None:
-        with device_of(heatmaps):
-            launch(heatmaps, *others, grad_heatmaps)
+    launch(heatmaps, *others, grad_heatmaps)
     return grad_heatmaps
 
 
 class SoftArgmax(torch.autograd.Function):
-    """(heatmaps, beta) -> coordinates and the numbers of the backward pass; reverse mode, any number of times.
+    """(heatmaps, beta) -> coordinates and the numbers of the backward pass; reverse mode, of any order.
 
     By hand: `torch.library.register_autograd` costs some 60 microseconds more per forward and backward pass,
     and is silent about forward mode, which raises here.
@@ -253,15 +244,16 @@ class SoftArgmax(torch.autograd.Function):
     def backward(ctx, grad_coords, _):
         if torch.is_grad_enabled():   # with create_graph=True the gradient may be differentiated itself
             heatmaps, beta = ctx.saved_tensors[0], ctx.beta
-            return torch.func.vjp(lambda maps: reference.soft_argmax(maps, beta), heatmaps)[1](grad_coords)[0], None
+            _, pull_back = torch.func.vjp(lambda maps: reference.soft_argmax(maps, beta), heatmaps)
+            return pull_back(grad_coords)[0], None
         heatmaps, coords, stats = ctx.saved_tensors
         return backward_op(heatmaps, grad_coords, coords, stats, ctx.beta), None
 
 
 forward_op = register("soft_argmax_forward(Tensor heatmaps, float beta) -> (Tensor coords, Tensor stats)",
                       forward, plain_forward)
-backward_op = register("soft_argmax_backward(Tensor heatmaps, Tensor grad_coords, Tensor coords, Tensor stats, "
-                       "float beta) -> Tensor", backward, reference.soft_argmax_backward)
+backward_op = register("soft_argmax_backward(Tensor heatmaps, Tensor grad_coords, Tensor coords, "
+                       "Tensor stats, float beta) -> Tensor", backward, reference.soft_argmax_backward)
 LIBRARY.define("soft_argmax(Tensor heatmaps, float beta) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 LIBRARY.impl("soft_argmax", lambda heatmaps, beta: SoftArgmax.apply(heatmaps, beta)[0],
              "CompositeImplicitAutograd")

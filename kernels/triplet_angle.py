@@ -8,28 +8,28 @@ over the n_valid triplets that are usable in both poses; and the list of the pai
 In PyTorch the differences are a tensor (S, T, A) that is written and read again: 5 GB of traffic at S = T =
 4096 and A = 16, for a matrix of 67 MB. Here a first launch writes the angles of all poses, (S + T) A numbers,
 and each program of a second adds the squared differences of a tile of the matrix in registers. 64 x 64 pairs
-on 4 warps take 87 instructions per warp and triplet on sm_90, 64 of them the arithmetic of 32 pairs a thread,
-96 registers, and no barrier in the loop: by arithmetic 30 microseconds of an H100, which needs 20 to write.
+on 4 warps take 87 instructions per warp and triplet on sm_90, 64 of them the arithmetic of 32 pairs per
+thread, 96 registers, and no barrier in the loop: 30 us on an H100 by these counts, 20 by what it must write.
 
 Pruning costs nothing where there is nothing to prune. An angle that is not usable is infinite, and one that
 is NaN so large that its square is: a tile whose sums are finite is done, any other starts again and counts.
 
 The list of similar pairs comes from running one kernel twice on the same table: first it counts the pairs of
-each row, then, where the running sum of the counts says, it writes them. The same compiled code decides both
-times, so that the counts are right to the last pair, and rows and columns come in rising order whatever the
-order of the programs. Two 65,536 x 65,536 passes take two numbers per row, not the 17 GB of the matrix.
+each row, then it writes them at the places that the running sum of the counts gives. The same compiled code
+decides both times, so the counts are right to the last pair, and pairs come in rising order whatever the
+order of the programs. At 65,536 x 65,536 this takes two numbers per row, not the 17 GB of the matrix.
 """
-from functools import lru_cache, partial
+from functools import lru_cache
 from math import prod
 from types import SimpleNamespace
 
 import torch
 
 from kernels import reference
-from kernels.common import HAVE_TRITON, WARPS, Launch, ceil_div, device_of, plan_key, register, tl, triton
+from kernels.common import WARPS, Launch, ceil_div, plan_key, register, tl, triton
 
-# Tile of (BLOCK x BLOCK) pairs, triplets taken at a time, options. A matrix of few large tiles would leave most
-# of a GPU idle while each program waits for one triplet after the other: small tiles read them all at once.
+# Tile of (BLOCK x BLOCK) pairs, triplets taken at a time, options. Where there are few large tiles, most of a
+# GPU would idle while each program waits for one triplet after the other: small tiles read all at once.
 LARGE = 64, 2, dict(num_warps=4)
 SMALL = 16, 16, dict(num_warps=4)
 MINING = 16, 4, dict(num_warps=1)   # sums and maxima of a single warp need no barriers
@@ -186,8 +186,7 @@ def distance_kernel(table, distance, S, T, A, min_triplets, columns, source_rows
     tl.store(distance + entry, result, mask=(s < S)[:, None] & (t < T)[None, :])
 
 
-# room changes from call to call: Triton must not compile for its value. (Its stand-in takes no options.)
-@partial(triton.jit, do_not_specialize=["room"]) if HAVE_TRITON else triton.jit
+@triton.jit(do_not_specialize=["room"])   # room changes from call to call: not to compile for its value
 def pairs_kernel(table, counts, ends, pairs, room: "i64", gamma,
                  S, T, A, min_triplets, columns, source_rows, rows, scale, chunk,
                  BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
@@ -227,9 +226,9 @@ def pairs_kernel(table, counts, ends, pairs, room: "i64", gamma,
 
 @lru_cache(maxsize=1024)
 def plan(source, target, triplets, source_valid, target_valid, min_triplets, mining):
-    """What follows from the layouts of the tensors, given by their `plan_key`s: the shape of the result (of
-    the counts, if mining), the shape of the table, and the launches that fill the table and use it. Without
-    a pair to find there are no launches.
+    """Shape of the result (of the counts, if mining), shape of the table, launches that fill it and use it.
+
+    Tensors are given by their `plan_key`s. Where no pair can have a distance there are no launches.
     """
     source, target, triplets, source_valid, target_valid = (   # by names, as the checks take them
         key and SimpleNamespace(**dict(zip(("shape", "strides", "dtype", "device"), key)))
@@ -260,8 +259,7 @@ def plan(source, target, triplets, source_valid, target_valid, min_triplets, min
                   dict(**masked, BLOCK=ROWS, COLUMNS=at_a_time), num_warps=4)
     shape, grid = (*lead, S, T), (batch * (source_rows // block) * (target_rows // block),)
     sizes = S, T, A, max(min_triplets, 1), columns, source_rows, rows, 1 / K
-    if mining:
-        # Few rows: their columns are divided too, so that there are programs enough.
+    if mining:   # few rows: their columns are divided too, so that there are programs enough
         high, wide = ceil_div(S, block), ceil_div(T, block)
         chunk = ceil_div(wide, min(wide, ceil_div(WARPS, high)))
         grid = high, ceil_div(wide, chunk)
@@ -281,7 +279,6 @@ def prepare(source, target, triplets, source_valid, target_valid, min_triplets, 
     if use is None:
         return shape, None, None
     table = source.new_empty(table_shape, dtype=torch.float32)
-    # A mask that is not given is never read; any tensor will do for its pointer.
     fill(source, target, triplets if source_valid is None else source_valid,
          triplets if target_valid is None else target_valid, triplets, table)
     return shape, table, use
@@ -290,44 +287,29 @@ def prepare(source, target, triplets, source_valid, target_valid, min_triplets, 
 def triplet_angle_distance(source, target, triplets, source_valid=None, target_valid=None, min_triplets=1):
     """The operator behind `kernels.triplet_angle_distance`."""
     arguments = source, target, triplets, source_valid, target_valid, min_triplets
-    if target.dtype == torch.float64:
+    if max(source.dim(), target.dim()) > 4:   # the kernels take one leading dimension at most
         return reference.triplet_angle_distance(*arguments)
-    if max(source.dim(), target.dim()) > 4:   # to one leading dimension
-        reference.check_poses(*arguments)
-        lead = torch.broadcast_shapes(source.shape[:-3], target.shape[:-3])
-        source, target, source_valid, target_valid = (
-            tensor if tensor is None else
-            tensor.expand(*lead, *tensor.shape[-dims:]).reshape(-1, *tensor.shape[-dims:])
-            for tensor, dims in ((source, 3), (target, 3), (source_valid, 2), (target_valid, 2)))
-        return triplet_angle_distance(source, target, triplets, source_valid, target_valid,
-                                      min_triplets).unflatten(0, lead)
-    with device_of(source):
-        shape, table, use = prepare(*arguments, mining=False)
-        distance = source.new_empty(shape, dtype=torch.float32)
-        if use is None:
-            return distance.fill_(float("inf"))
-        use(table, distance)
+    shape, table, use = prepare(*arguments, False)
+    distance = source.new_empty(shape, dtype=torch.float32)
+    if use is None:
+        return distance.fill_(float("inf"))
+    use(table, distance)
     return distance
 
 
 def similar_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=1,
                   capacity=None):
     """The operator behind `kernels.similar_pairs`."""
-    if target.dtype == torch.float64:
-        return reference.similar_pairs(source, target, triplets, gamma, source_valid, target_valid,
-                                       min_triplets, capacity)
     reference.check_pairs(source, target, gamma, capacity)
-    with device_of(source):
-        shape, table, use = prepare(source, target, triplets, source_valid, target_valid, min_triplets,
-                                    mining=True)
-        if use is None or capacity == 0:
-            return triplets.new_full((capacity or 0, 2), -1)
-        counts = triplets.new_empty(shape)
-        use(table, counts, counts, counts, 0, gamma)   # counts stand in for what is not used yet
-        ends = counts.view(-1).cumsum(0)
-        pairs = triplets.new_empty((ends[-1].item() if capacity is None else capacity, 2))   # item() waits
-        if len(pairs):
-            use(table, counts, ends, pairs, len(pairs), gamma)
+    shape, table, use = prepare(source, target, triplets, source_valid, target_valid, min_triplets, True)
+    if use is None or capacity == 0:
+        return triplets.new_full((capacity or 0, 2), -1)
+    counts = triplets.new_empty(shape)
+    use(table, counts, counts, counts, 0, gamma)   # counts stand in for what is not used yet
+    ends = counts.view(-1).cumsum(0)
+    pairs = triplets.new_empty((ends[-1].item() if capacity is None else capacity, 2))   # item() waits
+    if len(pairs):
+        use(table, counts, ends, pairs, len(pairs), gamma)
     return pairs
 
 

@@ -159,7 +159,7 @@ def test_a_missing_compiler_is_named():
     def kernel(*arguments, **options):
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
     with pytest.raises(RuntimeError, match="install gcc"):
-        common.Launch({(1, 1, 1): kernel}, (1,), (), {})()
+        common.Launch({(1, 1, 1): kernel}, (1,), (), {})(torch.ones(1))
 
 
 # --- where they run -----------------------------------------------------------------------------------------
