@@ -5,7 +5,7 @@
     §3.2    pose network, style transfer, mean teacher, pseudo-labels, consistency (the base method, UDAPE)
     §3.3    EvalPose (Eq. 5)
     §3.4    pair mining and cross-domain loss (Eq. 6-7), total loss (Eq. 8)
-    §4      PCK, EvalPose score, PCK by complexity bin
+    §4      a baseline, RegDA; PCK, EvalPose score, PCK by complexity bin
 
 Letters are the paper's: N samples, N_b bins, K keypoints, e the epoch, S and T the source and target batch.
 Where the paper is silent, a comment that starts with "Decision:" says what is done here and why;
@@ -148,13 +148,14 @@ class ActiveCurriculum:
     complexity: (N,) the VAE's scores (Eq. 2). epochs: e runs over 0 ... epochs - 1. num_bins: N_b.
     pace: lambda, how fast the peak moves to the hard bins. spread: sigma of Eq. 3.
     scale: "rank" or "minmax", what s_j of Eq. 3 is. confidence: "relative", "literal" or "off", what Eq. 4
-    does. All state is four arrays of length N: six million samples take about 100 MB.
+    does. static: an ablation without the order, see `probabilities`; never re-ranked.
+    All state is four arrays of length N: six million samples take about 100 MB.
 
     An epoch is `sample(epoch)`, training with `observe(indices, confidence)`, and `rerank()` at its end.
     """
 
     def __init__(self, complexity, epochs, num_bins=25, pace=2.0, spread=0.25, scale="rank",
-                 confidence="relative", seed=0):
+                 confidence="relative", seed=0, static=False):
         complexity = np.asarray(complexity, dtype=np.float32)
         if complexity.ndim != 1 or len(complexity) < num_bins:
             raise ValueError(f"num_bins: {num_bins} bins need at least {num_bins} scores in one dimension, "
@@ -169,12 +170,16 @@ class ActiveCurriculum:
             raise ValueError(f"pace, spread and epochs must be positive, got {pace}, {spread}, {epochs}")
         self.complexity = complexity
         self.epochs, self.num_bins, self.pace, self.spread = epochs, num_bins, pace, spread
-        self.scale, self.confidence_mode, self.seed = scale, confidence, seed
+        self.scale, self.seed, self.static = scale, seed, None
+        self.confidence_mode = "off" if static else confidence
         self.relative = np.ones(len(complexity), dtype=np.float32)    # confidence over its epoch's mean
         self.observed = []                                            # (indices, confidence) of this epoch
         self.edges = bin_edges(len(complexity), num_bins)
         self.score = complexity.copy()
         self._sort()
+        if static:
+            shares = np.mean([p / p.sum() for p in map(self.probabilities, range(epochs))], 0)
+            self.static = shares / shares.max()                       # of the largest, the whole bin
 
     def _sort(self):
         self.order = np.argsort(self.score).astype(np.int32 if len(self.score) < 2 ** 31 else np.int64)
@@ -217,7 +222,13 @@ class ActiveCurriculum:
         return min(int(self.pace * self.num_bins * epoch / self.epochs), self.num_bins - 1)
 
     def probabilities(self, epoch):
-        """Eq. 3: the share p_j of each bin that is drawn in an epoch, (N_b,)."""
+        """Eq. 3: the share p_j of each bin that is drawn in an epoch, (N_b,).
+
+        static: in every epoch the mean over the epochs of p_j / sum p_j, scaled: the same dose of each bin
+        over a run, without the order.
+        """
+        if self.static is not None:
+            return self.static
         # Decision: bin means are heavy-tailed, so min-max scaled scores put nearly all bins within one sigma
         # of each other and the last one apart. The rank j / (N_b - 1) makes the moving window of Fig. 5.
         if self.scale == "rank":
@@ -366,6 +377,7 @@ class PoseResNet(nn.Module):
             channels = width
         self.upsampling = nn.Sequential(*upsampling)
         self.head = nn.Conv2d(width, num_keypoints, 1)
+        self.head_adv = None                                               # RegDA's, see `make_regressors`
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -385,7 +397,8 @@ class PoseResNet(nn.Module):
 
 # Checkpoint keys that PoseResNet ignores: regex -> reason.
 UNUSED_WEIGHTS = {r"backbone\.fc\..+": "ImageNet's classifier", r"head_adv\..+": "RegDA's adversarial head",
-                  r"head\.\d+\..+": "RegDA's head of several layers"}
+                  r"head\.\d+\..+": "RegDA's head of several layers",
+                  r"head\.(weight|bias)": "a head of one layer, RegDA's have two"}
 
 
 def load_pose_weights(network, state):
@@ -695,7 +708,9 @@ def evalpose(predicted, labelled, limbs, weight):
 
 def mine_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=4,
                capacity=None):
-    """The set Z of similar poses across the batches, or across two banks of poses: (P, 2) long, rows (m, n).
+    """The set Z of similar poses across two banks of poses, however large: (P, 2) long, rows (m, n).
+
+    In a batch the S x T distances are few: `train.Trainer.step` compares them with Gamma as a matrix.
 
     source: (S, K, 2), target: (T, K, 2) predicted keypoints, any unit; triplets: (A, 3); gamma: the
     threshold on Eq. 7 in radians; *_valid: (S, K), (T, K) bool, False for keypoints of low confidence,
@@ -706,25 +721,80 @@ def mine_pairs(source, target, triplets, gamma, source_valid=None, target_valid=
                                  capacity)                                                           # Eq. 7
 
 
-def cross_domain_loss(source_features, target_features, pairs):
+def cross_domain_loss(source_features, target_features, similar, centred=False):
     """Eq. 6: minus the sum over similar pairs of the cosine of their features.
 
-    source_features: (S, C) of the student; target_features: (T, C) of the teacher, no gradient; pairs:
-    (P, 2) from `mine_pairs`; rows of -1 do not count.
+    source_features: (S, C) of the student; target_features: (T, C) of the teacher, no gradient; similar:
+    (S, T) bool, the pairs whose distance (Eq. 7) is below Gamma. centred: an ablation, the features of each
+    domain without their mean over the rows given, the part that all poses share.
     """
     dtype = torch.promote_types(source_features.dtype, torch.float32)             # not in half precision
-    f_s = F.normalize(source_features.to(dtype), dim=-1)
-    f_t = F.normalize(target_features.detach().to(dtype), dim=-1)
-    # In a batch all cosines are one product, of which the pairs are entries; -1 goes to an entry beyond it.
-    S, T = len(f_s), len(f_t)
-    entry = torch.where(pairs[:, 0] < 0, S * T, pairs[:, 0] * T + pairs[:, 1])
-    similar = f_s.new_zeros(S * T + 1).index_fill(0, entry, 1.0)[:-1].view(S, T)
+    f_s, f_t = source_features.to(dtype), target_features.detach().to(dtype)
+    if centred:
+        f_s, f_t = f_s - f_s.mean(0), f_t - f_t.mean(0)
+    f_s, f_t = F.normalize(f_s, dim=-1), F.normalize(f_t, dim=-1)
     return -((f_s @ f_t.T) * similar).sum()                                                          # Eq. 6
 
 
 def total_loss(udape, evalpose_term, cross_domain, weights=(1.0, 0.1, 0.01)):
     """Eq. 8: L = w1 L_UDAPE + w2 L_evalpose + w3 L_cross-domain."""
     return weights[0] * udape + weights[1] * evalpose_term + weights[2] * cross_domain               # Eq. 8
+
+
+# --- §4 Baseline: RegDA (Jiang et al., CVPR 2021): psi, backbone and upsampling, with two heads f and f' ---
+
+
+def make_regressors(network):
+    """Give a PoseResNet RegDA's two regressors in place of its head: f is `head`, f' `head_adv`.
+
+    Both start new: psi alone survives pretraining. Parameter names are the published ones.
+    """
+    width, num_keypoints = network.head.in_channels, network.head.out_channels
+    for name in ("head", "head_adv"):
+        first, last = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, num_keypoints, 1)
+        for layer in (first, last):
+            nn.init.normal_(layer.weight, std=0.001)
+            nn.init.zeros_(layer.bias)
+        setattr(network, name, nn.Sequential(first, nn.BatchNorm2d(width), nn.ReLU(), last))
+
+
+def regressor_maps(network, images, factor):
+    """Heatmaps of f and of f', (B, K, h, h) each. The gradient from f' to psi is multiplied by `factor`."""
+    shared = network.upsampling(network.backbone(images))
+    constant = shared.detach()
+    return network.head(shared), network.head_adv(constant + factor * (shared - constant))
+
+
+def gradient_factor(iteration, iterations, highest=0.1):
+    """The factor of `regressor_maps` at this iteration of the adaptation: it rises from 0 to `highest`.
+
+    Decision: published exp(-iteration / 1000), of 15,000 iterations; that share of a shorter adaptation.
+    """
+    return 2 * highest / (1 + math.exp(-15 * iteration / iterations)) - highest
+
+
+def heatmap_kl(heatmaps, labels, weight, epsilon=0.0):
+    """RegDA's loss: KL from the labels, normalised to sum 1, to the spatial softmax of the heatmaps.
+
+    heatmaps, labels: (B, K, H, W); weight: (B, K), the mean is over all keypoints. epsilon: added to labels
+    that come from a prediction.
+    """
+    # A label of weight 0 is an empty map: 0 / 0, and NaN times 0 is NaN.
+    labels = torch.where(weight[..., None] > 0, labels.flatten(2) + epsilon, 1.0)
+    labels = labels / labels.sum(-1, keepdim=True)
+    log_predicted = heatmaps.flatten(2).log_softmax(-1)
+    return (F.kl_div(log_predicted, labels, reduction="none").sum(-1) * weight).mean()
+
+
+def ground_maps(heatmaps, sigma, subcell=False):
+    """What f' is to say where f predicts `heatmaps` (B, K, h, h): ground truth and ground false, likewise.
+
+    Ground truth: f's maxima as Gaussians. Ground false of a keypoint: those of all others, clipped to 0 to 1;
+    a map is too large to push f' away from one place, so it is to take the joint for another one.
+    """
+    truth, _, _ = rectify(heatmaps.detach(), sigma, subcell)
+    others = 1 - torch.eye(truth.shape[1], device=truth.device)
+    return truth, torch.einsum("jk,bkhw->bjhw", others, truth).clamp(0, 1)
 
 
 # --- §4 Metrics --------------------------------------------------------------------------------------------

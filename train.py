@@ -54,6 +54,7 @@ class UserError(Exception):
 SUPERVISED = dict(adapt=False, curriculum="off", style="off", w_evalpose=0.0, w_cross=0.0)
 METHODS = {
     "source-only": SUPERVISED,
+    "regda": dict(SUPERVISED, adversary=True),
     "udape": dict(curriculum="off", w_evalpose=0.0, w_cross=0.0),
     "udape+vae-hm": dict(curriculum="hardest", w_evalpose=0.0, w_cross=0.0),
     "actupose": dict(),
@@ -62,7 +63,9 @@ METHODS = {
 ABLATIONS = {
     "no-curriculum": dict(curriculum="off"), "no-eq4": dict(rescoring="off"),
     "literal-eq4": dict(rescoring="literal"), "min-max": dict(scale="minmax"),
+    "static": dict(curriculum="static"),                         # the same dose of hard poses, without order
     "no-evalpose": dict(w_evalpose=0.0), "no-cross-domain": dict(w_cross=0.0),
+    "centred-cross-domain": dict(centred=True), "literal-eq8": dict(map_sums=False),
     "no-style": dict(style="off"), "no-occlusion": dict(occlusion=0.0),
 }
 # --preset paper: §4 of the paper and the published base method. What is not named here is as in the demo.
@@ -114,7 +117,7 @@ class Settings:
     lr_factor: float = option(0.3, "factor of each drop", above=0)
     ema: float = option(0.99, "decay of the teacher's moving average", low=0, high=1)
 
-    curriculum: str = option("active", "which source samples an epoch draws", ("active", "off", "hardest"))
+    curriculum: str = option("active", "samples of an epoch", ("active", "static", "off", "hardest"))
     bins: int = option(25, "N_b, complexity bins", low=1)
     hard_bins: int = option(8, "bins that udape+vae-hm trains on", low=1)
     pace: float = option(6.0, "lambda of Eq. 3: how fast the peak moves to hard bins", above=0)
@@ -128,6 +131,7 @@ class Settings:
 
     supervise: str = option("source", "whose labels are used: target makes the oracle", ("source", "target"))
     adapt: bool = option(True, "teacher and consistency after the pretraining epochs")
+    adversary: bool = option(False, "RegDA's three steps after the pretraining epochs, in place of a teacher")
     mask_ratio: float = option(0.5, "share of pseudo-labels, the least confident, left out", low=0, high=1)
     occlusion: float = option(0.5, "probability of hiding a confident keypoint", low=0, high=1)
     occlusion_confidence: float = option(0.5, "confidence from which a keypoint may be hidden", low=0)
@@ -146,6 +150,8 @@ class Settings:
     w_udape: float = option(1.0, "w1 of Eq. 8", low=0)
     w_evalpose: float = option(0.1, "w2 of Eq. 8, EvalPose (Eq. 5)", low=0)
     w_cross: float = option(0.01, "w3 of Eq. 8, cross-domain features (Eq. 6)", low=0)
+    centred: bool = option(False, "subtract each domain's mean feature in Eq. 6")
+    map_sums: bool = option(True, "heatmap errors of Eq. 8 as sums over the body; off: means over the cells")
     beta: float = option(50.0, "sharpness of the soft-argmax", above=0)
     gamma: float = option(0.06, "Gamma, the threshold on Eq. 7 in radians (hands: 0.019)", low=0)
 
@@ -178,8 +184,9 @@ class Settings:
             require(len(pair) == 2 and pair[0] <= pair[1], name, "must be low,high with low <= high")
         require(self.image_size % 32 == 0, "image_size", "must be a multiple of 32")
         require(self.hard_bins <= self.bins, "hard_bins", f"must be at most --bins {self.bins}")
-        require(not self.adapt or self.pretrain_epochs < self.epochs, "pretrain_epochs",
-                f"must be below --epochs {self.epochs}, or the teacher never joins; give both")
+        require(self.pretrain_epochs < self.epochs or not (self.adapt or self.adversary), "pretrain_epochs",
+                f"must be below --epochs {self.epochs}, or adaptation never begins; give both")
+        require(not (self.adapt and self.adversary), "adversary", "needs --adapt off")
         require(self.source != self.target, "target", "must differ from --source")
         require(self.weights != "imagenet" or self.architecture in IMAGENET_FILES, "architecture",
                 f"--weights imagenet needs {' or '.join(IMAGENET_FILES)}")
@@ -260,8 +267,8 @@ def batches(run, pool, steps):
         return [t.pin_memory() if pin else t for t in dataset[shard(indices)]]
 
     for step in steps:
-        # An active pool is new in each epoch and in random order; a fixed one is passed over again and again.
-        if s.curriculum == "active":
+        # A drawn pool is new in each epoch and in random order; a fixed one is passed over again and again.
+        if s.curriculum in ("active", "static"):
             at = (np.arange(s.batch_size) + (step - steps[0]) * s.batch_size) % len(pool)
         else:
             at = shuffled_batch(len(pool), s.batch_size, step, s.seed)
@@ -301,27 +308,38 @@ class Trainer:
         s = self.settings = settings
         self.skeleton, self.device, self.style_transfer, self.teacher = skeleton, device, None, None
         torch.manual_seed(s.seed)
-        student = actupose.PoseResNet(s.architecture, len(skeleton))
-        if world_size() > 1 and device.type == "cuda":          # torch has no SyncBatchNorm for CPUs
-            student = torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
-        self.student = student.to(device, memory_format=torch.channels_last)
+        self.set_student(actupose.PoseResNet(s.architecture, len(skeleton)))
         # A function of the network is compiled, not the network: parameters keep their names in checkpoints.
         def call(network, images):
             return network(images)
 
         self.call = torch.compile(call) if s.compile else call
-        self.optimiser = torch.optim.Adam(self.student.parameters(), lr=s.lr, fused=device.type == "cuda")
         self.stride, self.cells = self.student.stride, s.image_size // self.student.stride
         # Decision: the terms of Eq. 8 are sums over the body, averaged over samples: heatmap errors over
-        # keypoints and cells, as Eq. 5 over limbs. The mean of a heatmap's error, 1e-3, would drown under w2.
-        self.map_cells = len(skeleton) * self.cells ** 2
+        # keypoints and cells, as Eq. 5 over limbs. Their mean, 1e-3, would drown under w2 (--map-sums off).
+        self.map_cells = len(skeleton) * self.cells ** 2 if s.map_sums else 1
         self.limbs = torch.tensor(skeleton.limbs, device=device)
         self.triplets = torch.tensor(skeleton.triplets, device=device)
 
+    def set_student(self, network):
+        """Place the network that is trained on the device, with an optimiser of its own."""
+        if world_size() > 1 and self.device.type == "cuda":     # torch has no SyncBatchNorm for CPUs
+            network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        self.student = network.to(self.device, memory_format=torch.channels_last)
+        self.optimiser = torch.optim.Adam(self.student.parameters(), lr=self.settings.lr,
+                                          fused=self.device.type == "cuda")
+
+    def start_regda(self):
+        """RegDA's adaptation begins: two new regressors on psi, and a new optimiser."""
+        torch.manual_seed(self.settings.seed)
+        actupose.make_regressors(self.student)
+        self.set_student(self.student)
+
     @property
     def uses_target(self):
-        """Whether a step needs target images: for their style, or for the teacher."""
-        return self.style_transfer is not None or self.teacher is not None
+        """Whether a step needs target images: for their style, for the teacher or for RegDA."""
+        networks = self.style_transfer, self.teacher, self.student.head_adv
+        return any(network is not None for network in networks)
 
     def autocast(self):
         """The context in which networks compute: bfloat16 with --amp bf16."""
@@ -355,6 +373,22 @@ class Trainer:
         with self.autocast():
             return self.style_transfer(content, style, alpha).float()
 
+    def view_source(self, random, source_batch):
+        """A source batch in random views: images, views, keypoints, label maps, their weight (B, K)."""
+        s = self.settings
+        images, keypoints, visible = (t.to(self.device, non_blocking=True) for t in source_batch)
+        view = compose_views(self.affine(random.source_affine), self.crop(random.source_crop))
+        keypoints = map_keypoints(keypoints, view)
+        labels, weight = render_heatmaps(keypoints, visible, self.cells, self.stride, s.sigma, s.subcell)
+        return self.augment(images, view, random.source_jitter), view, keypoints, labels, weight
+
+    def descend(self, loss, *parts):
+        """A step of Adam on the parameters of these parts of the student; the others stay."""
+        self.optimiser.zero_grad()
+        loss.backward(inputs=[parameter for part in parts for parameter in part.parameters()])
+        average_gradients(self.student)
+        self.optimiser.step()
+
     def step(self, step, source_batch, target_batch):
         """One iteration on this process's share of a batch: Fig. 4.
 
@@ -364,14 +398,10 @@ class Trainer:
         """
         s = self.settings
         random = draw_step(s.seed, step, s.batch_size, len(self.skeleton), self.device)
-        images, keypoints, visible = (t.to(self.device, non_blocking=True) for t in source_batch)
         self.student.train()
 
         # Both domains in random views. One crop serves both views of a target image; they meet in its frame.
-        source_view = compose_views(self.affine(random.source_affine), self.crop(random.source_crop))
-        source_images = self.augment(images, source_view, random.source_jitter)
-        keypoints = map_keypoints(keypoints, source_view)
-        labels, weight = render_heatmaps(keypoints, visible, self.cells, self.stride, s.sigma, s.subcell)
+        source_images, source_view, keypoints, labels, weight = self.view_source(random, source_batch)
         styled_source = source_images
         if target_batch is not None:
             target_images = target_batch[0].to(self.device, non_blocking=True)
@@ -426,21 +456,60 @@ class Trainer:
                 if s.subcell:
                     cells = cells + actupose.subcell_offset(predicted.detach(), cells, confidence)
                 pose = map_keypoints(cells * self.stride, invert_view(source_view))
-                targets = gather(pseudo_cells)
-                pairs = actupose.mine_pairs(pose, targets, self.triplets, s.gamma, weight > 0, confident,
-                                            capacity=len(pose) * len(targets))
+                distance = kernels.triplet_angle_distance(pose, gather(pseudo_cells), self.triplets,
+                                                          weight > 0, confident, min_triplets=4)      # Eq. 7
+                similar = distance < s.gamma
                 # Eq. 6 sums over all pairs, while gradients are averaged over the processes.
-                cross = world_size() * actupose.cross_domain_loss(features, gather(teacher_features), pairs)
-                terms.update(cross_domain=cross, pairs=world_size() * (pairs[:, 0] >= 0).float().sum())
+                cross = world_size() * actupose.cross_domain_loss(features, gather(teacher_features), similar,
+                                                                  s.centred)
+                terms.update(cross_domain=cross, pairs=world_size() * similar.float().sum())
 
         loss = actupose.total_loss(udape, evalpose, cross, (s.w_udape, s.w_evalpose, s.w_cross))      # Eq. 8
-        self.optimiser.zero_grad()
-        loss.backward()
-        average_gradients(self.student)
-        self.optimiser.step()
+        self.descend(loss, self.student)
         if self.teacher is not None:
             actupose.update_teacher(self.teacher, self.student, s.ema)
         return {name: value.detach() for name, value in dict(terms, loss=loss).items()}, mean_confidence
+
+    def regda_step(self, step, source_batch, target_batch):
+        """One iteration of the baseline RegDA after pretraining; arguments and results as of `step`.
+
+        The published optimisers of psi, f and f' are one here, as Adam's state is per parameter.
+        """
+        s, network = self.settings, self.student.train()
+        random = draw_step(s.seed, step, s.batch_size, len(self.skeleton), self.device)
+        source_images, _, _, labels, weight = self.view_source(random, source_batch)
+        view = compose_views(self.affine(random.student_affine), self.crop(random.target_crop))
+        target_images = target_batch[0].to(self.device, non_blocking=True)
+        target_images = self.augment(target_images, view, random.student_jitter)
+        unweighted = torch.ones_like(weight)            # published: the visibility of the target, a label
+        before, whole = s.pretrain_epochs * s.iters_per_epoch, s.epochs * s.iters_per_epoch
+        factor = actupose.gradient_factor(step - before, whole - before)
+        psi, f, f_adv = (network.backbone, network.upsampling), network.head, network.head_adv
+
+        def regress(images):
+            """Heatmaps of f and f', and what f's make of f': ground truth and ground false."""
+            with self.autocast():
+                maps, maps_adv = actupose.regressor_maps(network, images, factor)
+            return maps.float(), maps_adv.float(), *actupose.ground_maps(maps.float(), s.sigma, s.subcell)
+
+        # A: on the source all learn; f' is to agree with f, with a margin of 4.
+        maps, maps_adv, truth, _ = regress(source_images)
+        kl = actupose.heatmap_kl(maps, labels, weight)
+        agreement = actupose.heatmap_kl(maps_adv, truth, weight, 1e-7)
+        self.descend(kl + 4 * agreement, *psi, f, f_adv)
+        # B: on the target f' learns to disagree.
+        _, maps_adv, _, false = regress(target_images)
+        disagreement = actupose.heatmap_kl(maps_adv, false, unweighted, 1e-7)
+        self.descend(disagreement, f_adv)
+        # C: psi learns features on which f' agrees all the same.
+        _, maps_adv, truth, _ = regress(target_images)
+        target_agreement = actupose.heatmap_kl(maps_adv, truth, unweighted, 1e-7)
+        self.descend(target_agreement, *psi)
+
+        confidence = kernels.heatmap_argmax_mean(maps.flatten(2).softmax(-1).view_as(maps), weight)[2]
+        terms = dict(kl=kl, agreement=agreement, disagreement=disagreement, target_agreement=target_agreement,
+                     confidence=confidence.mean(), loss=kl + 4 * agreement + disagreement + target_agreement)
+        return {name: value.detach() for name, value in terms.items()}, confidence
 
 
 # --- The loop -----------------------------------------------------------------------------------------------
@@ -464,11 +533,14 @@ def train(settings, out, device="auto", resume=False):
     for epoch in range(len(log), s.epochs):
         if s.adapt and epoch == s.pretrain_epochs:
             trainer.teacher = actupose.make_teacher(trainer.student)
+        if s.adversary and epoch == s.pretrain_epochs and trainer.student.head_adv is None:
+            trainer.start_regda()
+        one_step = trainer.step if trainer.student.head_adv is None else trainer.regda_step
         begun, lr = time.time(), s.lr * s.lr_factor ** sum(epoch >= drop for drop in s.lr_drops)
         trainer.optimiser.param_groups[0]["lr"] = lr
 
         # The source samples of this epoch.
-        if s.curriculum == "active":
+        if s.curriculum in ("active", "static"):
             pool = curriculum.sample(epoch)                                                           # Eq. 3
             run.drawn.append(curriculum.drawn_per_bin.tolist())
         elif s.curriculum == "hardest":
@@ -480,7 +552,7 @@ def train(settings, out, device="auto", resume=False):
         steps = range(epoch * s.iters_per_epoch, (epoch + 1) * s.iters_per_epoch)
         sums, seen, confidences, unchecked = {}, [], [], []
         for step, (indices, source, target) in zip(steps, prefetch(batches(run, pool, steps), s.workers)):
-            terms, confidence = trainer.step(step, source, target)
+            terms, confidence = one_step(step, source, target)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0) + value
             seen.append(indices)
@@ -547,6 +619,8 @@ def set_up(settings, device, checkpoint=None):
     weights = read_weights(s) if s.weights and checkpoint is None else None
     source, skeleton = domains.source, domains.source.skeleton
     trainer = Trainer(s, skeleton, device)
+    if s.adversary and not s.pretrain_epochs:                   # a checkpoint of RegDA then loads whole
+        trainer.start_regda()
     if weights is not None:
         load_initial_weights(trainer.student, *weights)
     poses = source.keypoints, source.visible, skeleton.root
@@ -561,7 +635,7 @@ def set_up(settings, device, checkpoint=None):
     if not complexity.isfinite().all():
         raise UserError("--vae-kl: the Pose-VAE diverged, its scores are not finite; lower it")
     curriculum = actupose.ActiveCurriculum(complexity.numpy(), s.epochs, s.bins, s.pace, s.spread, s.scale,
-                                           s.rescoring, s.seed)
+                                           s.rescoring, s.seed, s.curriculum == "static")
     if s.curriculum == "hardest" and len(curriculum.hardest(s.hard_bins)) < s.batch_size:
         raise UserError(f"--hard-bins: {s.hard_bins} bins hold fewer samples than a batch ({s.batch_size})")
     if checkpoint is None:
@@ -720,9 +794,10 @@ def broadcast(tensors):
 
 def average_gradients(network):
     """Replace the gradients by their mean over the processes."""
-    for parameter in network.parameters() if world_size() > 1 else ():
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= world_size()
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    for gradient in gradients if world_size() > 1 else ():
+        dist.all_reduce(gradient)
+        gradient /= world_size()
 
 
 # --- Files of a run, checkpoints, weights -------------------------------------------------------------------
@@ -873,7 +948,9 @@ def load_weights(module, state, path):
 
 
 def load_networks(trainer, checkpoint, path):
-    """Restore student and teacher (None before it joins)."""
+    """Restore student, with RegDA's regressors where it has them, and teacher (None before it joins)."""
+    if "head_adv.0.weight" in checkpoint["student"] and trainer.student.head_adv is None:
+        trainer.start_regda()
     load_weights(trainer.student, checkpoint["student"], path)
     if checkpoint["teacher"] is not None:
         trainer.teacher = actupose.make_teacher(trainer.student)

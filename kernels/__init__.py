@@ -2,6 +2,7 @@
 
     heatmap_argmax(heatmaps)                cell and value of each map's maximum
     heatmap_argmax_mean(heatmaps, weight)   the same, and the mean value of a sample, for Eq. 4
+    rectify(heatmaps, sigma, subcell)       the same, finer than a cell, redrawn as a Gaussian: pseudo-labels
     soft_argmax(heatmaps, beta)             expected cell, differentiable
     triplet_angle_distance(source, ...)     S x T mean angular difference, Eq. 7
     similar_pairs(source, ..., gamma)       list of the pairs below gamma, without the S x T matrix
@@ -12,26 +13,43 @@ in the environment when this package is imported, CPU tensors go through the Tri
 interpreter. Without Triton, or for float64, the reference runs everywhere.
 
 They work under torch.compile(fullgraph=True), autocast (they compute in float32 whatever the input),
-torch.func.vmap (but `similar_pairs`) and in CUDA graphs; `similar_pairs` does so when it is given a capacity.
+torch.func.vmap (but `similar_pairs`) and in CUDA graphs: call them once on tensors of the same layout before
+the capture, since the first call compiles; give `similar_pairs` a capacity, since it else waits for the GPU.
+The first call of all compiles a few lines of C besides: it needs gcc and Python's headers.
+
+How to read a kernel. A kernel is the body of a loop that has no order: a grid of *programs* runs it, each with
+its own `tl.program_id`, on one multiprocessor of the GPU. A program computes on *tiles*: `tl.arange(0, N)` is
+a vector, `[:, None]` and `[None, :]` make it the rows or columns of a matrix, and arithmetic broadcasts as in
+NumPy. Sides of tiles are powers of two. A pointer plus a tile of offsets is a tile of pointers, `tl.load` and
+`tl.store` move their contents, and a *mask* says which of them exist: loads give `other` elsewhere. Nothing
+says which of the program's *warps* (32 threads each) holds what: the compiler spreads a tile over the threads,
+16 neighbouring bytes to each where it can prove that they are neighbours. What stays within a thread is free,
+`tl.sum(..., axis)` across threads takes shuffles and, across warps, a *barrier* at which all wait. So loops
+keep their sums per lane and reduce them once, at the end. Arguments marked `tl.constexpr` are compiled in, one
+version of the kernel for each value; of other integers the compiler learns whether they are 1 or multiples of
+16 (*specialisation*), as a stride of 1 is what makes neighbours. In each file: the formula and what it must
+move, then the kernel, the plan (tiles, programs and constants for a layout, kept), the launch, the operator.
 """
 import torch
 
 # Importing the files of the operators registers them.
-from kernels import heatmap_argmax as _, reference, soft_argmax as _, triplet_angle as _  # noqa: F401
+from kernels import heatmap_argmax as _, reference, triplet_angle as _  # noqa: F401
 from kernels.common import runs_triton
+from kernels.soft_argmax import SoftArgmax
 
-__all__ = ["heatmap_argmax", "heatmap_argmax_mean", "reference", "similar_pairs", "soft_argmax",
+__all__ = ["heatmap_argmax", "heatmap_argmax_mean", "rectify", "reference", "similar_pairs", "soft_argmax",
            "triplet_angle_distance"]
 
 
-def _check_tensors(**arguments):
-    for name, value in arguments.items():
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name} must be a torch tensor, got {type(value).__name__}")
+def _plain(name, value):
+    """A tensor argument without its gradient. TypeError names what is not a tensor."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch tensor, got {type(value).__name__}")
+    return value.detach() if value.requires_grad else value
 
 
-def _check_masks(**masks):
-    _check_tensors(**{name: value for name, value in masks.items() if value is not None})
+def _optional(name, value):
+    return None if value is None else _plain(name, value)
 
 
 def heatmap_argmax(heatmaps):
@@ -41,8 +59,7 @@ def heatmap_argmax(heatmaps):
     confidence (B, K) float32. Ties, NaN, -inf and errors as in `reference.heatmap_argmax`. Not
     differentiable.
     """
-    _check_tensors(heatmaps=heatmaps)
-    return torch.ops.actupose.heatmap_argmax(heatmaps.detach())
+    return torch.ops.actupose.heatmap_argmax(_plain("heatmaps", heatmaps))
 
 
 def heatmap_argmax_mean(heatmaps, weight=None):
@@ -52,22 +69,31 @@ def heatmap_argmax_mean(heatmaps, weight=None):
     not count, or None for equal weights. Returns coords (B, K, 2), confidence (B, K) and mean (B,), all
     float32. Errors as in `reference.heatmap_argmax_mean`. Not differentiable.
     """
-    _check_tensors(heatmaps=heatmaps)
-    _check_masks(weight=weight)
-    return torch.ops.actupose.heatmap_argmax_mean(heatmaps.detach(), weight)
+    return torch.ops.actupose.heatmap_argmax_mean(_plain("heatmaps", heatmaps), _optional("weight", weight))
+
+
+def rectify(heatmaps, sigma, subcell=False):
+    """Each heatmap redrawn as a clean Gaussian at its maximum: the teacher's pseudo-labels (§3.2).
+
+    heatmaps: (B, K, H, W) floating point, any strides; sigma: cells; subcell: finer than a cell. Returns maps
+    (B, K, H, W), cells (B, K, 2) as (x, y) and confidence (B, K), float32. Formula and errors as in
+    `reference.rectify`; on a GPU the Gaussians are within 1e-6 of it. Not differentiable.
+    """
+    return torch.ops.actupose.rectify(_plain("heatmaps", heatmaps), float(sigma), subcell)
 
 
 def soft_argmax(heatmaps, beta):
     """Expected cell of each heatmap under softmax(beta * heatmap), differentiable in the heatmaps.
 
-    On CUDA once, in reverse mode; forward-mode differentiation needs `reference.soft_argmax`.
+    On CUDA once, in reverse mode: a second derivative and forward mode are errors that
+    `reference.soft_argmax` does not have.
 
     heatmaps: (B, K, H, W) floating point, any strides; beta > 0. Returns coords (B, K, 2), cells (x, y),
     float32 (float64 for float64 heatmaps). Accuracy and errors as in `reference.soft_argmax`.
     """
-    _check_tensors(heatmaps=heatmaps)
+    _plain("heatmaps", heatmaps)   # a tensor
     if runs_triton(heatmaps):
-        return torch.ops.actupose.soft_argmax(heatmaps, float(beta))
+        return SoftArgmax.apply(heatmaps, float(beta))[0]
     # The operator's backward pass forms the probabilities again to save memory. Where the reference runs
     # anyway, autograd keeps them, which is faster.
     return reference.soft_argmax(heatmaps, float(beta))
@@ -82,10 +108,9 @@ def triplet_angle_distance(source, target, triplets, source_valid=None, target_v
     or none. Formula and errors as in `reference.triplet_angle_distance`; on a GPU a triplet that names no
     keypoint is not usable. Not differentiable.
     """
-    _check_tensors(source=source, target=target, triplets=triplets)
-    _check_masks(source_valid=source_valid, target_valid=target_valid)
     return torch.ops.actupose.triplet_angle_distance(
-        source.detach(), target.detach(), triplets, source_valid, target_valid, min_triplets)
+        _plain("source", source), _plain("target", target), _plain("triplets", triplets),
+        _optional("source_valid", source_valid), _optional("target_valid", target_valid), min_triplets)
 
 
 def similar_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=1,
@@ -97,8 +122,6 @@ def similar_pairs(source, target, triplets, gamma, source_valid=None, target_val
     learn P it waits for the GPU; with `capacity` it does not, and returns that many rows, the first ones,
     those beyond P filled with -1. Errors as in `reference.similar_pairs`.
     """
-    _check_tensors(source=source, target=target, triplets=triplets)
-    _check_masks(source_valid=source_valid, target_valid=target_valid)
     return torch.ops.actupose.similar_pairs(
-        source.detach(), target.detach(), triplets, float(gamma), source_valid, target_valid, min_triplets,
-        capacity)
+        _plain("source", source), _plain("target", target), _plain("triplets", triplets), float(gamma),
+        _optional("source_valid", source_valid), _optional("target_valid", target_valid), min_triplets, capacity)

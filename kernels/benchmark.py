@@ -1,30 +1,31 @@
 """Measures the operators against plain PyTorch:  python -m kernels.benchmark
 
-For each operator a table over sizes, dtypes and layouts, with one column for each provider:
+A table for each operator, and for three ways to call one (soft_argmax_gradient: forward and backward;
+similar_mask: triplet_angle_distance < gamma, the training step's; similar_pairs_capacity: without waiting for
+their number), over sizes, dtypes and layouts. A column is a provider and how it is timed:
 
-    triton         the operators of this package on CUDA tensors
-    eager          the same functions in plain PyTorch, `kernels.reference`
-    torch.compile  the reference compiled, with static shapes
-    NumPy          argmax only: as the field's published code decodes, on the host. The copy from the device
-                   is counted; the results stay on the host, as they do there.
+    triton               the operators of this package on CUDA tensors
+    triton, CUDA graph   the same, captured once and replayed
+    eager                the same functions in plain PyTorch, `kernels.reference`
+    torch.compile        the reference compiled, with static shapes; on CUDA with mode "reduce-overhead" too,
+                         which copies its input into a graph at each call
+    torch.max            argmax only: torch.max over the flattened map, without coordinates
+    NumPy                argmax only: the field's published code; the copy to the host counts
 
-A cell holds the median time, the effective rate (useful bytes or operations, see `heatmap_work` and
-`pose_work`, by that time), its share of the device's limit, and the peak of extra memory, outputs included.
-The limits are measured in the same run: the best bandwidth of large copies, bytes read and written, taken as
-the limit of reading alone and writing alone too; and the fp32 rate of a large matrix product without TF32. A
-product counts a multiply-add as two operations, which Eq. 7's difference, square and sum can be only in part:
-three quarters of that rate is all it can reach. Where an operator has both bytes and operations, the limit is
-that of the two which binds.
+    cold cache, GPU time   Between two events around one call. A buffer of four L2 caches is read before, so
+                           neither the data nor writes still to be made are in the cache, and the call is
+                           queued meanwhile, so the host's time does not show. Triton's own `do_bench` leaves
+                           its writes in the cache and counts the host's time where that is longer.
+    warm cache, GPU time   `triton.testing.do_bench_cudagraph`: calls in a row, in one graph
+    warm cache, host time  `torch.utils.benchmark.Timer`: wall time, with all that the call has to do
 
-Time on CUDA is the device's: the median between two events around one call, its data not in the cache (a
-buffer of twice the L2 cache is written first), queued while that buffer is being written, so that the
-latency of its launches does not show. Where the host is what limits, the latency does count: the columns
-"call" hold the wall time of one call in a long series, Python included. On the CPU the wall time of a call
-with warm caches is all there is. Triton's interpreter is never timed.
+A cell holds the median time and the limit's share of it in per cent. The limit is the time of what must be
+read plus that of what must be written, or of the arithmetic if longer, at rates measured in the same run.
 
-Before anything is timed, each operator is checked on fresh random inputs against the float64 reference; one
-that fails ends the run with status 1. A last table holds what calling an operator on CPU tensors costs over
-calling its reference directly.
+Then follows the host time of a call alone, what a small batch costs: on CUDA until the call returns, the
+queue empty; else on tiny CPU tensors with launches that do nothing. The last table says what an operator on
+CPU tensors, where it runs its reference, costs over that. Before anything is timed, each operator is checked
+against the float64 reference; one that fails ends the run with status 1. Triton's interpreter is never timed.
 """
 import argparse
 import json
@@ -33,254 +34,220 @@ import math
 import os
 import platform
 import secrets
-import statistics
+import subprocess
 import sys
-import tempfile
 import textwrap
 import time
-from dataclasses import dataclass
+import timeit
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
+from torch.utils.benchmark import Timer
 
 import kernels
 from kernels import common, reference
 
-HEATMAP_OPERATORS = ["heatmap_argmax", "soft_argmax", "soft_argmax_gradient"]
-POSE_OPERATORS = ["triplet_angle_distance", "similar_pairs"]
-OPERATORS = HEATMAP_OPERATORS + POSE_OPERATORS
-TITLES = {"heatmap_argmax": "heatmap_argmax", "soft_argmax": "soft_argmax, forward",
-          "soft_argmax_gradient": "soft_argmax, forward and backward",
-          "triplet_angle_distance": "triplet_angle_distance", "similar_pairs": "similar_pairs"}
-PROVIDERS = {"triton": "triton", "eager": "eager", "compile": "torch.compile", "numpy": "NumPy"}
+# What to call: m is `kernels` or its reference; the rest is from `map_inputs` or `pose_inputs`.
+HEATMAP_OPERATORS = {
+    "heatmap_argmax": lambda m, maps, weight, gradient: m.heatmap_argmax(maps),
+    "heatmap_argmax_mean": lambda m, maps, weight, gradient: m.heatmap_argmax_mean(maps, weight),
+    "rectify": lambda m, maps, weight, gradient: m.rectify(maps, SIGMA, True),
+    "soft_argmax": lambda m, maps, weight, gradient: m.soft_argmax(maps, BETA),
+    "soft_argmax_gradient": lambda m, maps, weight, gradient: m.soft_argmax(maps, BETA)}   # see `call_of`
+POSE_OPERATORS = {
+    "triplet_angle_distance": lambda m, gamma, *poses: m.triplet_angle_distance(*poses),
+    "similar_mask": lambda m, gamma, *poses: m.triplet_angle_distance(*poses) < gamma,
+    "similar_pairs": lambda m, gamma, *poses: m.similar_pairs(*poses[:3], gamma, *poses[3:]),
+    "similar_pairs_capacity": lambda m, gamma, *poses: m.similar_pairs(
+        *poses[:3], gamma, *poses[3:], capacity_for(len(poses[0]), len(poses[1])))}
+OPERATORS = HEATMAP_OPERATORS | POSE_OPERATORS
+PROVIDERS = {"triton": "triton", "graph": "triton, CUDA graph", "eager": "eager", "compile": "torch.compile",
+             "reduce": "torch.compile, reduce-overhead", "max": "torch.max", "numpy": "NumPy"}
+COLD, WARM, HOST = "cold cache, GPU time", "warm cache, GPU time", "warm cache, host time"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}
-BODY, HAND = (32, 16, 64, 64), (32, 21, 64, 64)  # the paper's batches of heatmaps (B, K, H, W)
-SKELETONS = [(16, 16), (14, 21)]  # triplets A and keypoints K of body and hand
-BETA = 10.0  # inverse temperature of the soft-argmax; its value does not matter for the time
-MIN_TRIPLETS = 4
-SIMILAR = 0.01  # part of the pairs below gamma, about what choosing similar poses keeps
+LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}   # training's first
+BODY, HAND = (32, 16, 64, 64), (32, 21, 64, 64)   # the paper's batches of heatmaps (B, K, H, W)
+LARGE = [(2048, 16, 64, 64), (64, 16, 256, 256), (4, 16, 1024, 1024)]   # 256 MB and more in float32
+BODY_POSE, HAND_POSE = (16, 16), (14, 21)   # triplets A, keypoints K
+BETA, SIGMA, MIN_TRIPLETS = 10.0, 2.0, 4   # their values do not matter for the time
+SIMILAR = 0.01   # part of the pairs below gamma, about what choosing similar poses keeps
+HOST_OPERATIONS = 5e9   # a call that needs more is not measured on a CPU
 
 
-@dataclass
-class Plan:
+class Plan(NamedTuple):
     """What to measure and for how long."""
     heatmaps: list     # (shape, dtype, layout) of each row
-    poses: list        # (S = T, masked) of each row, rising, for both skeletons; masked: a tenth is not valid
-    seconds: float     # spent on a cell, about
-    patience: float    # seconds for one call, above which a cell is left out
+    poses: list        # (S, T, A, K, masked) of each row; masked: a tenth of the keypoints is not valid
+    seconds: float = 0.0   # for a cell, about
 
 
-FULL = Plan([(shape, dtype, layout) for shape in (BODY, (1024, 16, 64, 64)) for dtype in DTYPES
-             for layout in LAYOUTS]
-            + [(shape, torch.float32, "contiguous")
-               for shape in (HAND, (64, 16, 256, 256), (4, 16, 1024, 1024))],
-            [(32, False), (256, False), (1024, False), (4096, False), (4096, True), (16384, False),
-             (65536, False)], seconds=0.5, patience=20.0)
-QUICK = Plan([(BODY, torch.float32, "contiguous"), (BODY, torch.bfloat16, "channels-last"),
-              ((256, 16, 64, 64), torch.float32, "contiguous")],
-             [(32, False), (512, False), (512, True), (2048, False)], seconds=0.1, patience=2.0)
-
-
-class CheckFailed(Exception):
-    """An operator's result is not the reference's."""
+FULL = Plan([(BODY, dtype, layout) for dtype in DTYPES for layout in LAYOUTS]
+            + [(shape, dtype, layout) for shape in (HAND, LARGE[0])
+               for dtype in (torch.float32, torch.bfloat16) for layout in LAYOUTS]
+            + [(shape, torch.float32, layout) for shape in LARGE[1:] for layout in LAYOUTS],
+            [(S, S, *BODY_POSE, S == 32) for S in (32, 256, 1024, 4096, 16384, 65536)]
+            + [(4096, 4096, *BODY_POSE, True), (32, 32, *HAND_POSE, True), (4096, 4096, *HAND_POSE, False)],
+            seconds=0.5)
+QUICK = Plan([(BODY, torch.float32, "channels-last"), (BODY, torch.bfloat16, "contiguous")],
+             [(32, 32, *BODY_POSE, True), (1024, 1024, *HAND_POSE, False)], seconds=0.1)
+CHECK = Plan([(shape, dtype, layout) for shape in (BODY, HAND, (5, 3, 37, 23), (1, 2, 1024, 1024))
+              for dtype in DTYPES for layout in LAYOUTS],
+             [(S, T, *pose, True) for pose in (BODY_POSE, HAND_POSE)
+              for S, T in ((32, 32), (33, 65), (300, 257))])
+STEP = Plan(QUICK.heatmaps[:1], QUICK.poses[:1])   # what training calls
+TINY = Plan([((2, 4, 8, 8), torch.float32, "channels-last")], [(4, 4, *BODY_POSE, True)])
 
 
 # Inputs and the work on them -------------------------------------------------------------------------------
 
-def heatmap_work(operator, shape, itemsize):
-    """Useful bytes of an operator on heatmaps (B, K, H, W): the maps once, or for forward and backward the
-    maps twice (the coordinates are needed before the gradient) and the gradient. The coordinates do not
-    count."""
-    return math.prod(shape) * itemsize * (3 if operator == "soft_argmax_gradient" else 1)
+def capacity_for(S, T):
+    """Rows for the similar pairs of S source and T target poses: twice what is expected."""
+    return 1 + round(2 * SIMILAR * S * T)
 
 
-def pose_work(operator, S, T, A):
-    """Useful bytes and operations for S source and T target poses with A triplets.
+def work(operator, shape, itemsize=4):
+    """Bytes that an operator must read, bytes that it must write, operations.
 
-    Eq. 7 takes a difference, a square and a sum for each pair and triplet; the angles, of which there are
-    S + T times A, do not count. Written are the matrix in float32, or the nominal SIMILAR of all pairs as two
-    int64.
+    shape: (B, K, H, W) of heatmaps, or (S, T, A, K) of S source and T target poses with A triplets. Heatmaps
+    are read once, or twice for forward and backward, as the coordinates are needed before the gradient. What
+    is small beside them does not count, nor do poses and angles. Eq. 7 takes a difference, a square and a sum
+    for each pair and triplet. The similar pairs are nominally SIMILAR of all.
     """
-    written = 4 * S * T if operator == "triplet_angle_distance" else round(16 * SIMILAR * S * T)
-    return written, 3 * S * T * A
+    if operator in HEATMAP_OPERATORS:
+        cells, gradient = math.prod(shape), operator == "soft_argmax_gradient"
+        written = itemsize if gradient else 4 if operator == "rectify" else 0
+        return dict(read_bytes=(1 + gradient) * itemsize * cells, written_bytes=written * cells, operations=0)
+    S, T, A, _ = shape
+    written = {"triplet_angle_distance": 4 * S * T, "similar_mask": S * T,
+               "similar_pairs": round(16 * SIMILAR * S * T),
+               "similar_pairs_capacity": 16 * capacity_for(S, T)}[operator]
+    return dict(read_bytes=0, written_bytes=written, operations=3 * S * T * A)
 
 
-def random_maps(shape, dtype, layout, generator):
-    """Heatmaps (B, K, H, W) in [0, 1), on the generator's device."""
+def map_inputs(shape, dtype, layout, generator, adverse=False):
+    """Heatmaps (B, K, H, W) in [0, 1), weights (B, K), gradient of the coordinates (B, K, 2). adverse: maps
+    with ties, and some that hold NaN, are -inf, constant, or have a high peak."""
     maps = torch.rand(shape, generator=generator, device=generator.device)
-    return maps.to(dtype).contiguous(memory_format=LAYOUTS[layout])
+    if adverse:
+        maps[:, ::2] = (8 * maps[:, ::2]).round() / 8
+        maps[0, 0, -1, 0] = maps[0, 0, 0, -1] = math.nan
+        for sample, value in zip(maps[1:-1], (-math.inf, 0.5, -1.0)):
+            sample[0] = value
+        maps[1:, :1][-1:, :, -1, -1] = 30.0   # the last sample, if not the only one
+    numbers = torch.linspace(0, 1, 2 * math.prod(shape[:2]), device=maps.device).view(*shape[:2], 2)
+    return maps.to(dtype).contiguous(memory_format=LAYOUTS[layout]), numbers[..., 0].contiguous(), numbers
 
 
-def random_poses(S, T, A, K, generator, masked=True):
-    """Arguments of the pose operators but gamma: source (S, K, 2), target (T, K, 2), triplets (A, 3),
-    source_valid (S, K), target_valid (T, K), min_triplets. masked: a tenth of the keypoints is not valid;
-    else there are no masks."""
+def pose_inputs(S, T, A, K, generator, masked=True):
+    """gamma, below which lie about SIMILAR of the pairs, and the arguments of triplet_angle_distance: source
+    (S, K, 2), target (T, K, 2), triplets (A, 3), source_valid (S, K), target_valid (T, K), min_triplets.
+    masked: a tenth of the keypoints is not valid; else there are no masks."""
     def rand(*shape):
         return torch.rand(shape, generator=generator, device=generator.device)
     triplets = rand(A, K).argsort(dim=1)[:, :3].contiguous()
-    valid = rand(S + T, K) < 0.9
+    source, target, valid = 64 * rand(S, K, 2), 64 * rand(T, K, 2), rand(S + T, K) < 0.9
     masks = (valid[:S], valid[S:]) if masked else (None, None)
-    return 64 * rand(S, K, 2), 64 * rand(T, K, 2), triplets, *masks, MIN_TRIPLETS
+    some = (mask if mask is None else mask[:512] for mask in masks)
+    few = reference.triplet_angle_distance(source[:512], target[:512], triplets, *some, MIN_TRIPLETS)
+    gamma = few.flatten().kthvalue(max(1, int(SIMILAR * few.numel()))).values.item()
+    return gamma, source, target, triplets, *masks, MIN_TRIPLETS
 
 
-def similarity_threshold(poses):
-    """gamma below which lie about SIMILAR of the pairs, from the distances among 512 poses of each side."""
-    source, target, triplets, source_valid, target_valid, least = poses
-    masks = (None if valid is None else valid[:512] for valid in (source_valid, target_valid))
-    few = reference.triplet_angle_distance(source[:512], target[:512], triplets, *masks, least)
-    return few.flatten().kthvalue(max(1, int(SIMILAR * few.numel()))).values.item()
+def cases(operator, plan, generator):
+    """Rows of an operator's table (dict) and their inputs, one at a time so that one lies in memory."""
+    if operator in HEATMAP_OPERATORS:
+        for shape, dtype, layout in plan.heatmaps:
+            inputs = map_inputs(shape, dtype, layout, generator, adverse=plan is CHECK)
+            yield dict(operator=operator, size="x".join(map(str, shape)), dtype=str(dtype)[6:], layout=layout,
+                       **work(operator, shape, dtype.itemsize)), inputs
+        return
+    for *shape, masked in plan.poses:
+        S, T, A, K = shape
+        if operator == "similar_mask" and S > 32 and plan is not CHECK:   # beyond what training calls
+            continue
+        yield dict(operator=operator, size=f"S = {S:,}, T = {T:,}, A = {A}, K = {K}", dtype="float32",
+                   layout="masks" if masked else "no masks", **work(operator, shape)
+                   ), pose_inputs(*shape, generator, masked)
 
 
-def name_of(dtype):
-    """"float32" for torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
-def with_gradient(soft_argmax, maps):
-    """A call of `soft_argmax` and its backward pass with a random gradient (B, K, 2) of the coordinates."""
-    maps = maps.detach().requires_grad_()
-    weights = torch.rand((*maps.shape[:2], 2), device=maps.device)
-    return lambda: torch.autograd.grad(soft_argmax(maps, BETA), maps, weights)
+def call_of(operator, module, inputs, wrap=lambda function: function):
+    """A call without arguments of the operator from `module` on `inputs`; `wrap`: what compiles it."""
+    function = wrap(lambda *inputs: OPERATORS[operator](module, *inputs))
+    if operator != "soft_argmax_gradient":
+        return lambda: function(*inputs)
+    maps, gradient = inputs[0].requires_grad_(), inputs[2]
+    return lambda: torch.autograd.grad(function(*inputs), maps, gradient)
 
 
 def decode_on_host(heatmaps):
     """The published decoding: a copy to the host, then NumPy's argmax and maximum over each flattened map."""
-    heatmaps = heatmaps.float() if heatmaps.dtype == torch.bfloat16 else heatmaps  # NumPy has no bfloat16
-    maps = heatmaps.cpu().numpy()
-    flat = maps.reshape(*maps.shape[:2], -1)
-    index, width = flat.argmax(2), maps.shape[3]
+    maps = heatmaps.float() if heatmaps.dtype == torch.bfloat16 else heatmaps   # NumPy has no bfloat16
+    flat, width = maps.cpu().numpy().reshape(*maps.shape[:2], -1), maps.shape[3]
+    index = flat.argmax(2)
     return np.stack((index % width, index // width), 2).astype(np.float32), flat.max(2)
 
 
-def implementations(operator):
-    """Functions of the operator, the reference, and the reference compiled with static shapes."""
-    name = "soft_argmax" if operator == "soft_argmax_gradient" else operator
-    plain = getattr(reference, name)
-    return {"triton": getattr(kernels, name), "eager": plain, "compile": torch.compile(plain, dynamic=False)}
-
-
-def heatmap_case(operator, maps, layout):
-    """A row of the tables (dict) and, by provider, the calls to time: on heatmaps (B, K, H, W)."""
-    calls = {}
-    for provider, function in implementations(operator).items():
-        if operator == "heatmap_argmax":
-            calls[provider] = lambda function=function: function(maps)
-        elif operator == "soft_argmax":
-            calls[provider] = lambda function=function: function(maps, BETA)
-        else:
-            calls[provider] = with_gradient(function, maps)
+def calls_of(operator, inputs, cuda):
+    """The calls to time, by provider."""
+    def compiled(**mode):
+        return call_of(operator, reference, inputs, lambda f: torch.compile(f, dynamic=False, **mode))
+    triton = call_of(operator, kernels, inputs)
+    calls = dict(triton=triton, graph=triton, eager=call_of(operator, reference, inputs), compile=compiled())
+    if cuda:
+        calls["reduce"] = compiled(mode="reduce-overhead")
     if operator == "heatmap_argmax":
-        calls["numpy"] = lambda: decode_on_host(maps)
-    coords = 4 * math.prod(maps.shape[:2]) * (3 if operator == "heatmap_argmax" else 2)
-    output = maps.nbytes if operator == "soft_argmax_gradient" else coords
-    work = heatmap_work(operator, maps.shape, maps.element_size())
-    # Differences, probabilities and gradients in float32, at most six at a time.
-    return dict(operator=operator, shape=list(maps.shape), dtype=name_of(maps.dtype), layout=layout,
-                useful_bytes=work, operations=0, output_bytes=output, eager_bytes=24 * maps.numel()), calls
-
-
-def pose_case(operator, poses):
-    """A row of the tables (dict) and, by provider, the calls to time: on the arguments of `random_poses`."""
-    S, T, A, K, masked = len(poses[0]), len(poses[1]), len(poses[2]), poses[0].shape[1], poses[3] is not None
-    if operator == "similar_pairs":
-        poses = (*poses[:3], similarity_threshold(poses), *poses[3:])
-    calls = {provider: lambda function=function: function(*poses)
-             for provider, function in implementations(operator).items()}
-    useful_bytes, operations = pose_work(operator, S, T, A)
-    # For each pair and triplet two differences in float32, a mask, and what summing them takes. The reference
-    # of the similar pairs has a block of rows at a time, some tens of MB.
-    eager_bytes = 10 * S * T * A if operator == "triplet_angle_distance" else useful_bytes
-    return dict(operator=operator, shape=[S, T, A, K], dtype="float32",
-                layout="masks" if masked else "no masks",
-                useful_bytes=useful_bytes, operations=operations, output_bytes=useful_bytes,
-                eager_bytes=eager_bytes), calls
-
-
-def cases(operator, plan, generator):
-    """The rows of an operator's table and their calls, one at a time so that one lies in memory."""
-    if operator in HEATMAP_OPERATORS:
-        for shape, dtype, layout in plan.heatmaps:
-            yield heatmap_case(operator, random_maps(shape, dtype, layout, generator), layout)
-    else:
-        for A, K in SKELETONS:
-            for S, masked in plan.poses:
-                yield pose_case(operator, random_poses(S, S, A, K, generator, masked))
+        calls |= dict(max=lambda: inputs[0].flatten(2).max(2), numpy=lambda: decode_on_host(inputs[0]))
+    return calls
 
 
 # Correctness -----------------------------------------------------------------------------------------------
 
-def check_heatmaps(operator, generator):
-    """Yields (case, largest error, allowed) on maps of the paper's sizes, of random sides, and large ones.
+def error_of(operator, inputs):
+    """The worst difference from the float64 reference: (by what is allowed, difference, allowed).
 
-    Allowed: nothing for the argmax (the error is the number of maps that differ); 1e-5 cells, times side / 64
-    beyond 64 cells, for the soft-argmax; for its gradient 1e-4 of the largest, and half a unit in the last
-    place of a dtype below float32.
+    Allowed: none for the argmax; 1e-5 for the mean confidence, for what rectify returns, and in cells for the
+    soft-argmax, times side / 64 beyond 64; for its gradient 1e-4 of the largest, and half a unit in the last
+    place of a dtype below float32; 1e-5 rad for distances, and from gamma for pairs that are wrong.
     """
-    sides = torch.randint(2, 90, (4,), generator=generator, device=generator.device).tolist()
-    for shape in BODY, HAND, (1 + sides[0] % 4, 1 + sides[1] % 24, *sides[2:]), (1, 2, 1024, 1024):
-        for dtype in DTYPES:
-            for layout in LAYOUTS:
-                maps = random_maps(shape, dtype, layout, generator)
-                if operator == "heatmap_argmax":
-                    maps[:, ::2] = (8 * maps[:, ::2]).round() / 8  # ties, of which the first counts
-                exact = maps.double().cpu()
-                name = f"{tuple(shape)} {name_of(dtype)} {layout}"
-                if operator == "heatmap_argmax":
-                    coords, confidence = kernels.heatmap_argmax(maps)
-                    true_coords, true_confidence = reference.heatmap_argmax(exact)
-                    wrong = (coords.cpu() != true_coords).any(2) | (confidence.cpu() != true_confidence)
-                    yield name, wrong.sum().item(), 0.0
-                elif operator == "soft_argmax":
-                    error = kernels.soft_argmax(maps, BETA).cpu() - reference.soft_argmax(exact, BETA)
-                    yield name, error.abs().max().item(), 1e-5 * max(1, max(shape[2:]) / 64)
-                else:
-                    weights = torch.rand((*shape[:2], 2), generator=generator, device=generator.device)
-                    maps, exact = maps.requires_grad_(), exact.requires_grad_()
-                    grad, = torch.autograd.grad(kernels.soft_argmax(maps, BETA), maps, weights)
-                    true, = torch.autograd.grad(reference.soft_argmax(exact, BETA), exact,
-                                                weights.double().cpu())
-                    rounding = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
-                    error = (grad.cpu() - true).abs().max() / true.abs().max()
-                    yield name, error.item(), 1e-4 + rounding
-
-
-def check_poses(operator, generator):
-    """Yields (case, largest error, allowed): 1e-5 rad for the distances, inf in the same places; for the
-    similar pairs, that many radians from gamma at most for a pair that is missing or too many."""
-    for A, K in SKELETONS:
-        for S, T in (32, 32), (33, 65), (300, 257):
-            poses = random_poses(S, T, A, K, generator)
-            exact = [value.cpu().double() if torch.is_tensor(value) and value.is_floating_point()
-                     else value.cpu() if torch.is_tensor(value) else value for value in poses]
-            distance = reference.triplet_angle_distance(*exact)
-            name = f"S = {S}, T = {T}, A = {A}, K = {K}"
-            if operator == "triplet_angle_distance":
-                ours = kernels.triplet_angle_distance(*poses).cpu()
-                error = torch.where(ours == distance, 0.0, (ours - distance).abs())  # inf equals inf
-                yield name, error.max().item(), 1e-5
-                continue
-            gamma = similarity_threshold(exact)
-            pairs = kernels.similar_pairs(*poses[:3], gamma, *poses[3:]).cpu()
-            found = torch.zeros((S, T), dtype=torch.bool)
+    exact = [value.detach().cpu() if torch.is_tensor(value) else value for value in inputs]
+    exact = [value.double() if getattr(value, "dtype", None) in DTYPES else value for value in exact]
+    ours = call_of(operator, kernels, inputs)()
+    if operator.startswith("similar"):
+        gamma, *poses = exact
+        distance, found = reference.triplet_angle_distance(*poses), ours.cpu()
+        if operator != "similar_mask":
+            pairs = found[found[:, 0] >= 0]
+            found = torch.zeros(distance.shape, dtype=torch.bool)
             found[pairs[:, 0], pairs[:, 1]] = True
-            wrong = found != (distance < gamma)
-            ordered = torch.equal(found.nonzero(), pairs)  # each pair once, row after row
-            yield name, (distance - gamma)[wrong].abs().amax().item() if wrong.any() else 0.0, 1e-5
-            yield name + ", order of the pairs", 0.0 if ordered else 1.0, 0.0
-
-
-def check(operator, device, seed):
-    """The worst of the operator's checks, as a dict. Raises CheckFailed for an error beyond the allowed."""
-    generator = torch.Generator(device).manual_seed(seed)
-    results = list((check_heatmaps if operator in HEATMAP_OPERATORS else check_poses)(operator, generator))
-    for case, error, allowed in results:
-        if not error <= allowed:  # a NaN fails too
-            raise CheckFailed(f"{TITLES[operator]} is wrong for {case}: error {error:.3g}, allowed "
-                              f"{allowed:.3g}; repeat it with --only {operator} --seed {seed}")
-    case, error, allowed = max(results, key=lambda result: result[1] / (result[2] or 1.0))
-    return dict(operator=operator, cases=len(results), largest_error=error, allowed=allowed, at=case)
+            if not torch.equal(found.nonzero(), pairs):   # each pair once, row after row
+                return math.inf, math.inf, 1e-5
+        error = ((distance - gamma).abs() * (found != (distance < gamma))).nan_to_num(0.0).max().item()
+        return error / 1e-5, error, 1e-5
+    true = call_of(operator, reference, exact)()
+    ours, true = (result if isinstance(result, tuple) else (result,) for result in (ours, true))
+    allowed = [1e-5] * len(true)
+    if operator.startswith("heatmap_argmax"):
+        allowed[:2] = 0.0, 0.0
+    elif operator == "soft_argmax":
+        allowed[0] *= max(1, max(inputs[0].shape[2:]) / 64)
+    elif operator == "soft_argmax_gradient":
+        rounding = 0.0 if inputs[0].dtype == torch.float32 else torch.finfo(inputs[0].dtype).eps / 2
+        allowed[0] = (1e-4 + rounding) * true[0].nan_to_num(0.0).abs().max().item()
+    errors = []
+    for our, their in zip(ours, true):
+        our, their = our.detach().cpu().double(), their.double()
+        same = (our == their) | (our.isnan() & their.isnan())
+        errors.append(torch.where(same, 0.0, (our - their).abs()).nan_to_num(math.inf))
+    if operator == "rectify":   # the Gaussian ends at 3 sigma; beside that it may end on either side
+        x, y = (torch.arange(size) - true[1][..., i, None] for i, size in enumerate(inputs[0].shape[:1:-1]))
+        x, y = ((offset.abs() - 3 * SIGMA).abs() < 0.01 for offset in (x, y))
+        errors[0][x[..., None, :] | y[..., :, None]] = 0.0
+    return max((error.max().item() / (limit or 1e-300), error.max().item(), limit)
+               for error, limit in zip(errors, allowed))
 
 
 # Time and memory -------------------------------------------------------------------------------------------
@@ -289,56 +256,48 @@ class Clock:
     """Times calls on one device; on CUDA it owns the buffer that displaces the cache."""
 
     def __init__(self, device, seconds):
-        self.device, self.seconds = device, seconds
-        if device.type == "cuda":
+        self.device, self.cuda, self.seconds = device, device.type == "cuda", seconds
+        if self.cuda:
             cache = torch.cuda.get_device_properties(device).L2_cache_size
-            self.buffer = torch.empty(max(2 * cache, 1 << 26), dtype=torch.uint8, device=device)
-            self.buffer_seconds = min(self.between_events(self.buffer.zero_, 0) for _ in range(10))
+            self.buffer = torch.ones(max(cache, 1 << 25), device=device)   # numbers of 4 bytes
+            self.flush_seconds = self.best(self.buffer.amax)
 
-    def between_events(self, call, displacements):
-        """Seconds of the device for a call, queued behind so many writes of the buffer."""
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        for _ in range(displacements):
-            self.buffer.zero_()
+    def between_events(self, call, flushes=1):
+        """Seconds of the device for a call, queued behind so many readings of the buffer."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(flushes):
+            self.buffer.amax()
         start.record()
         call()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1000
 
-    def once(self, call):
-        """Seconds that a call takes from the host's side, and that issuing it takes."""
-        self.wait()
-        start = time.perf_counter()
-        call()
-        issued = time.perf_counter() - start
-        self.wait()
-        return time.perf_counter() - start, issued
+    def best(self, call, repetitions=8):
+        """Seconds of the fastest of some calls."""
+        once = self.between_events if self.cuda else lambda call: timeit.timeit(call, number=1)
+        return min(once(call) for _ in range(repetitions))
 
-    def wait(self):
-        """Until the device has done everything."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def measure(self, call):
-        """Median and quartiles (ms) of a call that ran before; on CUDA also the time of a call in a series
-        (ms) and the peak of extra memory (bytes)."""
-        if self.device.type == "cpu":
-            return summary(repeat(lambda: self.once(call)[0], self.seconds))
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        whole, issued = self.once(call)
-        extra = torch.cuda.max_memory_allocated(self.device) - before
-        # Enough writes of the buffer that the host has issued the whole call before they end.
-        displacements = min(200, 1 + math.ceil(1.5 * issued / self.buffer_seconds))
-        times = repeat(lambda: self.between_events(call, displacements), self.seconds)
-        series = max(1, min(1000, int(self.seconds / 3 / whole)))
-
-        def calls():
-            for _ in range(series):
-                call()
-        per_call = [self.once(calls)[0] / series for _ in range(3)]
-        return summary(times) | dict(call_ms=1000 * statistics.median(per_call), extra_bytes=extra)
+    def measure(self, call, timing):
+        """Median and quartiles (ms) of a call that ran before; if COLD, the peak of extra memory (bytes)."""
+        if timing == WARM:
+            quartiles = common.triton.testing.do_bench_cudagraph(call, quantiles=[0.25, 0.5, 0.75])
+            return dict(ms=quartiles[1], quartiles=quartiles[::2])
+        if timing == HOST:
+            timer = Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
+            times, memory = timer.blocked_autorange(min_run_time=self.seconds).times, {}
+        else:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before, start = torch.cuda.memory_allocated(), time.perf_counter()
+            call()
+            issued = time.perf_counter() - start
+            memory = dict(extra_bytes=torch.cuda.max_memory_allocated() - before)
+            # Enough readings of the buffer that the host has issued the whole call before they end.
+            flushes = min(200, 1 + math.ceil(1.5 * issued / self.flush_seconds))
+            times = repeat(lambda: self.between_events(call, flushes), self.seconds)
+        low, median, high = (1000 * np.percentile(times, [25, 50, 75])).tolist()
+        return dict(ms=median, quartiles=[low, high], **memory)
 
 
 def repeat(sample, seconds):
@@ -349,200 +308,180 @@ def repeat(sample, seconds):
     return samples
 
 
-def summary(times):
-    """Median and quartiles in milliseconds of times in seconds."""
-    low, median, high = statistics.quantiles([1000 * t for t in times], n=4, method="inclusive")
-    return dict(ms=median, quartiles=[low, high], repetitions=len(times))
+def timing_of(provider, cuda):
+    """How a provider's calls are timed."""
+    if provider == "graph":
+        return WARM
+    return COLD if provider == "triton" or cuda and provider != "numpy" else HOST
+
+
+@common.triton.jit
+def empty_kernel(pointer):
+    """What a launch takes that has nothing to do."""
+    pass
 
 
 def measure_limits(clock):
-    """Best bandwidth of a large copy, bytes read and written (bytes/s), and the fp32 rate of a matrix product
-    of side n, 2 n^3 operations (operations/s)."""
-    cuda = clock.device.type == "cuda"
-    numbers, n = (1 << 28, 8192) if cuda else (1 << 26, 2048)
-    seconds = (lambda call: clock.between_events(call, 0)) if cuda else (lambda call: clock.once(call)[0])
+    """Best rates of reading, writing and copying (its bytes twice) large tensors, in bytes/s; of a matrix
+    product of side n in float32, 2 n^3 operations; on CUDA, seconds of an empty kernel."""
+    numbers, n = (1 << 28, 8192) if clock.cuda else (1 << 26, 2048)   # 1 GB
     source, target = torch.ones(2, numbers, device=clock.device)
-    copy = min(seconds(lambda: target.copy_(source)) for _ in range(8))
-    torch.set_float32_matmul_precision("highest")  # no TF32
+    torch.set_float32_matmul_precision("highest")   # no TF32
     factor = torch.rand(n, n, device=clock.device)
     product = torch.empty_like(factor)
-    mm = min(seconds(lambda: torch.mm(factor, factor, out=product)) for _ in range(4))
-    return dict(copy_bytes_per_second=8 * numbers / copy, fp32_operations_per_second=2 * n**3 / mm)
+    readings = source.sum, source.amax, lambda: source.view(4096, -1).amax(1)
+    limits = dict(read=4 * numbers / min(map(clock.best, readings)),
+                  write=4 * numbers / clock.best(lambda: target.fill_(2.0)),
+                  copy=8 * numbers / clock.best(lambda: target.copy_(source)),
+                  fp32=2 * n**3 / clock.best(lambda: torch.mm(factor, factor, out=product)), launch=None)
+    if clock.cuda and common.HAVE_TRITON:
+        launch = common.Launch(empty_kernel, (1,), (), {})
+        limits["launch"] = clock.best(lambda: launch(source), 100)
+    return limits
 
 
-def free_memory(device):
-    """Bytes that a cell may take: nine tenths of a GPU's free memory, a quarter of the host's (4 GB where the
-    system does not tell)."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        return 0.9 * torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return 4e9
-    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    return 1024 * int(fields["MemAvailable"].split()[0]) / 4
+def limit_ms(row, limits):
+    """The least time that a row can take. Three operations of Eq. 7 take the time of four of a product: a
+    difference alone, then square and sum as one multiply-add, which a product counts as two."""
+    return 1000 * max(row["read_bytes"] / limits["read"] + row["written_bytes"] / limits["write"],
+                      row["operations"] / (0.75 * limits["fp32"]))
 
 
-def why_skipped(row, provider, device, patience, pace):
-    """Why this cell is not to be measured, or None. `pace`: seconds per pair of poses of the row before."""
-    if provider == "triton" and not (device.type == "cuda" and common.HAVE_TRITON):
+def why_skipped(row, provider, cuda):
+    """Why this cell is not to be measured, or None."""
+    if provider in ("triton", "graph") and not (cuda and common.HAVE_TRITON):
         return "not measured"
-    # The compiler may merge the temporaries away. If not, a GPU says so; the host would run out of memory.
-    merged = provider == "triton" or provider == "compile" and device.type == "cuda"
-    need = row["output_bytes"] + (0 if merged else row["eager_bytes"])
-    if need > free_memory(device):
-        return f"needs {short(need / 1e9)} GB"
-    seconds = pace * row["shape"][0] * row["shape"][1]
-    if seconds > patience:
-        return f"about {short(seconds)} s a call"
-    return None
+    if provider == "graph" and row["operator"] == "similar_pairs":
+        return "waits for the GPU"
+    return "too much for a CPU" if not cuda and row["operations"] > HOST_OPERATIONS else None
 
 
-def measure_row(row, calls, clock, limits, patience, paces):
-    """Fill `row["providers"]` with a dict for each provider, and `row["speedup"]`, of Triton over eager.
-
-    `paces` holds the seconds per pair of poses at the size before, by provider and triplets, and is updated.
-    """
-    row["providers"] = {}
-    least = max(row["useful_bytes"] / limits["copy_bytes_per_second"],
-                row["operations"] / limits["fp32_operations_per_second"])
+def measure_row(row, calls, clock, limits):
+    """Fill `row["providers"]` with a dict for each provider, and `row["speedup"]`, of Triton over eager."""
+    row["limit_ms"], row["providers"] = limit_ms(row, limits), {}
     for provider, call in calls.items():
-        series = (row["operator"], provider, row["shape"][2])
-        reason = why_skipped(row, provider, clock.device, patience, paces.get(series, 0.0))
-        if reason:
-            row["providers"][provider] = dict(skipped=reason)
-            continue
+        cell = dict(skipped=why_skipped(row, provider, clock.cuda))
         try:
-            if provider == "compile":
-                torch.compiler.reset()  # else the rows would reach the limit of recompilations
-            call()
-            cell = clock.measure(call)
+            if not cell["skipped"]:
+                torch.compiler.reset()   # else the rows would reach the limit of recompilations
+                if clock.cuda:
+                    torch.cuda.empty_cache()
+                for _ in range(3 if provider == "reduce" else 1):   # it records its graph in the second
+                    call()
+                cell = clock.measure(call, timing_of(provider, clock.cuda))
+                cell["share"] = row["limit_ms"] / cell["ms"]
         except torch.OutOfMemoryError:
             cell = dict(skipped="out of memory")
-        except Exception as error:  # whatever a compiler that is missing or fails may raise
-            if provider != "compile":
+        except Exception as error:   # whatever a compiler that is missing, or a graph, may raise
+            if provider in ("triton", "eager"):
                 raise
             first = textwrap.shorten(str(error).strip().split("\n")[0], 60, placeholder=" ...")
             cell = dict(skipped=f"failed: {first}", error=str(error))
-        else:
-            seconds = cell["ms"] / 1000
-            cell |= dict(gb_per_second=row["useful_bytes"] / seconds / 1e9,
-                         gflop_per_second=row["operations"] / seconds / 1e9, share=least / seconds)
-            pairs = row["shape"][0] * row["shape"][1]
-            if row["operations"] and pairs >= 2 ** 16:   # below, what a call costs hides what a pair does
-                paces[series] = cell["quartiles"][0] / 1000 / pairs
         row["providers"][provider] = cell
     times = [row["providers"][provider].get("ms") for provider in ("triton", "eager")]
     row["speedup"] = times[1] / times[0] if all(times) else None
 
 
-def dispatch_cost(operators, seed, seconds):
-    """What an operator on CPU tensors costs over its reference: a dict for each, at the paper's sizes.
+@contextmanager
+def no_launches():
+    """Operators on CPU tensors do what they do on CUDA tensors, but launch nothing; results are arbitrary.
 
-    The two are called in turn, the order changing, and the ratio is the median of the ratios call by call:
-    what slows the machine down slows both.
+    Nor does anything look at the values of the triplets, in the reference neither, as on a GPU.
     """
-    generator, rows = torch.Generator().manual_seed(seed), []
-    for operator in operators:
-        if operator in HEATMAP_OPERATORS:
-            maps = random_maps(BODY, torch.float32, "contiguous", generator)
-            inputs = [heatmap_case(operator, maps, "contiguous")]
-        else:
-            inputs = [pose_case(operator, random_poses(32, 32, A, K, generator)) for A, K in SKELETONS]
-        clock = Clock(torch.device("cpu"), seconds)
-        for row, calls in inputs:
-            turn = [calls["triton"], calls["eager"]]  # on CPU tensors the operator runs no Triton
-            clock.once(turn[0]), clock.once(turn[1])
+    launches = []
 
-            def pair():
-                turn.reverse()
-                times = {call: clock.once(call)[0] for call in turn}
-                return times[calls["triton"]], times[calls["eager"]]
-            times = repeat(pair, seconds)
-            ratios = statistics.quantiles([ours / plain for ours, plain in times], n=4, method="inclusive")
-            rows.append(dict(operator=operator, shape=row["shape"], repetitions=len(times), ratio=ratios[1],
-                             quartiles=[ratios[0], ratios[2]],
-                             operator_ms=1000 * statistics.median(ours for ours, _ in times),
-                             reference_ms=1000 * statistics.median(plain for _, plain in times)))
+    def start(launch, pointers):
+        launches.append(launch)
+        return lambda *arguments: None
+    with mock.patch.multiple(common, INTERPRET=True, start=start), \
+            mock.patch.object(reference, "check_indices", lambda triplets, keypoints: None):
+        try:
+            yield
+        finally:
+            for launch in launches:   # an operator keeps its launches: the next call starts them
+                launch.run = None
+
+
+def host_times(operators, plan, device, seed, seconds, calls=1):
+    """What the host spends on an operator and on its reference until they return: a dict for each row.
+
+    The two take turns of so many calls, after as many that are not timed. What disturbs a turn only lengthens
+    it: the fastest counts.
+    """
+    def turn(call):
+        for _ in range(calls):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return timeit.timeit(call, number=calls) / calls
+
+    generator, rows = torch.Generator(device).manual_seed(seed), []
+    for row, inputs in (case for operator in operators for case in cases(operator, plan, generator)):
+        pair = [call_of(row["operator"], module, inputs) for module in (kernels, reference)]
+        ours, eager = (1e6 * np.min(repeat(lambda: [turn(call) for call in pair], seconds), axis=0)).tolist()
+        rows.append(row | dict(operator_us=ours, eager_us=eager, ratio=ours / eager))
     return rows
 
 
-# Tables --------------------------------------------------------------------------------------------------
+# Tables ----------------------------------------------------------------------------------------------------
 
 def short(value):
     """Three digits, without an exponent."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.6f}" if 0 < value < 0.001 else f"{value:.3g}"
 
 
-def shape_text(row):
-    """The sizes of a row in a few characters."""
-    if row["operator"] in POSE_OPERATORS:
-        S, T, A, K = row["shape"]
-        return f"S = T = {S:,}, A = {A}, K = {K}"
-    return "x".join(map(str, row["shape"]))
-
-
-def cell_text(row, cell):
-    """A cell of a table: time, rate, share of the limit and memory, or why there is none."""
-    if "skipped" in cell:
-        return cell["skipped"]
-    rate = cell["gflop_per_second"] if row["operations"] else cell["gb_per_second"]
-    extra = short(cell["extra_bytes"] / 1e6) if "extra_bytes" in cell else "-"
-    return f"{short(cell['ms'])} · {short(rate)} · {short(100 * cell['share'])} · {extra}"
-
-
-def table(head, lines):
+def print_table(title, head, lines):
     """A table in Markdown."""
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [head, ["---"] * len(head), *lines])
+    rows = ["| " + " | ".join(map(str, line)) + " |" for line in [head, ["---"] * len(head), *lines]]
+    print("\n".join([f"\n## {title}\n", *rows]), flush=True)
 
 
-def operator_table(rows, cuda):
+def print_operator(rows, cuda):
     """The table of one operator."""
-    rate = "GFLOP/s" if rows[0]["operations"] else "GB/s"
-    providers = list(rows[0]["providers"])
-    head = ["shape", "dtype", "layout", "output MB"]
-    head += [f"{PROVIDERS[p]}: ms · {rate} · % of limit · extra MB" for p in providers]
-    head += ["call, triton: ms", "call, eager: ms"] * cuda + ["triton over eager"]
+    head = ["size", "dtype", "layout", "limit, ms"]
+    head += [f"{PROVIDERS[p]}: ms (% of limit), {timing_of(p, cuda)}" for p in rows[0]["providers"]]
+    head += ["extra MB, triton", "extra MB, eager"] * cuda + ["triton over eager"]
     lines = []
     for row in rows:
-        line = [shape_text(row), row["dtype"], row["layout"], short(row["output_bytes"] / 1e6)]
-        line += [cell_text(row, row["providers"][p]) for p in providers]
-        calls = [row["providers"][p].get("call_ms") for p in ("triton", "eager")]
-        line += [short(call) if call else "-" for call in calls] * cuda
-        missing = "not measured" if "skipped" in row["providers"]["triton"] else "-"
-        lines.append(line + [f"{short(row['speedup'])}x" if row["speedup"] else missing])
-    return table(head, lines)
+        cells = row["providers"]
+        times = [cell.get("skipped") or f"{short(cell['ms'])} ({short(100 * cell['share'])})"
+                 for cell in cells.values()]
+        extra = [short(cells[p].get("extra_bytes", math.nan) / 1e6) for p in ("triton", "eager")] * cuda
+        lines.append([row["size"], row["dtype"], row["layout"], short(row["limit_ms"]), *times, *extra,
+                      f"{short(row['speedup'])}x" if row["speedup"] else "not measured"])
+    print_table(rows[0]["operator"], head, lines)
 
 
-def header(device, limits, seed):
+def print_host(title, rows):
+    """A table of `host_times`."""
+    print_table(title, ["operator", "size", "operator, us", "eager, us", "operator / eager"],
+                [[row["operator"], row["size"], short(row["operator_us"]), short(row["eager_us"]),
+                  f"{row['ratio']:.3f}"] for row in rows])
+
+
+def said_by(*command):
+    """What a command prints, or "unknown" where it is missing or fails."""
+    try:
+        return subprocess.run(command, cwd=Path(__file__).parents[1], text=True, capture_output=True,
+                              check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def header(device, seed):
     """What ran where, for the report."""
-    return dict(device=common.device_name(device), cuda=device.type == "cuda",
-                threads=torch.get_num_threads(), torch=torch.__version__, python=platform.python_version(),
-                triton=common.triton.__version__ if common.HAVE_TRITON else None, seed=seed, **limits)
-
-
-def show_progress(done, total, start, what):
-    """On a terminal, a line that says how far it is and how long it may take; it is wiped when done."""
-    if sys.stderr.isatty():
-        spent = time.monotonic() - start
-        left = f", about {spent / done * (total - done):.0f} s left" if done else ""
-        line = f"{done}/{total} {what}{left}" if done < total else ""
-        print("\r" + line.ljust(100), end="\r", file=sys.stderr, flush=True)
+    facts = dict(device=common.device_name(device))
+    if device.type == "cuda":
+        names = ["driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "clocks.max.mem"]
+        said = said_by("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader",
+                       f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}").split(", ")
+        facts |= dict(zip(names, said if len(said) == len(names) else ["unknown"] * len(names)))
+    return facts | {"commit": said_by("git", "describe", "--always", "--dirty", "--exclude=*"),
+                    "torch": torch.__version__, "Triton": getattr(common.triton, "__version__", "none"),
+                    "Python": platform.python_version(), "threads": torch.get_num_threads(), "seed": seed}
 
 
 # Command line ----------------------------------------------------------------------------------------------
-
-def writable_file(text):
-    """The path of a file to be written; ArgumentTypeError, before the long run, where that would fail."""
-    path = Path(text)
-    try:
-        if path.is_dir():
-            raise OSError("it is a directory")
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"cannot write {text}: {error.strerror or error}") from None
-    return path
-
 
 def main(arguments=None, plan=None):
     """Run the benchmark; returns the exit status: 1 if an operator is wrong. `plan`: in place of FULL."""
@@ -551,56 +490,59 @@ def main(arguments=None, plan=None):
     parser.error = lambda message: parser.exit(2, f"{message} (--help lists the options)\n")
     parser.add_argument("--quick", action="store_true", help="few sizes, measured shortly: about a minute")
     parser.add_argument("--only", choices=OPERATORS, metavar="NAME", help="one of " + ", ".join(OPERATORS))
-    parser.add_argument("--json", type=writable_file, metavar="FILE", help="write all figures as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
     parser.add_argument("--seed", type=int, help="of the random inputs [default: a new one]")
     options = parser.parse_args(arguments)
+    if options.json and (options.json.is_dir() or not os.access(options.json.parent, os.W_OK)):
+        parser.error(f"cannot write {options.json}")
     if common.INTERPRET:
         parser.exit(2, "Triton's interpreter is on, whose time would say nothing: unset TRITON_INTERPRET\n")
     plan = plan or (QUICK if options.quick else FULL)
-    operators = [options.only] if options.only else OPERATORS
-    device = torch.device("cpu")
+    operators = [options.only] if options.only else list(OPERATORS)
+    cpu = device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     seed = secrets.randbits(31) if options.seed is None else options.seed
     # Graph breaks and the like; a compilation that fails says so in its cell.
     torch._logging.set_logs(dynamo=logging.ERROR, inductor=logging.CRITICAL)
-    if device.type == "cpu":
-        print("No CUDA device: the Triton column is not measured (its interpreter's time would say nothing).")
     clock = Clock(device, plan.seconds)
-    result = dict(header=header(device, measure_limits(clock), seed), checks=[], rows=[], dispatch=[])
-    facts = result["header"]
-    print(f"{facts['device']}, {facts['threads']} threads; torch {facts['torch']}, Triton {facts['triton']}, "
-          f"Python {facts['python']}; seed {seed}")
-    print(f"Limits, measured: copy {short(facts['copy_bytes_per_second'] / 1e9)} GB/s, "
-          f"fp32 {short(facts['fp32_operations_per_second'] / 1e9)} GFLOP/s")
+    limits = measure_limits(clock)
+    result = dict(header=header(device, seed), limits=limits, checks=[], rows=[], host=[])   # after work
+    if not clock.cuda:
+        print("No CUDA device: the Triton columns are not measured; its interpreter's time says nothing.")
+    rates = [(f"{name}, GB/s", short(limits[name] / 1e9)) for name in ("read", "write", "copy")]
+    floor = "not measured" if limits["launch"] is None else short(1e6 * limits["launch"])
+    print_table("What ran where, and the limits measured there", ["what", "value"], [
+        *result["header"].items(), *rates, ("float32 product, GFLOP/s", short(limits["fp32"] / 1e9)),
+        ("an empty Triton kernel, us of GPU time", floor)])
 
-    try:
-        result["checks"] = [check(operator, device, seed) for operator in operators]
-    except CheckFailed as error:
-        print(error, file=sys.stderr)
-        return 1
-    print("\n## Largest errors against the float64 reference\n")
-    print(table(["operator", "cases", "largest error", "allowed", "at"],
-                [[TITLES[c["operator"]], c["cases"], f"{c['largest_error']:.2g}", f"{c['allowed']:.2g}",
-                  c["at"]] for c in result["checks"]]))
-    total = sum(len(plan.heatmaps) if operator in HEATMAP_OPERATORS else len(SKELETONS) * len(plan.poses)
-                for operator in operators)
-    start = time.monotonic()
     for operator in operators:
-        rows, paces = [], {}
-        for row, calls in cases(operator, plan, torch.Generator(device).manual_seed(seed)):
-            show_progress(len(result["rows"]), total, start, f"{TITLES[operator]} {shape_text(row)}")
-            measure_row(row, calls, clock, facts, plan.patience, paces)
+        errors = [(*error_of(operator, inputs), f"{row['size']} {row['dtype']} {row['layout']}")
+                  for row, inputs in cases(operator, CHECK, torch.Generator(device).manual_seed(seed))]
+        excess, error, allowed, at = max(errors)
+        if excess > 1:
+            print(f"{operator} is wrong for {at}: error {error:.3g}, allowed {allowed:.3g}; repeat it with "
+                  f"--only {operator} --seed {seed}", file=sys.stderr)
+            return 1
+        result["checks"].append(dict(operator=operator, error=error, allowed=allowed, at=at))
+    print_table("Largest errors against the float64 reference", ["operator", "error", "allowed", "at"],
+                [[check["operator"], f"{check['error']:.2g}", f"{check['allowed']:.2g}", check["at"]]
+                 for check in result["checks"]])
+    for operator in operators:
+        rows = []
+        for row, inputs in cases(operator, plan, torch.Generator(device).manual_seed(seed)):
+            measure_row(row, calls_of(operator, inputs, clock.cuda), clock, limits)
             rows.append(row)
-            result["rows"].append(row)
-        show_progress(total, total, start, "")
-        print(f"\n## {TITLES[operator]}\n\n{operator_table(rows, device.type == 'cuda')}", flush=True)
-    result["dispatch"] = dispatch_cost(operators, seed, 4 * plan.seconds)
-    print("\n## On CPU tensors: the operator over its reference called directly\n")
-    print(table(["operator", "shape", "operator ms", "reference ms", "ratio (median)", "quartiles"],
-                [[TITLES[d["operator"]], shape_text(d), short(d["operator_ms"]), short(d["reference_ms"]),
-                  f"{d['ratio']:.3f}", " - ".join(f"{q:.3f}" for q in d["quartiles"])]
-                 for d in result["dispatch"]]))
+        print_operator(rows, clock.cuda)
+        result["rows"] += rows
+    if common.HAVE_TRITON:
+        small = STEP if clock.cuda else TINY
+        free = [operator for operator in operators if operator != "similar_pairs"]   # which waits for the GPU
+        with nullcontext() if clock.cuda else no_launches():
+            result["host"] = host_times(free, small, device, seed, 4 * plan.seconds, 10)
+        print_host("Host time of a call" + ", launches doing nothing" * (not clock.cuda), result["host"])
+    result["dispatch"] = host_times(operators, STEP, cpu, seed, 4 * plan.seconds)
+    print_host("On CPU tensors: the operator over its reference called directly", result["dispatch"])
     if options.json:
         part = options.json.with_name(options.json.name + ".part")
         part.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What the operators share: where they run, how they are registered, and how programs divide heatmaps."""
+"""What the operators share: where they run, how they are registered and launched, how programs divide maps."""
 import platform
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,7 +11,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # not packaged outside Linux: kernels are then defined but never launched
-    triton = SimpleNamespace(jit=lambda function: function)
+    triton = SimpleNamespace(jit=lambda function=None, **options: function or (lambda function: function))
     tl = SimpleNamespace(constexpr=None)
     HAVE_TRITON = False
 else:
@@ -25,65 +25,51 @@ INTERPRET = HAVE_TRITON and triton.knobs.runtime.interpret
 # keeps Triton 3.9 from warning that its default will change.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
-TILE = 4096         # cells that a program holds at a time: the whole of a 64x64 map
-SMALL_TILE = 1024   # cells that small maps are gathered to
-PROGRAMS = 512      # a few for each multiprocessor of a large GPU
-SHARE = 16384       # cells; below about this a map is read before the launch that joins its shares has begun
+WARPS = 4096     # warps that give each of a large GPU's 132 multiprocessors half of what it holds
+PROGRAMS = 512
+SHARE = 16384    # cells; below about this a map is read before the launch that joins its shares has begun
 
 
-def runs_triton(*tensors):
-    """Whether an operator on these tensors launches its Triton kernel; elsewhere the PyTorch reference runs.
+def runs_triton(tensor):
+    """Whether an operator on this tensor launches its Triton kernel; elsewhere the PyTorch reference runs.
 
     CUDA tensors do, and CPU tensors when TRITON_INTERPRET=1 was in the environment at import. float64 is the
     reference's: the kernels compute in float32.
     """
-    if not HAVE_TRITON or any(tensor.dtype == torch.float64 for tensor in tensors):
-        return False
-    return tensors[0].is_cuda or (INTERPRET and tensors[0].device.type == "cpu")
+    return HAVE_TRITON and tensor.dtype != torch.float64 and (tensor.is_cuda or INTERPRET and tensor.is_cpu)
 
+
+# Operators --------------------------------------------------------------------------------------------------
 
 LIBRARY = torch.library.Library("actupose", "DEF")
 
 
-def join_batches(operator):
-    """vmap of an operator whose tensors all start with the batch B: the mapped dimension is joined to it."""
-    def rule(info, in_dims, *arguments):
-        joined, batch = [], 0
-        for argument, dim in zip(arguments, in_dims):
-            if isinstance(argument, torch.Tensor):
-                argument = argument.expand(info.batch_size, *argument.shape) if dim is None \
-                    else argument.movedim(dim, 0)
-                batch = argument.shape[1]
-                argument = argument.flatten(0, 1)
-            joined.append(argument)
-        results = operator(*joined)
-        if isinstance(results, torch.Tensor):
-            return results.unflatten(0, (info.batch_size, batch)), 0
-        return tuple(result.unflatten(0, (info.batch_size, batch)) for result in results), (0,) * len(results)
-    return rule
+def register(schema, on_gpu, plain, fake=None):
+    """Define the operator torch.ops.actupose.<name> with this schema, and return it.
 
-
-def register(schema, function, fake, vmap=join_batches):
-    """Make `function` the operator torch.ops.actupose.<name> with this schema, and return that.
-
-    fake: the same for tensors without data, for torch.compile; vmap: makes the operator's rule for
-    torch.func.vmap, if it has one. The parts of `torch.library` are used one by one because
-    `torch.library.custom_op`, which wraps them all, adds about 5 microseconds to every call.
+    on_gpu: launches its kernel; plain: its reference, which runs elsewhere; fake: the same for tensors without
+    data, for torch.compile, if it is not the reference itself. The parts of `torch.library` are used one by one
+    because `torch.library.custom_op`, which wraps them all, adds about 5 microseconds to every call.
     """
+    def operator(*arguments):
+        return on_gpu(*arguments) if runs_triton(arguments[0]) else plain(*arguments)
+
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-    operator = getattr(torch.ops.actupose, name).default
-    torch.library.register_fake(f"actupose::{name}", fake, lib=LIBRARY)
-    if vmap is not None:
-        torch.library.register_vmap(f"actupose::{name}", vmap(operator), lib=LIBRARY)
-    return operator
+    LIBRARY.impl(name, operator, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"actupose::{name}", fake or plain, lib=LIBRARY)
+    return getattr(torch.ops.actupose, name).default
+
+
+# Launches ---------------------------------------------------------------------------------------------------
+
+HERE = nullcontext()
 
 
 def device_of(tensor):
     """Context in which Triton launches on the tensor's GPU, whichever is the current one."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
-        return nullcontext()
+        return HERE
     return torch.cuda.device(tensor.device)
 
 
@@ -92,7 +78,7 @@ class Launch:
 
     Triton's own kernel[grid](...) looks at each argument of each call to find the code compiled for it, which
     takes longer than a small kernel runs. An operator therefore makes its launches once for each shape,
-    strides, dtype, device and alignment of its tensors and hands them nothing but pointers.
+    strides, dtype, device and alignment of its tensors (`plan_key`) and hands them nothing but pointers.
     sizes: the kernel's numbers, which follow its pointers; constants: its constexpr arguments, in order.
     """
 
@@ -122,8 +108,20 @@ def start(launch, pointers):
 
 def plan_key(tensor):
     """What compiled code depends on of a tensor: shape, strides, dtype, device, alignment."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16 == 0
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), tensor.data_ptr() % 16 == 0
 
+
+def ceil_div(a, b):
+    """a / b, rounded up. Triton's own takes 2 microseconds on the host, as does its next_power_of_2."""
+    return -(-a // b)
+
+
+def power_of_2(n):
+    """The smallest power of 2 that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+# How programs divide heatmaps -------------------------------------------------------------------------------
 
 class Layout(NamedTuple):
     """How programs divide heatmaps that they read where they lie, without a copy."""
@@ -131,50 +129,61 @@ class Layout(NamedTuple):
     strides: tuple     # of batch, keypoint, row, column
     flat: bool         # rows follow each other at the columns' stride: cell n lies at n * strides[3]
     block_k: int       # maps of a program
-    block_n: int       # cells that it holds at a time
+    lanes: int         # cells that it loads at a time
+    vector: int        # of them neighbours in memory, for one load of a thread
+    rows: int          # such loads of a step, all under way at once
+    warps: int
     programs: int      # over the maps
     shares: int        # programs over the cells of a map
     share: int         # cells of a share
 
 
-def one_stride(heatmaps):
-    """Whether all maps of all samples lie at one stride, so that B samples of K are as one of B K."""
-    return heatmaps.shape[0] == 1 or heatmaps.stride(0) == heatmaps.shape[1] * heatmaps.stride(1)
-
-
-def divide(heatmaps, join=True):
-    """Layout of `heatmaps` (B, K, H, W), B and K at least 1. join: take maps at one stride as one sample's.
-
-    A map whose cells are neighbours in memory is read along them; small ones share a program. In
-    channels-last heatmaps the neighbours are keypoints: a program takes as many of them as fill a 32-byte
-    sector, the least that a GPU's memory delivers. When there are fewer maps than a GPU has room for and they
-    are large, each is divided among several programs.
-    """
-    batch, keypoints, height, width = heatmaps.shape
-    stride_b, stride_k, stride_h, stride_w = heatmaps.stride()
-    cells = height * width
-    flat = height == 1 or width == 1 or stride_h == width * stride_w
-    if width == 1:
+def walk(shape, strides):
+    """Strides of batch, keypoint, row, column; whether rows follow each other at the columns' stride, so that
+    cell n lies at n times it; and whether a cell's neighbours in memory are keypoints, as in channels-last."""
+    stride_b, stride_k, stride_h, stride_w = strides
+    flat = shape[2] == 1 or shape[3] == 1 or stride_h == shape[3] * stride_w
+    if shape[3] == 1:
         stride_w = stride_h
-    if join and one_stride(heatmaps):
+    return stride_b, stride_k, stride_h, stride_w, flat, stride_k == 1 and stride_w != 1
+
+
+def divide(shape, strides, itemsize, split=True):
+    """Layout of heatmaps of that shape (B, K, H, W), B and K at least 1. split: large maps may have shares.
+
+    A thread loads 16 bytes at a time. Where a map's cells are neighbours in memory, these are cells; small
+    maps share a program. In channels-last heatmaps the neighbours are keypoints: a program takes as many as
+    fill a 32-byte sector, the least that a GPU's memory delivers, or 4 of them with twice the threads where
+    the programs would else not fill the GPU. Large maps, when few, are divided among several programs.
+
+        heatmaps, float32                     block_k  lanes x rows  warps  programs  shares
+        32 x 16 x 64 x 64                           1      1024 x 4      8       512       1
+        32 x 16 x 64 x 64, channels-last            4       512 x 4     16       128       1
+        1024 x 16 x 64 x 64, channels-last          8       128 x 4      8      2048       1
+        32 x 16 x 8 x 8                            16        64 x 1      8        32       1
+        4 x 16 x 1024 x 1024                        1      1024 x 4      8        64       8
+    """
+    batch, keypoints, height, width = shape
+    *strides, flat, across = walk(shape, strides)
+    if batch == 1 or strides[0] == keypoints * strides[1]:   # B samples of K maps are as one of B K
         batch, keypoints = 1, batch * keypoints
-    tile = TILE
-    if stride_k == 1 and stride_w != 1:
-        block_k = min(triton.next_power_of_2(keypoints), 32 // heatmaps.element_size())
-        tile = TILE // 2   # a thread has to do with several maps, and needs registers for each
+    cells = height * width
+    vector, tile = 16 // itemsize, 1024   # elements of a thread's load and of a program's
+    if across and batch * ceil_div(keypoints, 32 // itemsize) * 8 < WARPS // 2:
+        block_k, vector, tile = 4, 4, 2048
+    elif across:
+        block_k = 32 // itemsize
     else:
-        block_k = min(triton.next_power_of_2(keypoints), max(1, SMALL_TILE // triton.next_power_of_2(cells)))
-    block_n = min(triton.next_power_of_2(cells), tile // block_k)
-    programs = batch * triton.cdiv(keypoints, block_k)
-    shares = max(1, min(cells // SHARE, PROGRAMS // programs))
-    share = triton.cdiv(cells, shares * block_n) * block_n
-    return Layout(keypoints, (stride_b, stride_k, stride_h, stride_w), flat, block_k, block_n, programs,
-                  triton.cdiv(cells, share), share)
-
-
-def warps_for(tile, cells=16):
-    """Warps for a tile of so many cells, so many for each thread: more would spill its registers."""
-    return max(1, tile // (32 * cells))
+        block_k = max(1, tile // power_of_2(cells))
+    block_k = min(power_of_2(keypoints), block_k)
+    lanes = min(power_of_2(cells), tile // block_k)
+    rows = min(4, ceil_div(power_of_2(cells), lanes))
+    warps = max(1, block_k * lanes // (32 * vector))
+    programs = batch * ceil_div(keypoints, block_k)
+    shares = max(1, min(cells // SHARE, WARPS // (programs * warps))) if split else 1
+    share = ceil_div(cells, shares * rows * lanes) * rows * lanes
+    return Layout(keypoints, tuple(strides), flat, block_k, lanes, 1 if across else min(vector, lanes), rows, warps, programs,
+                  ceil_div(cells, share), share)
 
 
 @triton.jit

@@ -2,40 +2,61 @@
 
     (x, y) = argmax h[y, x],    confidence = h[y, x],    mean = sum_k w_k confidence_k / sum_k w_k  (Eq. 4)
 
-What it must move: every cell once, B K H W times 2 or 4 bytes, and 12 bytes a map of results. What it must
-do: a comparison or two for each cell, far less than a GPU can do in the time that the bytes take. So the time
-to reach is that of reading the maps; 32 x 16 x 64 x 64 floats are 8.4 MB, 2 microseconds from H200's memory.
+and `rectify`, the teacher's whole decoding (§3.2): the same, moved to the vertex of the parabola through the
+maximum and its neighbours, and a clean Gaussian drawn there.
+
+What it must move: every cell once, B K H W times 2 or 4 bytes, and 12 bytes a map of results; rectify writes
+B K H W floats besides. What it must do: a comparison or two for each cell, far less than a GPU can do in the
+time that the bytes take. 32 x 16 x 64 x 64 floats are 8.4 MB, 2.5 microseconds of an H100's memory.
 
 In PyTorch this is a flattening (a copy, unless the map lies contiguous), a maximum that writes int64 indices,
 a remainder, a division, a stack and conversions: eight launches, each longer than the reading. Here a program
-reads a map, or several small ones, in whatever layout, and writes three floats for each. Only when there are
-fewer maps than a GPU has room for, and they are large, is a map shared among programs; a second launch then
-picks among their candidates. The mean confidence of a sample, which Eq. 4 re-ranks by, is over maps of
-several programs: it too waits for the second launch, which reads K floats, rather than for atomic counters.
+reads a map, or several, in whatever layout. Each lane keeps the best of its cells, and one reduction picks
+among the lanes. Only when there are few maps and they are large is a map shared among programs; a second
+launch then picks among their candidates. The mean confidence of a sample is over maps of several programs: it
+too waits for the second launch, which reads K floats, rather than for atomic counters.
 
-A comparison of floats knows neither ties nor NaN as torch.max does: first cell wins, and the first NaN wins
-over everything. Each lane therefore keeps the best of its cells with their index, in rising order, and the
-lanes are reduced to the smallest index among the NaN, or else among the equals of the maximum.
+A comparison of floats knows neither ties nor NaN as torch.max does: the first cell wins, and the first NaN
+over everything. So a lane, which sees its cells in rising order, replaces only what is less; and lanes are
+compared as one integer, the value's bits in an order that integers have, then the cell, the first the largest.
 """
-from typing import Optional
+import functools
+import math
 
 import torch
-from torch import Tensor
 
 from kernels import reference
-from kernels.common import (COMPILE_OPTIONS, cell_offset, device_of, divide, maps_of_program,
-                            register, runs_triton, tl, triton, warps_for)
+from kernels.common import (Launch, cell_offset, device_of, divide, maps_of_program, plan_key, power_of_2,
+                            register, tl, triton)
 
 
 @triton.jit
-def first_maximum(value, index, none):
-    """Along axis 1: the index of the first NaN, else of the first maximum (index grows in no particular
-    order)."""
-    nan = value != value
-    any_nan = tl.max(nan.to(tl.int32), axis=1)
-    top = tl.max(tl.where(nan, float("-inf"), value), axis=1)
-    hit = nan | ((value == top[:, None]) & (any_nan == 0)[:, None])
-    return tl.min(tl.where(hit, index, none), axis=1)
+def first_maximum(value, n):
+    """Along axis 1: the n (>= 0) of the first NaN, else of the first maximum."""
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)   # -0 equals 0
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)   # two's complement from sign and magnitude
+    order = tl.where(value != value, 0x7FFFFFFF, order)
+    best = tl.max((order.to(tl.int64) << 32) | (0x7FFFFFFF - n).to(tl.int64), axis=1)
+    return 0x7FFFFFFF - (best & 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def best_cell(maps, exists, begin, end, width, stride_h, stride_w,
+              FLAT: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):
+    """The first maximum's cell of each map (BLOCK_K,) among the cells begin ... end - 1."""
+    lane = tl.arange(0, LANES)
+    best = tl.full((BLOCK_K, LANES), float("-inf"), tl.float32)
+    best_n = tl.zeros((BLOCK_K, LANES), tl.int32) + (begin + lane)[None, :]
+    for start in range(begin, end, ROWS * LANES):
+        for row in tl.static_range(ROWS):
+            n = start + row * LANES + lane
+            inside = exists[:, None] & (n < end)[None, :]
+            offset = cell_offset(n, width, stride_h, stride_w, FLAT)
+            value = tl.load(maps[:, None] + offset[None, :], mask=inside, other=float("-inf")).to(tl.float32)
+            better = (value > best) | ((value != value) & (best == best))
+            best = tl.where(better, value, best)
+            best_n = tl.where(better, n[None, :], best_n)
+    return first_maximum(best, best_n)
 
 
 @triton.jit
@@ -50,35 +71,24 @@ def store_cell(coords, confidence, maps, map_index, exists, n, width, stride_h, 
 
 
 @triton.jit
-def argmax_kernel(heatmaps, coords, confidence, candidates, keypoints, cells, width, share,
-                  stride_b, stride_k, stride_h, stride_w,
-                  FLAT: tl.constexpr, SHARED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
+def argmax_kernel(heatmaps, coords, confidence, candidates,
+                  keypoints, cells, width, share, stride_b, stride_k, stride_h, stride_w,
+                  FLAT: tl.constexpr, SHARED: tl.constexpr,
+                  BLOCK_K: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):
     """Program (block of maps, share of their cells): the maximum over the share, the result if it is all."""
     maps, map_index, exists = maps_of_program(heatmaps, keypoints, stride_b, stride_k, BLOCK_K)
-    lane = tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * share
-    # Every lane keeps the best of the cells it saw, in rising order, so that > alone keeps the first of
-    # equals.
-    best = tl.full((BLOCK_K, BLOCK_N), float("-inf"), tl.float32)
-    best_n = tl.zeros((BLOCK_K, BLOCK_N), tl.int32) + (begin + lane)[None, :]
-    for start in range(begin, tl.minimum(begin + share, cells), BLOCK_N):
-        n = start + lane
-        inside = exists[:, None] & (n < cells)[None, :]
-        offset = cell_offset(n, width, stride_h, stride_w, FLAT)
-        value = tl.load(maps[:, None] + offset[None, :], mask=inside, other=float("-inf")).to(tl.float32)
-        better = (value > best) | ((value != value) & (best == best))
-        best = tl.where(better, value, best)
-        best_n = tl.where(better, n[None, :], best_n)
-    first = first_maximum(best, best_n, cells)
+    n = best_cell(maps, exists, begin, tl.minimum(begin + share, cells), width, stride_h, stride_w,
+                  FLAT, BLOCK_K, LANES, ROWS)
     if SHARED:
-        tl.store(candidates + map_index * tl.num_programs(1) + tl.program_id(1), first, mask=exists)
+        tl.store(candidates + map_index * tl.num_programs(1) + tl.program_id(1), n, mask=exists)
     else:
-        store_cell(coords, confidence, maps, map_index, exists, first, width, stride_h, stride_w, FLAT)
+        store_cell(coords, confidence, maps, map_index, exists, n, width, stride_h, stride_w, FLAT)
 
 
 @triton.jit
-def finish_kernel(heatmaps, coords, confidence, candidates, weight, mean, keypoints, cells, width, shares,
-                  stride_b, stride_k, stride_h, stride_w, weight_b, weight_k,
+def finish_kernel(heatmaps, coords, confidence, candidates, weight, mean,
+                  keypoints, cells, width, shares, stride_b, stride_k, stride_h, stride_w, weight_b, weight_k,
                   FLAT: tl.constexpr, SHARED: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr,
                   BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
     """Program (sample): the maximum among the candidates of each map's shares; the mean confidence."""
@@ -96,11 +106,9 @@ def finish_kernel(heatmaps, coords, confidence, candidates, weight, mean, keypoi
             n = tl.load(candidates + map_index[:, None] * shares + s[None, :], mask=inside, other=0)
             offset = cell_offset(n, width, stride_h, stride_w, FLAT)
             value = tl.load(maps[:, None] + offset, mask=inside, other=float("-inf")).to(tl.float32)
-            # Lanes beyond the shares stand for -inf at cell 0, which is the result for a map of -inf all the
-            # same.
-            first = first_maximum(value, n, cells)
-            value = store_cell(coords, confidence, maps, map_index, exists, first, width, stride_h, stride_w,
-                               FLAT)
+            # Lanes beyond the shares stand for -inf at cell 0, the result for a map of -inf all the same.
+            value = store_cell(coords, confidence, maps, map_index, exists, first_maximum(value, n), width,
+                               stride_h, stride_w, FLAT)
         else:
             value = tl.load(confidence + map_index, mask=exists, other=0.0)
         if MEAN:
@@ -113,72 +121,134 @@ def finish_kernel(heatmaps, coords, confidence, candidates, weight, mean, keypoi
             total += w
     if MEAN:
         total_weight = tl.sum(total, axis=0)
-        tl.store(mean + b, tl.sum(weighted, axis=0) / tl.where(total_weight == 0.0, 1.0, total_weight))
+        tl.store(mean + b, tl.div_rn(tl.sum(weighted, axis=0), tl.where(total_weight == 0.0, 1.0, total_weight)))
 
 
-def decode(heatmaps, with_mean, weight=None):
-    """Coordinates, confidence and, if asked for, mean confidence of `heatmaps`, not float64, with Triton."""
-    batch, keypoints, height, width = heatmaps.shape
-    cells = height * width
-    coords = heatmaps.new_empty((batch, keypoints, 2), dtype=torch.float32)
-    confidence = heatmaps.new_empty((batch, keypoints), dtype=torch.float32)
-    mean = heatmaps.new_empty(batch if with_mean else 0, dtype=torch.float32)
+@triton.jit
+def vertex(maps, exists, n, top, i, size, step, width, stride_h, stride_w, FLAT: tl.constexpr):
+    """Offset from cell n, number i of `size` along an axis, to the vertex of the parabola through the maximum
+    `top` there and its neighbours `step` cells away: within +- 1/2, 0 at an edge or where it is flat."""
+    inner = exists & (i > 0) & (i < size - 1)
+    before = tl.load(maps + cell_offset(n - step, width, stride_h, stride_w, FLAT), mask=inner, other=0.0)
+    after = tl.load(maps + cell_offset(n + step, width, stride_h, stride_w, FLAT), mask=inner, other=0.0)
+    before, after = before.to(tl.float32), after.to(tl.float32)
+    curvature = 2.0 * top - before - after
+    curved = inner & ~(curvature <= 0.0)
+    offset = tl.div_rn(0.5 * (after - before), tl.where(curvature > 0.0, curvature, 1.0))
+    clamped = tl.minimum(tl.maximum(offset, -0.5), 0.5)
+    return tl.where(curved, tl.where(offset != offset, offset, clamped), 0.0)
+
+
+@triton.jit
+def rectify_kernel(heatmaps, coords, confidence, drawn,
+                   scale, radius, keypoints, cells, width, stride_b, stride_k, stride_h, stride_w,
+                   FLAT: tl.constexpr, SUBCELL: tl.constexpr,
+                   BLOCK_K: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):
+    """Program (block of maps): maximum, vertex, and the Gaussian exp2(scale * distance^2) within `radius`."""
+    maps, map_index, exists = maps_of_program(heatmaps, keypoints, stride_b, stride_k, BLOCK_K)
+    n = best_cell(maps, exists, 0, cells, width, stride_h, stride_w, FLAT, BLOCK_K, LANES, ROWS)
+    top = store_cell(coords, confidence, maps, map_index, exists, n, width, stride_h, stride_w, FLAT)
+    x = (n % width).to(tl.float32)
+    y = (n // width).to(tl.float32)
+    if SUBCELL:
+        x += vertex(maps, exists, n, top, n % width, width, 1, width, stride_h, stride_w, FLAT)
+        y += vertex(maps, exists, n, top, n // width, cells // width, width, width, stride_h, stride_w, FLAT)
+        tl.store(coords + 2 * map_index, x, mask=exists)
+        tl.store(coords + 2 * map_index + 1, y, mask=exists)
+    for start in range(0, cells, LANES):
+        cell = start + tl.arange(0, LANES)
+        dx = (cell % width).to(tl.float32)[None, :] - x[:, None]
+        dy = (cell // width).to(tl.float32)[None, :] - y[:, None]
+        beyond = (tl.abs(dx) > radius) | (tl.abs(dy) > radius)
+        gaussian = tl.where(beyond, 0.0, tl.exp2(scale * (dx * dx + dy * dy)))
+        tl.store(drawn + (map_index * cells)[:, None] + cell[None, :], gaussian,
+                 mask=exists[:, None] & (cell < cells)[None, :])
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(shape, strides, dtype, device, aligned, with_mean, weight):
+    """Launches of `heatmap_argmax` and, None where not needed, of its finish; the candidates of a map.
+
+    The arguments are the heatmaps' `plan_key`, and the weight's or None.
+    """
+    reference.check_heatmaps(shape, dtype)
+    batch, keypoints, height, width = shape
     if batch * keypoints == 0:
-        return coords, confidence, mean.zero_()
-    layout = divide(heatmaps)
+        return None, None, 0
+    layout = divide(shape, strides, dtype.itemsize)
     shared = layout.shares > 1
-    # Tensors that a launch does not touch stand in for those that it has no use for.
-    candidates = coords
-    if shared:
-        candidates = heatmaps.new_empty((batch * keypoints, layout.shares), dtype=torch.int32)
-    with device_of(heatmaps):
-        argmax_kernel[(layout.programs, layout.shares)](
-            heatmaps, coords, confidence, candidates, layout.keypoints, cells, width, layout.share,
-            *layout.strides, FLAT=layout.flat, SHARED=shared, BLOCK_K=layout.block_k, BLOCK_N=layout.block_n,
-            num_warps=warps_for(layout.block_k * layout.block_n), **COMPILE_OPTIONS)
-        if shared or with_mean:
-            block_s = triton.next_power_of_2(layout.shares)
-            finish_kernel[(batch,)](
-                heatmaps, coords, confidence, candidates, coords if weight is None else weight, mean,
-                keypoints, cells, width, layout.shares, *heatmaps.stride(),
-                *((0, 0) if weight is None else weight.stride()),
-                FLAT=layout.flat and width > 1, SHARED=shared, MEAN=with_mean, WEIGHTED=weight is not None,
-                BLOCK_K=min(triton.next_power_of_2(keypoints), max(1, 2048 // block_s)), BLOCK_S=block_s,
-                num_warps=4, **COMPILE_OPTIONS)
-    return coords, confidence, mean
+    first = Launch(argmax_kernel, (layout.programs, layout.shares),
+                   (layout.keypoints, height * width, width, layout.share, *layout.strides),
+                   dict(FLAT=layout.flat, SHARED=shared, BLOCK_K=layout.block_k, LANES=layout.lanes,
+                        ROWS=layout.rows), num_warps=layout.warps)
+    if not shared and not with_mean:
+        return first, None, 0
+    block_s = power_of_2(layout.shares)
+    finish = Launch(finish_kernel, (batch,),
+                    (keypoints, height * width, width, layout.shares, *strides, *(weight[1] if weight else (0, 0))),
+                    dict(FLAT=layout.flat and width > 1, SHARED=shared, MEAN=with_mean,
+                         WEIGHTED=weight is not None,
+                         BLOCK_K=min(power_of_2(keypoints), max(1, 512 // block_s)), BLOCK_S=block_s),
+                    num_warps=1)   # its sums stay within the warp
+    return first, finish, layout.shares if shared else 0
 
 
-def heatmap_argmax(heatmaps: Tensor):
-    """The operator behind `kernels.heatmap_argmax`, which says what it takes and returns."""
-    reference.check_heatmaps(heatmaps)
-    if runs_triton(heatmaps):
-        return decode(heatmaps, with_mean=False)[:2]
-    return reference.heatmap_argmax(heatmaps)
-
-
-def heatmap_argmax_mean(heatmaps: Tensor, weight: Optional[Tensor] = None):
-    """The operator behind `kernels.heatmap_argmax_mean`, which says what it takes and returns."""
-    reference.check_heatmaps(heatmaps)
-    reference.check_weight(weight, heatmaps)
-    if runs_triton(heatmaps):
-        return decode(heatmaps, True, weight)
-    return reference.heatmap_argmax_mean(heatmaps, weight)
-
-
-def fake_argmax(heatmaps):
-    """Shapes and dtypes of `heatmap_argmax`."""
-    reference.check_heatmaps(heatmaps)
+def heatmap_argmax(heatmaps, mean=None, weight=None):
+    """The operator behind `kernels.heatmap_argmax`. mean: (B,) that takes the mean confidences, or None."""
+    weight_key = None if weight is None else plan_key(weight)
+    first, finish, shares = plan(*plan_key(heatmaps), mean is not None, weight_key)
     batch, keypoints = heatmaps.shape[:2]
-    return (heatmaps.new_empty((batch, keypoints, 2), dtype=torch.float32),
-            heatmaps.new_empty((batch, keypoints), dtype=torch.float32))
+    coords = torch.empty((batch, keypoints, 2), dtype=torch.float32, device=heatmaps.device)
+    confidence = torch.empty((batch, keypoints), dtype=torch.float32, device=heatmaps.device)
+    if first is not None:
+        # A tensor that a launch does not touch stands in for one that it has no use for.
+        candidates = coords.new_empty((batch * keypoints, shares), dtype=torch.int32) if shares else coords
+        with device_of(heatmaps):
+            first(heatmaps, coords, confidence, candidates)
+            if finish is not None:
+                finish(heatmaps, coords, confidence, candidates, coords if weight is None else weight,
+                       coords if mean is None else mean)
+    elif mean is not None:
+        mean.zero_()   # samples without keypoints
+    return coords, confidence
 
 
-def fake_argmax_mean(heatmaps, weight=None):
-    """Shapes and dtypes of `heatmap_argmax_mean`."""
+def heatmap_argmax_mean(heatmaps, weight=None):
+    """The operator behind `kernels.heatmap_argmax_mean`."""
     reference.check_weight(weight, heatmaps)
-    return (*fake_argmax(heatmaps), heatmaps.new_empty(heatmaps.shape[:1], dtype=torch.float32))
+    mean = heatmaps.new_empty(heatmaps.shape[:1], dtype=torch.float32)
+    return *heatmap_argmax(heatmaps, mean, weight), mean
 
 
-register("heatmap_argmax(Tensor heatmaps) -> (Tensor coords, Tensor confidence)", heatmap_argmax, fake_argmax)
+@functools.lru_cache(maxsize=1024)
+def plan_rectify(shape, strides, dtype, device, aligned, sigma, subcell):
+    """The launch of `rectify`, or None where there are no maps."""
+    reference.check_heatmaps(shape, dtype)
+    reference.check_sigma(sigma)
+    if shape[0] * shape[1] == 0:
+        return None
+    layout = divide(shape, strides, dtype.itemsize, split=False)
+    return Launch(rectify_kernel, (layout.programs,),
+                  (-0.5 / (sigma * sigma * math.log(2)), 3 * sigma + 1e-3, layout.keypoints,
+                   shape[2] * shape[3], shape[3], *layout.strides),
+                  dict(FLAT=layout.flat, SUBCELL=subcell, BLOCK_K=layout.block_k, LANES=layout.lanes,
+                       ROWS=layout.rows), num_warps=layout.warps)
+
+
+def rectify(heatmaps, sigma, subcell=False):
+    """The operator behind `kernels.rectify`."""
+    launch = plan_rectify(*plan_key(heatmaps), sigma, subcell)
+    drawn = heatmaps.new_empty(heatmaps.shape, dtype=torch.float32)
+    coords, confidence = drawn.new_empty((*drawn.shape[:2], 2)), drawn.new_empty(drawn.shape[:2])
+    if launch is not None:
+        with device_of(heatmaps):
+            launch(heatmaps, coords, confidence, drawn)
+    return drawn, coords, confidence
+
+
+register("heatmap_argmax(Tensor heatmaps) -> (Tensor coords, Tensor confidence)",
+         heatmap_argmax, reference.heatmap_argmax)
 register("heatmap_argmax_mean(Tensor heatmaps, Tensor? weight=None) -> "
-         "(Tensor coords, Tensor confidence, Tensor mean)", heatmap_argmax_mean, fake_argmax_mean)
+         "(Tensor coords, Tensor confidence, Tensor mean)", heatmap_argmax_mean, reference.heatmap_argmax_mean)
+register("rectify(Tensor heatmaps, float sigma, bool subcell=False) -> "
+         "(Tensor maps, Tensor cells, Tensor confidence)", rectify, reference.rectify)

@@ -6,14 +6,20 @@ cells of the heatmap; angles are in radians.
 import torch
 
 
-def check_heatmaps(heatmaps):
-    """Raise TypeError / ValueError unless `heatmaps` is a floating (B, K, H, W) tensor with H, W >= 1."""
-    if heatmaps.dim() != 4:
-        raise ValueError(f"heatmaps must have 4 dimensions (B, K, H, W), got shape {tuple(heatmaps.shape)}")
-    if not heatmaps.is_floating_point():
-        raise TypeError(f"heatmaps must be floating point, got {heatmaps.dtype}: convert them with .float()")
-    if not 0 < heatmaps.shape[2] * heatmaps.shape[3] < 2 ** 31:
-        raise ValueError(f"heatmaps must have from 1 to 2^31 - 1 cells, got shape {tuple(heatmaps.shape)}")
+def check_heatmaps(shape, dtype):
+    """Raise TypeError / ValueError unless heatmaps (B, K, H, W) are floating point, of 1 to 2^20 cells."""
+    if len(shape) != 4:
+        raise ValueError(f"heatmaps must have 4 dimensions (B, K, H, W), got shape {tuple(shape)}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"heatmaps must be floating point, got {dtype}: convert them with .float()")
+    if not 0 < shape[2] * shape[3] <= 2 ** 20:
+        raise ValueError(f"heatmaps must have from 1 to 2^20 cells, got shape {tuple(shape)}")
+
+
+def check_sigma(sigma):
+    """Raise ValueError unless the Gaussian's deviation in cells is positive and finite."""
+    if not 0 < sigma < float("inf"):
+        raise ValueError(f"sigma must be positive and finite, got {sigma}")
 
 
 def check_beta(beta):
@@ -101,7 +107,7 @@ def heatmap_argmax(heatmaps):
     row-major order and the first NaN wins over every number; a map of -inf decodes to cell (0, 0). Not
     differentiable. Raises ValueError for a wrong shape, TypeError for a dtype that is not floating point.
     """
-    check_heatmaps(heatmaps)
+    check_heatmaps(heatmaps.shape, heatmaps.dtype)
     confidence, index = heatmaps.detach().flatten(2).max(dim=2)
     width = heatmaps.shape[3]
     coords = torch.stack((index % width, index // width), dim=2)
@@ -115,13 +121,57 @@ def heatmap_argmax_mean(heatmaps, weight=None):
     mean (B,), float32: sum(weight * confidence) / sum(weight) over the keypoints whose weight is not 0, and 0
     where none is. Raises as `heatmap_argmax`, and for a weight of another shape, dtype or device.
     """
-    check_heatmaps(heatmaps)
+    check_heatmaps(heatmaps.shape, heatmaps.dtype)
     check_weight(weight, heatmaps)
     coords, confidence = heatmap_argmax(heatmaps)
     weight = torch.ones_like(confidence) if weight is None else weight.detach().float()
     total = weight.sum(dim=1)
     weighted = torch.where(weight == 0, 0.0, weight * confidence).sum(dim=1)
     return coords, confidence, weighted / torch.where(total == 0, 1.0, total)
+
+
+def subcell_offset(heatmaps, cells, confidence):
+    """From the maximum's cell to the vertex of the parabola through it and its neighbours, on each axis.
+
+    heatmaps: (B, K, H, W); cells (B, K, 2), confidence (B, K): their maxima. Returns (B, K, 2) within +- 1/2.
+    """
+    height, width = heatmaps.shape[-2:]
+    flat, index = heatmaps.flatten(2), cells.long()
+    offset = []
+    for axis, (size, step) in enumerate(((width, 1), (height, width))):
+        i, at = index[..., axis], index[..., 1] * width + index[..., 0]
+        edge = (i == 0) | (i == size - 1)
+        before = flat.gather(2, torch.where(edge, at, at - step)[..., None])[..., 0].float()
+        after = flat.gather(2, torch.where(edge, at, at + step)[..., None])[..., 0].float()
+        curvature = 2 * confidence - before - after
+        vertex = 0.5 * (after - before) / torch.where(curvature > 0, curvature, 1.0)
+        offset.append(torch.where(edge | (curvature <= 0), 0.0, vertex.clamp(-0.5, 0.5)))
+    return torch.stack(offset, -1)
+
+
+def draw_gaussians(cells, height, width, sigma):
+    """Gaussians of height 1 at cells (B, K, 2), (x, y), cut at 3 sigma on each axis -> (B, K, H, W)."""
+    radius = 3 * sigma + 1e-3                     # 3 sigma itself is inside, as in the published targets
+    profiles = []
+    for axis, size in enumerate((width, height)):
+        offset = torch.arange(size, device=cells.device, dtype=cells.dtype) - cells[..., axis, None]
+        profiles.append(torch.exp(-offset ** 2 / (2 * sigma ** 2)) * (offset.abs() <= radius))
+    return profiles[1][..., :, None] * profiles[0][..., None, :]
+
+
+def rectify(heatmaps, sigma, subcell=False):
+    """Each heatmap redrawn as a clean Gaussian of height 1 at its maximum: the teacher's pseudo-labels (§3.2).
+
+    heatmaps: (B, K, H, W) floating point; sigma: the Gaussian's deviation in cells, cut at 3 sigma on each
+    axis; subcell: at the vertex of `subcell_offset`, else at the cell. Returns maps (B, K, H, W), cells (B,
+    K, 2) as (x, y) and confidence (B, K), the maximum, all float32 and contiguous. Not differentiable. Raises
+    as `heatmap_argmax`, and ValueError for sigma <= 0.
+    """
+    check_sigma(sigma)
+    cells, confidence = heatmap_argmax(heatmaps)
+    if subcell:
+        cells = cells + subcell_offset(heatmaps.detach(), cells, confidence)
+    return draw_gaussians(cells, *heatmaps.shape[2:], sigma), cells, confidence
 
 
 def soft_argmax(heatmaps, beta):
@@ -132,7 +182,7 @@ def soft_argmax(heatmaps, beta):
     float64 for sides up to 64, and in proportion beyond. Raises ValueError for a wrong shape or beta <= 0,
     TypeError for a dtype that is not floating point.
     """
-    check_heatmaps(heatmaps)
+    check_heatmaps(heatmaps.shape, heatmaps.dtype)
     check_beta(beta)
     probability = cell_probabilities(heatmaps, beta)
     coords = expected_cell(probability, probability.dtype)
@@ -143,11 +193,11 @@ def soft_argmax(heatmaps, beta):
     return coords + (exact - coords).detach()
 
 
-def soft_argmax_backward(grad_coords, heatmaps, coords, beta):
+def soft_argmax_backward(heatmaps, grad_coords, coords, stats, beta):
     """Gradient of `soft_argmax`: d/dh_n = beta p_n ((x_n - X) g_x + (y_n - Y) g_y), with (X, Y) = coords.
 
-    grad_coords: (B, K, 2), the gradient g of the loss with respect to the coordinates. Returns (B, K, H, W)
-    in the dtype and memory layout of the heatmaps.
+    grad_coords: (B, K, 2), the gradient g of the loss with respect to the coordinates; stats: the kernel's,
+    not used. Returns (B, K, H, W) in the dtype and memory layout of the heatmaps.
     """
     height, width = heatmaps.shape[2:]
     xs = torch.arange(width, dtype=coords.dtype, device=coords.device)

@@ -7,42 +7,25 @@ What they must move: the forward pass reads every cell once, the backward pass r
 gradient. What they must do: an exponential and about ten additions and products for each cell and pass.
 
 In PyTorch the probabilities are a tensor as large as the maps: written, read for each marginal, kept for the
-backward pass, read there again beside two more of its size. Here a program of the forward pass holds the
-running maximum and three sums, of the weights exp(beta (h - maximum)) and of those times x and y, while it
-reads a map once; when the maximum grows, the sums so far are scaled down. It writes X, Y and, for the
-backward pass, the maximum and the sum of the weights: from these a program of the backward pass forms the
-probability of any cell again, without a look at the others.
+backward pass, read there again beside two more of its size. Here each lane of a program holds a running
+maximum and three sums over its cells, of the weights exp(beta (h - maximum)) and of those times x and y; when
+the maximum grows, the sums so far are scaled down. Lanes are joined once, after the last cell, so that no
+thread waits for another while maps are read. A program writes X, Y and, for the backward pass, the maximum and
+the sum of the weights: from these a program of the backward pass forms the probability of any cell again,
+without a look at the others. It has a tile of cells, and no loop.
 
-The sums run in float64. A distinct peak far from the centre, plus thousands of small weights, each of which
-rounds the sum so far, would be off by 4e-5 cells in float32; a data-centre GPU has the float64 additions to
-spare while it waits for the maps. The weights themselves are float32, and coordinates are summed from the
-map's centre, which together keeps the result within 1e-5 cells of float64 at 64 cells a side.
+Four cells of a lane are summed in float32, everything beyond in float64. A distinct peak far from the centre,
+plus thousands of small weights, each of which rounds the sum so far, would be off by 4e-5 cells in float32
+alone; conversions to float64 for every cell would keep the memory waiting. Coordinates are summed from the
+map's centre. Together that keeps the result within 1e-5 cells of float64 at 64 cells a side.
 """
+import functools
+
 import torch
-from torch import Tensor
 
 from kernels import reference
-from kernels.common import (COMPILE_OPTIONS, LIBRARY, cell_offset, device_of, divide, join_batches,
-                            maps_of_program, one_stride, register, runs_triton, tl, triton, warps_for)
-
-
-def forward_options(block_k, block_n):
-    """Compile options of the forward kernel, for blocks of maps and of cells.
-
-    Where a thread has several maps, it keeps sums of 8 bytes for each, and takes fewer cells. Left to itself
-    the assembler still spills one or two of these to fit a further program in; hence maxnreg.
-    """
-    if block_k > 4:
-        return dict(num_warps=warps_for(block_k * block_n, 8), maxnreg=160, **COMPILE_OPTIONS)
-    return dict(num_warps=warps_for(block_k * block_n), **COMPILE_OPTIONS)
-
-
-@triton.jit
-def load_cells(maps, exists, n, end, width, stride_h, stride_w, FLAT: tl.constexpr):
-    """Cells n (BLOCK_N,) of each map as float32 (BLOCK_K, BLOCK_N), -inf from `end` on: probability zero."""
-    inside = exists[:, None] & (n < end)[None, :]
-    offset = cell_offset(n, width, stride_h, stride_w, FLAT)
-    return tl.load(maps[:, None] + offset[None, :], mask=inside, other=float("-inf")).to(tl.float32)
+from kernels.common import (LIBRARY, Launch, ceil_div, cell_offset, device_of, divide, maps_of_program,
+                            plan_key, power_of_2, register, tl, triton, walk)
 
 
 @triton.jit
@@ -62,50 +45,76 @@ def exponential(beta, difference):
 
 
 @triton.jit
+def join(top, total, x, y, beta):
+    """Sums (BLOCK_K, N) of parts, each from its own maximum, as sums (BLOCK_K,) from the largest, and that."""
+    shift = finite_or_zero(tl.max(top, axis=1))
+    kept = exponential(beta, top - shift[:, None]).to(tl.float64)
+    return shift, tl.sum(kept * total, axis=1), tl.sum(kept * x, axis=1), tl.sum(kept * y, axis=1)
+
+
+@triton.jit
 def store_result(coords, stats, map_index, exists, top, total, x, y, width, height):
     """Write the expected cell, given sums from the map's centre, and what the backward pass needs."""
     total = tl.where(exists, total, 1.0)
     tl.store(coords + 2 * map_index, (x / total + 0.5 * (width - 1)).to(tl.float32), mask=exists)
     tl.store(coords + 2 * map_index + 1, (y / total + 0.5 * (height - 1)).to(tl.float32), mask=exists)
-    tl.store(stats + 2 * map_index, top.to(tl.float32), mask=exists)
+    tl.store(stats + 2 * map_index, top, mask=exists)
     tl.store(stats + 2 * map_index + 1, total.to(tl.float32), mask=exists)
 
 
 @triton.jit
-def forward_kernel(heatmaps, coords, stats, partial, beta, keypoints, cells, share,
-                   stride_b, stride_k, stride_h, stride_w, WIDTH: tl.constexpr, FLAT: tl.constexpr,
-                   SHARED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Program (block of maps, share of their cells): the sums over the share, the result if it is all."""
+def forward_kernel(heatmaps, coords, stats, partial,
+                   beta, keypoints, cells, share, stride_b, stride_k, stride_h, stride_w,
+                   WIDTH: tl.constexpr, FLAT: tl.constexpr, SHARED: tl.constexpr,
+                   BLOCK_K: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr):
+    """Program (block of maps, share of their cells): the sums over the share, the result if it is all.
+
+    A step is over ROWS tiles of (BLOCK_K, LANES, VECTOR). A thread has the whole vectors of its lanes, in
+    all rows, and adds them in its registers.
+    """
     maps, map_index, exists = maps_of_program(heatmaps, keypoints, stride_b, stride_k, BLOCK_K)
     height = cells // WIDTH
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, cells)
-    top = tl.full((BLOCK_K,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_K,), tl.float64)
-    total_x = tl.zeros((BLOCK_K,), tl.float64)
-    total_y = tl.zeros((BLOCK_K,), tl.float64)
-    for start in range(begin, end, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        value = load_cells(maps, exists, n, end, WIDTH, stride_h, stride_w, FLAT)
-        new_top = tl.maximum(top, tl.max(value, axis=1))
+    top = tl.full((BLOCK_K, LANES), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_K, LANES), tl.float64)
+    total_x = tl.zeros((BLOCK_K, LANES), tl.float64)
+    total_y = tl.zeros((BLOCK_K, LANES), tl.float64)
+    cell = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    for start in range(begin, end, ROWS * LANES * VECTOR):
+        values = ()
+        new_top = top
+        for row in tl.static_range(ROWS):   # all loads are under way before the first is used
+            n = start + row * LANES * VECTOR + cell
+            inside = exists[:, None, None] & (n < end)[None, :, :]
+            offset = cell_offset(n, WIDTH, stride_h, stride_w, FLAT)
+            value = tl.load(maps[:, None, None] + offset[None, :, :], mask=inside, other=float("-inf"))
+            values = values + (value.to(tl.float32),)   # outside -inf, whose probability is zero
+            new_top = tl.maximum(new_top, tl.max(values[row], axis=2))
         shift = finite_or_zero(new_top)
-        weight = exponential(beta, value - shift[:, None])
-        x = (n % WIDTH).to(tl.float32) - 0.5 * (WIDTH - 1)
-        y = (n // WIDTH).to(tl.float32) - 0.5 * (height - 1)
+        sums = tl.zeros((BLOCK_K, LANES, VECTOR), tl.float32)
+        sums_x = tl.zeros((BLOCK_K, LANES, VECTOR), tl.float32)
+        sums_y = tl.zeros((BLOCK_K, LANES, VECTOR), tl.float32)
+        for row in tl.static_range(ROWS):
+            n = start + row * LANES * VECTOR + cell
+            weight = exponential(beta, values[row] - shift[:, :, None])
+            sums += weight
+            sums_x += weight * ((n % WIDTH).to(tl.float32) - 0.5 * (WIDTH - 1))[None, :, :]
+            sums_y += weight * ((n // WIDTH).to(tl.float32) - 0.5 * (height - 1))[None, :, :]
         kept = exponential(beta, top - shift).to(tl.float64)
-        total = total * kept + tl.sum(weight.to(tl.float64), axis=1)
-        total_x = total_x * kept + tl.sum((weight * x[None, :]).to(tl.float64), axis=1)
-        total_y = total_y * kept + tl.sum((weight * y[None, :]).to(tl.float64), axis=1)
+        total = total * kept + tl.sum(sums.to(tl.float64), axis=2)
+        total_x = total_x * kept + tl.sum(sums_x.to(tl.float64), axis=2)
+        total_y = total_y * kept + tl.sum(sums_y.to(tl.float64), axis=2)
         top = new_top
+    top, sum_all, sum_x, sum_y = join(top, total, total_x, total_y, beta)
     if SHARED:
         entry = partial + 4 * (map_index * tl.num_programs(1) + tl.program_id(1))
         tl.store(entry, top, mask=exists)
-        tl.store(entry + 1, total, mask=exists)
-        tl.store(entry + 2, total_x, mask=exists)
-        tl.store(entry + 3, total_y, mask=exists)
+        tl.store(entry + 1, sum_all, mask=exists)
+        tl.store(entry + 2, sum_x, mask=exists)
+        tl.store(entry + 3, sum_y, mask=exists)
     else:
-        top = finite_or_zero(top)
-        store_result(coords, stats, map_index, exists, top, total, total_x, total_y, WIDTH, height)
+        store_result(coords, stats, map_index, exists, top, sum_all, sum_x, sum_y, WIDTH, height)
 
 
 @triton.jit
@@ -116,138 +125,145 @@ def join_kernel(coords, stats, partial, beta, maps, shares, width, height,
     s = tl.arange(0, BLOCK_S)
     inside = (map_index < maps)[:, None] & (s < shares)[None, :]
     entry = partial + 4 * (map_index[:, None] * shares + s[None, :])
-    tops = tl.load(entry, mask=inside, other=float("-inf"))
-    shift = finite_or_zero(tl.max(tops, axis=1))
-    kept = exponential(beta, (tops - shift[:, None]).to(tl.float32)).to(tl.float64)
-    total = tl.sum(kept * tl.load(entry + 1, mask=inside, other=0.0), axis=1)
-    x = tl.sum(kept * tl.load(entry + 2, mask=inside, other=0.0), axis=1)
-    y = tl.sum(kept * tl.load(entry + 3, mask=inside, other=0.0), axis=1)
-    store_result(coords, stats, map_index, map_index < maps, shift, total, x, y, width, height)
+    top, total, x, y = join(tl.load(entry, mask=inside, other=float("-inf")).to(tl.float32),
+                            tl.load(entry + 1, mask=inside, other=0.0),
+                            tl.load(entry + 2, mask=inside, other=0.0),
+                            tl.load(entry + 3, mask=inside, other=0.0), beta)
+    store_result(coords, stats, map_index, map_index < maps, top, total, x, y, width, height)
 
 
 @triton.jit
-def backward_kernel(heatmaps, grad_coords, coords, stats, grad_heatmaps, beta, keypoints, cells, share,
-                    stride_b, stride_k, stride_h, stride_w, grad_b, grad_k, grad_h, grad_w,
+def backward_kernel(heatmaps, grad_coords, coords, stats, grad_heatmaps,
+                    beta, keypoints, cells, stride_b, stride_k, stride_h, stride_w,
+                    grad_b, grad_k, grad_h, grad_w,
                     WIDTH: tl.constexpr, FLAT: tl.constexpr, GRAD_FLAT: tl.constexpr,
                     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Program (block of maps, share of their cells): each cell is read, and its gradient written."""
+    """Program (block of maps, block of cells): each cell is read, and its gradient written."""
     maps, map_index, exists = maps_of_program(heatmaps, keypoints, stride_b, stride_k, BLOCK_K)
     grads, _, _ = maps_of_program(grad_heatmaps, keypoints, grad_b, grad_k, BLOCK_K)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = exists[:, None] & (n < cells)[None, :]
+    offset = cell_offset(n, WIDTH, stride_h, stride_w, FLAT)
+    value = tl.load(maps[:, None] + offset[None, :], mask=inside, other=0.0).to(tl.float32)
     shift = tl.load(stats + 2 * map_index, mask=exists, other=0.0)
-    slope = beta / tl.load(stats + 2 * map_index + 1, mask=exists, other=1.0)
+    slope = tl.div_rn(beta, tl.load(stats + 2 * map_index + 1, mask=exists, other=1.0))
     x = tl.load(coords + 2 * map_index, mask=exists, other=0.0)
     y = tl.load(coords + 2 * map_index + 1, mask=exists, other=0.0)
     slope_x = slope * tl.load(grad_coords + 2 * map_index, mask=exists, other=0.0)
     slope_y = slope * tl.load(grad_coords + 2 * map_index + 1, mask=exists, other=0.0)
-    begin = tl.program_id(1) * share
-    end = tl.minimum(begin + share, cells)
-    for start in range(begin, end, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        value = load_cells(maps, exists, n, end, WIDTH, stride_h, stride_w, FLAT)
-        weight = exponential(beta, value - shift[:, None])
-        along_x = ((n % WIDTH).to(tl.float32)[None, :] - x[:, None]) * slope_x[:, None]
-        along_y = ((n // WIDTH).to(tl.float32)[None, :] - y[:, None]) * slope_y[:, None]
-        offset = cell_offset(n, WIDTH, grad_h, grad_w, GRAD_FLAT)
-        grad = (weight * (along_x + along_y)).to(grad_heatmaps.dtype.element_ty)
-        tl.store(grads[:, None] + offset[None, :], grad, mask=exists[:, None] & (n < end)[None, :])
+    weight = exponential(beta, value - shift[:, None])
+    along_x = ((n % WIDTH).to(tl.float32)[None, :] - x[:, None]) * slope_x[:, None]
+    along_y = ((n // WIDTH).to(tl.float32)[None, :] - y[:, None]) * slope_y[:, None]
+    grad = (weight * (along_x + along_y)).to(grad_heatmaps.dtype.element_ty)
+    offset = cell_offset(n, WIDTH, grad_h, grad_w, GRAD_FLAT)
+    tl.store(grads[:, None] + offset[None, :], grad, mask=inside)
 
 
-def launch(heatmaps, beta):
-    """Coordinates (B, K, 2) and statistics (B, K, 2) of `heatmaps`, any strides, not float64, with Triton."""
-    batch, keypoints, height, width = heatmaps.shape
-    maps = batch * keypoints
-    coords = heatmaps.new_empty((batch, keypoints, 2), dtype=torch.float32)
-    stats = torch.empty_like(coords)
-    if maps == 0:
-        return coords, stats
-    layout = divide(heatmaps)
+@functools.lru_cache(maxsize=1024)
+def plan(shape, strides, dtype, device, aligned, beta):
+    """Launches of the forward pass and, None where not needed, of the join; the shares of a map."""
+    reference.check_heatmaps(shape, dtype)
+    reference.check_beta(beta)
+    batch, keypoints, height, width = shape
+    if batch * keypoints == 0:
+        return None, None, 0
+    layout = divide(shape, strides, dtype.itemsize)
     shared = layout.shares > 1
-    # A tensor that the launch does not touch stands in for the one that it has no use for.
-    partial = coords.new_empty((maps, layout.shares, 4), dtype=torch.float64) if shared else stats
-    with device_of(heatmaps):
-        forward_kernel[(layout.programs, layout.shares)](
-            heatmaps, coords, stats, partial, beta, layout.keypoints, height * width, layout.share,
-            *layout.strides, WIDTH=width, FLAT=layout.flat, SHARED=shared, BLOCK_K=layout.block_k,
-            BLOCK_N=layout.block_n, **forward_options(layout.block_k, layout.block_n))
-        if shared:
-            block_s = triton.next_power_of_2(layout.shares)
-            block_k = max(1, 512 // block_s)
-            join_kernel[(triton.cdiv(maps, block_k),)](
-                coords, stats, partial, beta, maps, layout.shares, width, height, BLOCK_K=block_k,
-                BLOCK_S=block_s, num_warps=4, **COMPILE_OPTIONS)
+    first = Launch(forward_kernel, (layout.programs, layout.shares),
+                   (beta, layout.keypoints, height * width, layout.share, *layout.strides),
+                   dict(WIDTH=width, FLAT=layout.flat, SHARED=shared, BLOCK_K=layout.block_k,
+                        LANES=layout.lanes // layout.vector, ROWS=layout.rows, VECTOR=layout.vector),
+                   num_warps=layout.warps)
+    if not shared:
+        return first, None, 0
+    block_s = power_of_2(layout.shares)
+    block_k = max(1, 512 // block_s)
+    return first, Launch(join_kernel, (ceil_div(batch * keypoints, block_k),),
+                         (beta, batch * keypoints, layout.shares, width, height),
+                         dict(BLOCK_K=block_k, BLOCK_S=block_s)), layout.shares
+
+
+@functools.lru_cache(maxsize=1024)
+def plan_backward(shape, strides, dtype, device, aligned, grad_strides, beta):
+    """The launch of the backward pass, or None where there are no maps."""
+    batch, keypoints, height, width = shape
+    if batch * keypoints == 0:
+        return None
+    cells = height * width
+    (*read, read_flat, _), (*written, flat, across) = (walk(shape, of) for of in (strides, grad_strides))
+    block_k = min(power_of_2(keypoints), 16 if across else max(1, 2048 // power_of_2(cells)))
+    block_n = min(power_of_2(cells), 2048 // block_k)
+    return Launch(backward_kernel, (batch * ceil_div(keypoints, block_k), ceil_div(cells, block_n)),
+                  (beta, keypoints, cells, *read, *written),
+                  dict(WIDTH=width, FLAT=read_flat, GRAD_FLAT=flat, BLOCK_K=block_k, BLOCK_N=block_n),
+                  num_warps=max(1, block_k * block_n // 512))
+
+
+def forward(heatmaps, beta):
+    """Coordinates (B, K, 2) as of `kernels.soft_argmax`, and (B, K, 2) numbers for the backward pass."""
+    first, finish, shares = plan(*plan_key(heatmaps), beta)
+    coords = heatmaps.new_empty((*heatmaps.shape[:2], 2), dtype=torch.float32)
+    stats = torch.empty_like(coords)
+    if first is not None:
+        # A tensor that the launch does not touch stands in for the one that it has no use for.
+        partial = coords.new_empty((coords.numel() // 2, shares, 4), dtype=torch.float64) if shares else stats
+        with device_of(heatmaps):
+            first(heatmaps, coords, stats, partial)
+            if finish is not None:
+                finish(coords, stats, partial)
     return coords, stats
 
 
-def launch_backward(grad_coords, heatmaps, coords, stats, beta):
-    """Gradient (B, K, H, W) in the dtype and layout of `heatmaps`, with Triton."""
-    batch, keypoints, height, width = heatmaps.shape
+def plain_forward(heatmaps, beta):
+    """The same in plain PyTorch, whose backward pass forms the softmax anew."""
+    coords = reference.soft_argmax(heatmaps.detach(), beta)
+    return coords, torch.zeros_like(coords)
+
+
+def backward(heatmaps, grad_coords, coords, stats, beta):
+    """Gradient (B, K, H, W) of the heatmaps in their dtype and layout, given that of the coordinates."""
     grad_heatmaps = torch.empty_like(heatmaps)
-    if batch * keypoints == 0:
-        return grad_heatmaps
-    join = one_stride(heatmaps) and one_stride(grad_heatmaps)
-    read, written = divide(heatmaps, join), divide(grad_heatmaps, join)
-    with device_of(heatmaps):
-        backward_kernel[(written.programs, written.shares)](
-            heatmaps, grad_coords.contiguous(), coords, stats, grad_heatmaps, beta, written.keypoints,
-            height * width, written.share, *read.strides, *written.strides, WIDTH=width, FLAT=read.flat,
-            GRAD_FLAT=written.flat, BLOCK_K=written.block_k, BLOCK_N=written.block_n,
-            num_warps=warps_for(written.block_k * written.block_n), **COMPILE_OPTIONS)
+    others = [tensor.contiguous() for tensor in (grad_coords, coords, stats)]
+    shape, strides, dtype, device, aligned = plan_key(heatmaps)
+    aligned = aligned and all(tensor.data_ptr() % 16 == 0 for tensor in others)
+    launch = plan_backward(shape, strides, dtype, device, aligned, grad_heatmaps.stride(), beta)
+    if launch is not None:
+        with device_of(heatmaps):
+            launch(heatmaps, *others, grad_heatmaps)
     return grad_heatmaps
 
 
-def soft_argmax_forward(heatmaps: Tensor, beta: float):
-    """Coordinates (B, K, 2) as of `kernels.soft_argmax`, and (B, K, 2) numbers for the backward pass."""
-    reference.check_heatmaps(heatmaps)
-    reference.check_beta(beta)
-    if runs_triton(heatmaps):
-        return launch(heatmaps, beta)
-    coords = reference.soft_argmax(heatmaps, beta)
-    return coords, torch.zeros_like(coords)   # the reference's backward pass forms the softmax anew
+class SoftArgmax(torch.autograd.Function):
+    """(heatmaps, beta) -> coordinates and the numbers of the backward pass; reverse mode, any number of times.
+
+    By hand: `torch.library.register_autograd` costs some 60 microseconds more per forward and backward pass,
+    and is silent about forward mode, which raises here.
+    """
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(heatmaps, beta):
+        return forward_op(heatmaps, beta)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.beta = inputs[1]
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(inputs[0], *output)
+
+    @staticmethod
+    def backward(ctx, grad_coords, _):
+        if torch.is_grad_enabled():   # with create_graph=True the gradient may be differentiated itself
+            heatmaps, beta = ctx.saved_tensors[0], ctx.beta
+            return torch.func.vjp(lambda maps: reference.soft_argmax(maps, beta), heatmaps)[1](grad_coords)[0], None
+        heatmaps, coords, stats = ctx.saved_tensors
+        return backward_op(heatmaps, grad_coords, coords, stats, ctx.beta), None
 
 
-def soft_argmax_backward(grad_coords, heatmaps, coords, stats, beta):
-    """Gradient (B, K, H, W) of the heatmaps, given that of the coordinates (B, K, 2)."""
-    if runs_triton(heatmaps):
-        return launch_backward(grad_coords, heatmaps, coords, stats, beta)
-    return reference.soft_argmax_backward(grad_coords, heatmaps, coords, beta)
-
-
-def fake_forward(heatmaps, beta):
-    """Shapes and dtypes of `soft_argmax_forward`."""
-    reference.check_heatmaps(heatmaps)
-    reference.check_beta(beta)
-    dtype = torch.float64 if heatmaps.dtype == torch.float64 else torch.float32
-    coords = heatmaps.new_empty((heatmaps.shape[0], heatmaps.shape[1], 2), dtype=dtype)
-    return coords, torch.empty_like(coords)
-
-
-def save_for_backward(ctx, inputs, output):
-    """What the backward pass needs: the heatmaps, and two numbers of each beside the result."""
-    ctx.beta = inputs[1]
-    ctx.save_for_backward(inputs[0], *output)
-
-
-def backward(ctx, grad_coords, grad_stats):
-    """Autograd's rule: (B, K, 2) -> gradients of heatmaps and, none, of beta."""
-    return backward_op(grad_coords, *ctx.saved_tensors, ctx.beta), None
-
-
-def no_second_backward(ctx, grad):
-    """Autograd's rule for the gradient's own gradient: an error, where torch would say zero."""
-    raise RuntimeError("soft_argmax is differentiable once: its gradient has none of its own. Use "
-                       "kernels.reference.soft_argmax for second derivatives")
-
-
-backward_op = register(
-    "soft_argmax_backward(Tensor grad_coords, Tensor heatmaps, Tensor coords, Tensor stats, float beta) -> "
-    "Tensor",
-    soft_argmax_backward, lambda grad_coords, heatmaps, coords, stats, beta: torch.empty_like(heatmaps))
-torch.library.register_autograd("actupose::soft_argmax_backward", no_second_backward, lib=LIBRARY)
 forward_op = register("soft_argmax_forward(Tensor heatmaps, float beta) -> (Tensor coords, Tensor stats)",
-                      soft_argmax_forward, fake_forward)
-torch.library.register_autograd("actupose::soft_argmax_forward", backward, setup_context=save_for_backward,
-                                lib=LIBRARY)
+                      forward, plain_forward)
+backward_op = register("soft_argmax_backward(Tensor heatmaps, Tensor grad_coords, Tensor coords, Tensor stats, "
+                       "float beta) -> Tensor", backward, reference.soft_argmax_backward)
 LIBRARY.define("soft_argmax(Tensor heatmaps, float beta) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-torch.library.register_vmap("actupose::soft_argmax", join_batches(torch.ops.actupose.soft_argmax.default),
-                            lib=LIBRARY)
-LIBRARY.impl("soft_argmax", lambda heatmaps, beta: forward_op(heatmaps, beta)[0], "CompositeImplicitAutograd")
+LIBRARY.impl("soft_argmax", lambda heatmaps, beta: SoftArgmax.apply(heatmaps, beta)[0],
+             "CompositeImplicitAutograd")

@@ -14,24 +14,22 @@ on 4 warps take 87 instructions per warp and triplet on sm_90, 64 of them the ar
 Pruning costs nothing where there is nothing to prune. An angle that is not usable is infinite, and one that
 is NaN so large that its square is: a tile whose sums are finite is done, any other starts again and counts.
 
-The list of similar pairs comes from running one kernel twice on the same table: first it counts the pairs of
-each row, then, where the running sum of the counts says, it writes them. The same compiled code decides both
-times, so that the counts are right to the last pair, and rows and columns come in rising order whatever the
-order of the programs. Two 65,536 x 65,536 passes take two numbers per row, not the 17 GB of the matrix.
+The list of similar pairs comes from running one kernel twice on the table: first it counts the pairs of each
+row, then, where the running sum of the counts says, it writes them. The same compiled code decides twice, so
+the counts are right to the last pair, and the order of the programs does not show. Two 65,536 x 65,536 passes
+take two numbers per row, not the 17 GB of the matrix.
 """
-from functools import lru_cache, partial
-from math import prod
+import functools
+import math
 from types import SimpleNamespace
-from typing import Optional
 
 import torch
-from torch import Tensor
 
-from kernels import common, reference
-from kernels.common import PROGRAMS, Launch, plan_key, register, runs_triton, tl, triton
+from kernels import reference
+from kernels.common import PROGRAMS, Launch, ceil_div, device_of, plan_key, register, tl, triton
 
-# Tile of (BLOCK x BLOCK) pairs, triplets taken at a time, options. A matrix of few large tiles would leave most
-# of a GPU idle while each program waits for one triplet after the other: small tiles read them all at once.
+# Tile of (BLOCK x BLOCK) pairs, triplets taken at a time, options. A matrix of few large tiles would leave
+# most of a GPU idle while each program waits for one triplet after the other: small ones read all at once.
 LARGE = 64, 2, dict(num_warps=4)
 SMALL = 16, 16, dict(num_warps=4)
 MINING = 16, 4, dict(num_warps=1)   # sums and maxima of a single warp need no barriers
@@ -102,18 +100,14 @@ def table_kernel(source, target, source_valid, target_valid, triplets, table,
                  target_valid_b, target_valid_n, target_valid_k,
                  SOURCE_MASKED: tl.constexpr, TARGET_MASKED: tl.constexpr,
                  BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Program (batch, poses, triplets): their angles, into a table (batch, columns, rows).
-
-    The rows are those of the source, padded to a multiple of BLOCK, and then those of the target.
-    """
-    parts = columns // COLUMNS
+    """Program (batch, poses, triplets): their angles, into a table (batch, columns, rows). Its rows are those
+    of the source, padded to a multiple of BLOCK by repeating the last pose, then those of the target."""
     blocks = rows // BLOCK
-    a = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)[:, None]
-    block = tl.program_id(0) // parts
+    a = tl.program_id(0) % (columns // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)[:, None]
+    block = tl.program_id(0) // (columns // COLUMNS)
     b = (block // blocks).to(tl.int64)
     row = (block % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
     if block % blocks * BLOCK < source_rows:
-        # Rows beyond the last pose repeat it.
         result = angles(source + b * source_b, source_valid + b * source_valid_b, triplets,
                         tl.minimum(row, S - 1), a, keypoints, A, source_n, source_k, source_c,
                         source_valid_n, source_valid_k, SOURCE_MASKED, 1.0)
@@ -188,8 +182,7 @@ def distance_kernel(table, distance, S, T, A, min_triplets, columns, source_rows
     tl.store(distance + entry, result, mask=(s < S)[:, None] & (t < T)[None, :])
 
 
-# room changes from call to call: Triton must not compile for its value. (Its stand-in takes no options.)
-@partial(triton.jit, do_not_specialize=["room"]) if common.HAVE_TRITON else triton.jit
+@triton.jit(do_not_specialize=["room"])   # which changes from call to call: not to be compiled for each value
 def pairs_kernel(table, counts, ends, pairs, room: "i64", gamma,
                  S, T, A, min_triplets, columns, source_rows, rows, scale, chunk,
                  BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
@@ -227,34 +220,31 @@ def pairs_kernel(table, counts, ends, pairs, room: "i64", gamma,
             tl.store(pairs + left, -1, mask=left < 2 * room)
 
 
-@lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)
 def plan(source, target, triplets, source_valid, target_valid, min_triplets, mining):
-    """What follows from the layouts of the tensors, given by their `plan_key`s: the shape of the result (of
-    the counts, if mining), the shape of the table, and the launches that fill the table and use it. Without
-    a pair to find there are no launches.
-    """
+    """What follows from the tensors' layouts, each (device, *plan_key): the shape of the result (of counts if
+    mining), the shape of the table, and the launches that fill it and use it, or None if no pair exists."""
     source, target, triplets, source_valid, target_valid = (   # by names, as the checks take them
-        key and SimpleNamespace(**dict(zip(("shape", "strides", "dtype", "device"), key)))
-        for key in (source, target, triplets, source_valid, target_valid))
+        layout and SimpleNamespace(**dict(zip(("device", "shape", "strides", "dtype"), layout)))
+        for layout in (source, target, triplets, source_valid, target_valid))
     reference.check_poses(source, target, triplets, source_valid, target_valid, min_triplets)
     (S, K), T, A = source.shape[-3:-1], target.shape[-3], triplets.shape[0]
     lead = torch.broadcast_shapes(source.shape[:-3], target.shape[:-3])
-    batch = prod(lead)
+    batch = math.prod(lead)
     if batch * S * T == 0 or max(min_triplets, 1) > A:
         return (*lead, S, T), None, None, None
 
-    def strides(tensor, dims):
+    def strides(tensor, dims):   # of a batch that may be missing, or one for all
         if tensor is None:
             return (0,) * dims
-        repeated = len(tensor.shape) < dims or tensor.shape[0] == 1
-        return (0 if repeated else tensor.strides[0], *tensor.strides[1 - dims:])
+        return (tensor.strides[0] if tensor.shape[:-dims + 1] > (1,) else 0, *tensor.strides[1 - dims:])
 
     block, at_a_time, options = MINING
     if not mining:
-        large_tiles = batch * -(-S // LARGE[0]) * -(-T // LARGE[0])
+        large_tiles = batch * ceil_div(S, LARGE[0]) * ceil_div(T, LARGE[0])
         block, at_a_time, options = LARGE if large_tiles >= FEW_TILES else SMALL
-    source_rows, target_rows = -(-S // ROWS) * ROWS, -(-T // ROWS) * ROWS
-    rows, columns = source_rows + target_rows, -(-A // at_a_time) * at_a_time
+    source_rows, target_rows = ceil_div(S, ROWS) * ROWS, ceil_div(T, ROWS) * ROWS
+    rows, columns = source_rows + target_rows, ceil_div(A, at_a_time) * at_a_time
     masked = dict(SOURCE_MASKED=source_valid is not None, TARGET_MASKED=target_valid is not None)
     fill = Launch(table_kernel, (batch * (columns // at_a_time) * (rows // ROWS),),
                   (S, T, K, A, columns, source_rows, rows, *strides(source, 4), *strides(target, 4),
@@ -264,9 +254,9 @@ def plan(source, target, triplets, source_valid, target_valid, min_triplets, min
     sizes = S, T, A, max(min_triplets, 1), columns, source_rows, rows, 1 / K
     if mining:
         # Few rows: their columns are divided too, so that there are programs enough.
-        high, wide = -(-S // block), -(-T // block)
-        chunk = -(-wide // min(wide, -(-8 * PROGRAMS // high)))
-        grid = high, -(-wide // chunk)
+        high, wide = ceil_div(S, block), ceil_div(T, block)
+        chunk = ceil_div(wide, min(wide, ceil_div(8 * PROGRAMS, high)))
+        grid = high, ceil_div(wide, chunk)
         shape, sizes = (S, grid[1]), (*sizes, chunk * block)
     use = Launch(pairs_kernel if mining else distance_kernel, grid, sizes,
                  dict(BLOCK=block, COLUMNS=at_a_time), **options)
@@ -276,9 +266,9 @@ def plan(source, target, triplets, source_valid, target_valid, min_triplets, min
 def prepare(source, target, triplets, source_valid, target_valid, min_triplets, mining):
     """Fill the table of angles. Returns the shape of the result, the table, and the launch that uses it."""
     triplets = triplets.contiguous()
-    tensors = source, target, triplets, source_valid, target_valid
     shape, table_shape, fill, use = plan(
-        *[None if tensor is None else plan_key(tensor) for tensor in tensors], min_triplets, mining)
+        *[None if tensor is None else (tensor.device, *plan_key(tensor))
+          for tensor in (source, target, triplets, source_valid, target_valid)], min_triplets, mining)
     reference.check_indices(triplets, source.shape[-2])
     if use is None:
         return shape, None, None
@@ -289,13 +279,9 @@ def prepare(source, target, triplets, source_valid, target_valid, min_triplets, 
     return shape, table, use
 
 
-def triplet_angle_distance(source: Tensor, target: Tensor, triplets: Tensor,
-                           source_valid: Optional[Tensor] = None, target_valid: Optional[Tensor] = None,
-                           min_triplets: int = 1):
-    """The operator behind `kernels.triplet_angle_distance`, which says what it takes and returns."""
+def triplet_angle_distance(source, target, triplets, source_valid=None, target_valid=None, min_triplets=1):
+    """The operator behind `kernels.triplet_angle_distance`."""
     arguments = source, target, triplets, source_valid, target_valid, min_triplets
-    if not runs_triton(source, target):
-        return reference.triplet_angle_distance(*arguments)
     if max(source.dim(), target.dim()) > 4:   # to one leading dimension
         reference.check_poses(*arguments)
         lead = torch.broadcast_shapes(source.shape[:-3], target.shape[:-3])
@@ -305,7 +291,7 @@ def triplet_angle_distance(source: Tensor, target: Tensor, triplets: Tensor,
             for tensor, dims in ((source, 3), (target, 3), (source_valid, 2), (target_valid, 2)))
         return triplet_angle_distance(source, target, triplets, source_valid, target_valid,
                                       min_triplets).unflatten(0, lead)
-    with common.device_of(source):
+    with device_of(source):
         shape, table, use = prepare(*arguments, mining=False)
         distance = source.new_empty(shape, dtype=torch.float32)
         if use is None:
@@ -314,15 +300,11 @@ def triplet_angle_distance(source: Tensor, target: Tensor, triplets: Tensor,
     return distance
 
 
-def similar_pairs(source: Tensor, target: Tensor, triplets: Tensor, gamma: float,
-                  source_valid: Optional[Tensor] = None, target_valid: Optional[Tensor] = None,
-                  min_triplets: int = 1, capacity: Optional[int] = None):
-    """The operator behind `kernels.similar_pairs`, which says what it takes and returns."""
-    if not runs_triton(source, target):
-        return reference.similar_pairs(source, target, triplets, gamma, source_valid, target_valid,
-                                       min_triplets, capacity)
+def similar_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=1,
+                  capacity=None):
+    """The operator behind `kernels.similar_pairs`."""
     reference.check_pairs(source, target, gamma, capacity)
-    with common.device_of(source):
+    with device_of(source):
         shape, table, use = prepare(source, target, triplets, source_valid, target_valid, min_triplets,
                                     mining=True)
         if use is None or capacity == 0:
@@ -353,29 +335,10 @@ def fake_pairs(source, target, triplets, gamma, source_valid=None, target_valid=
     return triplets.new_empty((capacity, 2))
 
 
-def map_distance(operator):
-    """vmap of the distance: the mapped dimension becomes the first of the leading ones."""
-    def rule(info, in_dims, *arguments):
-        if in_dims[2] is not None:
-            raise ValueError("triplets must be the same for all that is mapped over: give them in_dims None")
-        lead = max(poses.dim() + (dim is None) - 4 for poses, dim in zip(arguments[:2], in_dims))
-
-        def mapped(tensor, dim, own):
-            tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            return tensor[(slice(None), *(None,) * (lead + 1 + own - tensor.dim()))]
-
-        arguments = list(arguments)
-        for i, own in ((0, 3), (1, 3), (3, 2), (4, 2)):   # poses end in (N, K, 2), masks in (N, K)
-            if i < len(arguments) and arguments[i] is not None:
-                arguments[i] = mapped(arguments[i], in_dims[i], own)
-        return operator(*arguments), 0
-    return rule
-
-
 register("triplet_angle_distance(Tensor source, Tensor target, Tensor triplets, Tensor? source_valid=None, "
          "Tensor? target_valid=None, int min_triplets=1) -> Tensor",
-         triplet_angle_distance, fake_distance, map_distance)
+         triplet_angle_distance, reference.triplet_angle_distance, fake_distance)
 register("similar_pairs(Tensor source, Tensor target, Tensor triplets, float gamma, "
          "Tensor? source_valid=None, Tensor? target_valid=None, int min_triplets=1, SymInt? capacity=None) "
          "-> Tensor",
-         similar_pairs, fake_pairs, None)
+         similar_pairs, reference.similar_pairs, fake_pairs)

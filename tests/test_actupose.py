@@ -164,6 +164,18 @@ def test_the_draw_is_unbiased():
     assert counts / 2000 == pytest.approx(expected, abs=0.06)
 
 
+def test_static_curriculum_by_hand():
+    """Two bins, two epochs, pace 1, s = 0 and 1: p = (1, q), then (q, 1), q = exp(-2). Their mean shares are
+    equal; with three epochs the peak is at bin 0 twice. Confidences change nothing."""
+    q = math.exp(-2)
+    for epochs, shares in ((2, [1, 1]), (3, [1, (2 * q + 1) / (2 + q)])):
+        curriculum = actupose.ActiveCurriculum(np.arange(40), epochs, 2, 1.0, 0.5, static=True)
+        curriculum.observe(np.arange(40), np.linspace(1, 0.1, 40))
+        curriculum.rerank()
+        assert all(curriculum.probabilities(epoch) == pytest.approx(shares) for epoch in range(epochs))
+        assert curriculum.order.tolist() == [*range(40)] and sum(curriculum.sample(0) < 20) == 20
+
+
 # Per epoch: the calls of `observe`, then the scores after `rerank`.
 EQ4_RELATIVE = [
     ([([0], [0.08]), ([1], [0.08])], [1, 2, 3, 4]),              # mean 0.08: factors 1 and 1
@@ -373,16 +385,23 @@ def test_eq5_by_hand():
 # --- §3.4 -------------------------------------------------------------------------------------------------
 
 def test_eq6_by_hand():
-    """Cosines 0.6, -1 and 0.8. Rows of -1 do not count, and no pair gives 0."""
+    """Cosines 0.6, -1 and 0.8; no pair gives 0."""
     source, target = torch.tensor([[1.0, 0], [0, 2]]), torch.tensor([[1.0, 0], [3, 4], [-1, 0]])
-    pairs = torch.tensor([[0, 1], [0, 2], [1, 1], [-1, -1], [-1, -1]])
-    for given, expected in ((pairs[:3], -0.4), (pairs, -0.4), (pairs[:0], 0)):
-        assert actupose.cross_domain_loss(source, target, given).item() == pytest.approx(expected)
+    similar = torch.tensor([[False, True, True], [False, True, False]])
+    assert actupose.cross_domain_loss(source, target, similar).item() == pytest.approx(-0.4)
+    assert actupose.cross_domain_loss(source, target, similar & False).item() == 0
+
+
+def test_eq6_centred_by_hand():
+    """Means (2, 0) and (5, 5) subtracted: (-1, 1), (1, -1) and (0, -3), (0, 3). Uncentred all are similar."""
+    source, target = torch.tensor([[1.0, 1], [3, -1]]), torch.tensor([[5.0, 2], [5, 8]])
+    loss = actupose.cross_domain_loss(source, target, torch.tensor([[True, True], [False, True]]), True)
+    assert loss.item() == pytest.approx(-(-1 + 1 - 1) / math.sqrt(2))
 
 
 def test_eq6_gradient_reaches_the_student_alone():
     source, target = torch.randn(3, 5, requires_grad=True), torch.randn(2, 5, requires_grad=True)
-    actupose.cross_domain_loss(source, target, torch.tensor([[0, 0], [1, 0], [1, 1]])).backward()
+    actupose.cross_domain_loss(source, target, torch.tensor([[1, 0], [1, 1], [0, 0]]) > 0).backward()
     assert target.grad is None and source.grad[2].abs().sum() == 0 and source.grad[:2].abs().sum() > 0
 
 
@@ -437,11 +456,49 @@ def test_gradients_of_the_losses():
     coincident = torch.zeros(3, 4, 2, requires_grad=True)             # limbs without length
     actupose.evalpose(coincident, labelled, CHAIN, known).backward()
     assert torch.isfinite(coincident.grad).all()
-    features, pairs = random(2, 5), torch.tensor([[0, 0], [1, 0], [1, 1], [-1, -1]])
-    check(lambda f: actupose.cross_domain_loss(f, features, pairs), (3, 5))
+    features, similar = random(2, 5), torch.tensor([[1, 0], [1, 1], [0, 0]]) > 0
+    for centred in (False, True):
+        check(lambda f: actupose.cross_domain_loss(f, features, similar, centred), (3, 5))
 
 
 # --- §4 ---------------------------------------------------------------------------------------------------
+
+def test_regdas_losses_by_hand():
+    """Softmax (1/4, 3/4) against (1/2, 1/2); with epsilon 1 the label (0, 1) is (1/3, 2/3). A keypoint of
+    weight 0 has an empty map and no say. Ground false: the other joints, clipped to 1."""
+    maps = torch.tensor([[[[0.0, math.log(3)]], [[5.0, 7.0]]]], requires_grad=True)
+    weight = torch.tensor([[1.0, 0.0]])
+    loss = actupose.heatmap_kl(maps, torch.tensor([[[[2.0, 2.0]], [[0.0, 0.0]]]]), weight)
+    assert loss.item() == pytest.approx(math.log(4 / 3) / 2 / 2)
+    loss.backward()
+    assert maps.grad.flatten().tolist() == pytest.approx([-1 / 8, 1 / 8, 0, 0])         # softmax - label, / 2
+    loss = actupose.heatmap_kl(maps, torch.tensor([[[[0.0, 1.0]], [[0.0, 0.0]]]]), weight, epsilon=1.0)
+    assert loss.item() == pytest.approx((math.log(4 / 3) / 3 + 2 * math.log(8 / 9) / 3) / 2, rel=1e-5)
+    predicted = data.draw_gaussians(torch.tensor([[[2.0, 2], [2, 2], [6, 5]]]), 9, 3.0)
+    truth, false = actupose.ground_maps(predicted, sigma=1.0)
+    assert truth[0, 0, 2, 3].item() == pytest.approx(math.exp(-0.5)) and truth[0, 2, 5, 6] == 1
+    assert torch.allclose(false[0, 0], truth[0, 1] + truth[0, 2]) and false[0, 2, 2, 3] == 1    # 2 exp(-1/2)
+    assert false[0, 2, 2, 4].item() == pytest.approx(2 * math.exp(-2)) and false[0, 2, 5, 6] == 0
+
+
+def test_regdas_gradient_layer():
+    """0.2 / (1 + exp(-i / 1000)) - 0.1 at iteration i of 15,000: 0, 0.0462 at 1,000, then 0.1; the same
+    share of another number. Forward it changes nothing; psi gets that part of the gradient of f', f' all."""
+    factors = [actupose.gradient_factor(*i) for i in ((0, 15000), (1000, 15000), (90, 1350), (15000, 15000))]
+    assert factors == pytest.approx([0, 0.0462117, 0.0462117, 0.1], rel=1e-5)
+    network, images = actupose.PoseResNet("narrow", 5), torch.rand(2, 3, 32, 32)
+    actupose.make_regressors(network)
+    found = []
+    for factor in (1.0, 0.25):
+        maps, adversary = actupose.regressor_maps(network.eval(), images, factor)
+        network.zero_grad()
+        adversary.square().sum().backward()
+        found.append((adversary, network.upsampling[6].weight.grad, network.head_adv[3].weight.grad))
+        assert torch.equal(maps, network(images)[0]) and network.head[3].weight.grad is None
+    (adversary, psi, own), (same, quarter, whole) = found
+    assert torch.equal(adversary, same) and torch.equal(own, whole) and psi.abs().sum() > 0
+    assert torch.allclose(quarter, psi / 4, rtol=1e-4)
+
 
 def test_pck_agrees_with_published(golden):
     """Both sides are decoded from heatmaps, and only cells with x > 1 and y > 1 count."""

@@ -30,17 +30,19 @@ import data, train
 data.Mannequin.DEFAULT_COUNTS = {key: min(n, 19) for key, n in data.Mannequin.DEFAULT_COUNTS.items()}
 torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)
 train.draw_panels = train.draw_complexity = lambda *arguments: None
-step, command, found = train.Trainer.step, train.command, []
+command, found = train.command, []
 
-def observed(trainer, number, *batches):
-    if number == 5 and train.rank() == 1 and "FAULT" in os.environ:
-        raise data.DataError("im1.jpg: cannot be read")
-    terms, confidence = step(trainer, number, *batches)
-    means = train.gather(torch.stack(list(terms.values()))[None]).mean(0)
-    gradient = torch.cat([p.grad.flatten() for p in trainer.student.parameters()])
-    first = train.gather(batches[0][1][:, 0])
-    found.append((dict(zip(terms, means.tolist())), train.gather(confidence), gradient, first))
-    return terms, confidence
+def observe(step):
+    def observed(trainer, number, *batches):
+        if number == 5 and train.rank() == 1 and "FAULT" in os.environ:
+            raise data.DataError("im1.jpg: cannot be read")
+        terms, confidence = step(trainer, number, *batches)
+        means = train.gather(torch.stack(list(terms.values()))[None]).mean(0)
+        gradient = torch.cat([p.grad.flatten() for p in trainer.student.parameters() if p.grad is not None])
+        first = train.gather(batches[0][1][:, 0])
+        found.append((dict(zip(terms, means.tolist())), train.gather(confidence), gradient, first))
+        return terms, confidence
+    return observed
 
 def kept(arguments):
     if train.rank() == 1:
@@ -49,7 +51,8 @@ def kept(arguments):
     torch.save(found, arguments[-1] + f".steps{train.rank()}")
     return 0
 
-train.Trainer.step, train.command = observed, kept
+train.Trainer.step, train.Trainer.regda_step = map(observe, (train.Trainer.step, train.Trainer.regda_step))
+train.command = kept
 sys.exit(train.main(sys.argv[1:]))
 """
 
@@ -115,6 +118,20 @@ def test_two_processes_do_what_one_does(runs):
     assert states[0]["drawn"] == states[1]["drawn"] and len(relative.unique()) > 10
     for state in states:
         assert torch.allclose(state["curriculum"]["relative"], relative, rtol=1e-4)
+
+
+def test_regda_in_two_processes(runs, tmp_path):
+    """The same terms, and in step C the same gradient of psi, which the others' parts have no share in."""
+    found = []
+    for processes in (1, 2):
+        out = tmp_path / f"of-{processes}"
+        options = "--method", "regda", "--epochs", "2", "--weights", runs[0].parent / "start.pth"
+        assert run(processes, *TINY, *options, "--out", out)[0] == 0
+        found.append(torch.load(f"{out}.steps0", weights_only=True))
+    for ours, theirs in zip(*found, strict=True):
+        assert theirs[0] == pytest.approx(ours[0], rel=1e-4, abs=1e-6)
+        assert theirs[2].shape == ours[2].shape and (theirs[2] - ours[2]).norm() <= 1e-3 * ours[2].norm()
+    assert "kl" in ours[0] and len(found[0]) == 8 and ours[2].norm() > 0
 
 
 def test_what_several_processes_refuse(monkeypatch):

@@ -152,7 +152,43 @@ def check_soft_argmax(backend, maps, beta, function=kernels.soft_argmax):
     assert ((found - gradient).abs() <= allowed)[~none].all()
 
 
-# --- heatmaps: both operators -------------------------------------------------------------------------------
+def check_rectify(backend, maps, sigma=1.3):
+    """Confidence is equal to the bit; a cell lies on the maximum, or at the vertex of the parabola through it and
+    its neighbours, as far as float32 can tell; the Gaussian around the cell is within 1e-6 of float64."""
+    maximum, values = numpy_argmax(maps)
+    exact, (height, width) = float64(maps), maps.shape[2:]
+    padded = np.pad(exact, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=NAN)   # NaN: no neighbour
+    b, k = np.ogrid[:maps.shape[0], :maps.shape[1]]
+    x, y = maximum[..., 0] + 1, maximum[..., 1] + 1
+    top = padded[b, k, y, x]
+    offset, allowed = np.zeros((2, *maximum.shape))
+    for axis, (dx, dy) in enumerate(((1, 0), (0, 1))):
+        before, after = padded[b, k, y - dy, x - dx], padded[b, k, y + dy, x + dx]
+        curvature = 2 * top - before - after
+        rounding = 1e-6 * (2 * np.abs(top) + np.abs(before) + np.abs(after))
+        known = curvature > 0   # not at an edge, where a neighbour is missing
+        offset[..., axis] = np.where(known, np.clip((after - before) / 2 / curvature, -0.5, 0.5), 0)
+        allowed[..., axis] = np.where(known, np.minimum(1, rounding / curvature) + 4e-6, 0)
+    neighbours = np.stack([padded[b, k, y + dy, x + dx] for dx, dy in ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))])
+    usual = np.isfinite(top) & ~np.isinf(neighbours).any(axis=0)
+    for subcell in (False, True):
+        result = kernels.rectify(to(backend, maps).detach().requires_grad_(), sigma, subcell)
+        assert not any(part.requires_grad or part.dtype != torch.float32 for part in result)
+        drawn, cells, confidence = (part.cpu().numpy() for part in result)
+        assert drawn.shape == maps.shape and np.array_equal(confidence, values, equal_nan=True)
+        error = np.abs(cells - maximum - subcell * offset)
+        assert (error <= subcell * (allowed + 1e-7 * maximum))[usual].all()   # the last bit of x = 1833.37, too
+        if not subcell:
+            assert np.array_equal(cells, maximum)
+        dx = np.arange(width) - cells[..., 0, None, None].astype(np.float64)
+        dy = np.arange(height)[:, None] - cells[..., 1, None, None].astype(np.float64)
+        farther = np.maximum(np.abs(dx), np.abs(dy)) - 3 * sigma   # cut at 3 sigma and a thousandth
+        gaussian = np.where(farther > 1e-3, 0, np.exp(-(dx ** 2 + dy ** 2) / (2 * sigma ** 2)))
+        close = (np.abs(drawn - gaussian) <= 1e-6) | (np.abs(farther - 1e-3) < 1e-4)
+        assert close[np.isfinite(cells).all(axis=2)].all()
+
+
+# --- heatmaps: all operators -------------------------------------------------------------------------------
 
 SHAPES = [(1, 1, 1, 1), (2, 3, 7, 5), (1, 11, 64, 48), (2, 2, 71, 66), (2, 16, 33, 1), (9, 5, 3, 4),
           (2, 37, 4, 4), (0, 3, 4, 4), (2, 0, 4, 4), (0, 0, 4, 4)]
@@ -167,6 +203,7 @@ def test_every_shape_dtype_and_layout(backend, shape, dtype):
         maps = laid_out(random_maps(shape).to(dtype), layout, rng)
         check_argmax(backend, maps, laid_out(weight, layout, rng))
         check_soft_argmax(backend, maps, 20.0)
+        check_rectify(backend, maps)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last", "transposed", "gaps"])
@@ -185,6 +222,7 @@ def test_large_maps_are_shared_among_programs(backend, layout):
     maps[0, 0, :100] = -INF
     maps[0, 1, 250, 3], maps[0, 1, 10, 200] = 0.9, 0.88
     check_soft_argmax(backend, laid_out(maps, layout, rng), 20.0)
+    check_rectify(backend, laid_out(maps, layout, rng), sigma=20.0)
 
 
 def random_shape(rng, kind):
@@ -225,6 +263,21 @@ def test_random_heatmaps(backend, seed):
         weight = laid_out(weight.to(pick(rng, FLOATS)), pick(rng, ALL_LAYOUTS), rng)
     check_argmax(backend, maps, weight)
     check_soft_argmax(backend, maps, float(np.exp(rng.uniform(np.log(0.1), np.log(300)))))
+    check_rectify(backend, maps, float(rng.uniform(0.3, 4)))
+
+
+def test_rectify_by_hand(backend):
+    """A parabola through 0.2, 1 and 0.6 has its vertex at 1/6; at an edge, or where all is equal, there is
+    none; a quarter is as far as two neighbours at the same height push it, since half of a cell is the limit."""
+    maps = torch.zeros(1, 3, 4, 5)
+    maps[0, 0, 1:4, 2], maps[0, 0, 2, 1:4] = torch.tensor([0.2, 1.0, 0.6]), torch.tensor([1.0, 1.0, 1.0])
+    maps[0, 1, 0, 4] = 2.0
+    drawn, cells, confidence = (part.cpu() for part in kernels.rectify(maps.to(backend), 0.5, True))
+    assert confidence.tolist() == [[1.0, 2.0, 0.0]]
+    # The first of the equal maxima, at x = 1, has 0 before it and 1 after it: (1 - 0) / 2 / (2 - 0 - 1).
+    torch.testing.assert_close(cells[0], torch.tensor([[1.5, 2.0], [4.0, 0.0], [0.0, 0.0]]))
+    assert drawn[0, 1, 0, 4] == 1 and drawn[0, 1, 0, 3].item() == pytest.approx(np.exp(-2), abs=1e-6)
+    assert drawn[0, 1, 0, 2] == 0   # beyond 3 sigma
 
 
 # --- heatmap_argmax -----------------------------------------------------------------------------------------
@@ -410,9 +463,9 @@ def test_distance_is_symmetric_and_invariant(backend, tiles):
 
 
 def test_angles_are_accurate_from_zero_to_pi(backend, tiles):
-    """Against a folded pose of angle 0, K times the distance is the angle, also at 0 and pi, where arccos would
-    be off by 3e-4: within 1.5e-6 of float64. The arctangent is within 3e-7, products and sums of the limbs'
-    coordinates add 1.3e-7, and the root, which a GPU approximates within 2^-23 of it, and its scale 8.5e-7."""
+    """Against a folded pose of angle 0, K times the distance is the angle, also at 0 and pi, where arccos
+    would be off by 3e-4: within 1.5e-6 of float64. The arctangent is within 3e-7, products and sums of the
+    coordinates add 1.3e-7, the root, which a GPU knows within 2^-23, and its scale 8.5e-7."""
     folded, triplet = hand_poses(backend)[0][2:], hand_poses(backend)[1]
     theta = torch.linspace(0, float(np.pi), 501, dtype=torch.float64)
     ends = (3 * torch.stack((theta.cos(), theta.sin()), dim=1)).float()
@@ -613,6 +666,9 @@ def test_errors_name_the_argument(backend):
         (TypeError, "heatmaps", argmax, maps.long()),
         (TypeError, "heatmaps", argmax, np.zeros((1, 2, 3, 4))),
         (ValueError, "heatmaps", argmax, maps[:, :, :0]),
+        (ValueError, "2\\^20 cells", argmax, maps[:, :, :1, :1].expand(1, 2, 1025, 1024)),
+        (ValueError, "heatmaps", kernels.rectify, maps[0], 1.0),
+        (ValueError, "sigma", kernels.rectify, maps, 0.0),
         (ValueError, "weight", mean, maps, torch.ones(1, 3, device=backend)),
         (TypeError, "weight", mean, maps, weight.bool()),
         (TypeError, "weight", mean, maps, [1.0, 1.0]),

@@ -68,15 +68,15 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """start(out, kind, which, number) -> exit status (-9: killed) and output of one start of the tiny run.
-
-    Where its settings are written, it is resumed with `--resume --out RUN` alone."""
+    """start(out, kind, which, number) -> exit status (-9: killed) and output of one start of the tiny run, or
+    of one with other options. Where its settings are written, `--resume --out RUN` alone resumes it."""
     log, cache = tmp_path_factory.mktemp("start") / "output.txt", tmp_path_factory.mktemp("cache")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("TRITON_INTERPRET", None)
 
-    def start(out, kind="", which=0, number=signal.SIGKILL):
-        options = ["--resume"] if (out / "config.json").exists() else [*TINY, "--cache", str(cache)]
+    def start(out, kind="", which=0, number=signal.SIGKILL, others=()):
+        anew = [*TINY, *others, "--cache", str(cache)]
+        options = ["--resume"] if (out / "config.json").exists() else anew
         job = [*options, "--out", str(out)], str(log), kind, which, number
         print(json.dumps(job), file=process.stdin, flush=True)
         return int(process.stdout.readline()), log.read_text()
@@ -163,6 +163,19 @@ def test_ended_at_one_moment(kind, which, number, expected, text, epochs, start,
     assert len(load(out / "last.pt")["log"]) == epochs and not (text and list(out.rglob("*.tmp")))
     assert start(out)[0] == 0
     assert_same_run(finished, out)
+
+
+def test_regda_goes_on_to_the_same_bits(start, tmp_path):
+    """Killed before its first epoch with two regressors was saved, then in the second, which goes on with
+    their weights, their BatchNorm and the new optimiser's state."""
+    whole, killed, regda = tmp_path / "whole", tmp_path / "killed", ("--method", "regda")
+    assert start(whole, others=regda)[0] == 0
+    for moment, epochs in ((3, 1), (3, 2)):                                 # before the second torch.save
+        assert start(killed, "torch.save", moment, others=regda)[0] == -9
+        state = load(killed / "last.pt")
+        assert len(state["log"]) == epochs and ("head_adv.0.weight" in state["student"]) == (epochs > 1)
+    assert start(killed)[0] == 0
+    assert_same_run(whole, killed)
 
 
 @pytest.mark.parametrize("option, value", [("--lr", "0.5"), ("--zoom", "1,2"), ("--amp", "bf16")])

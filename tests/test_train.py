@@ -24,7 +24,8 @@ TINY = ("--epochs 3 --pretrain-epochs 1 --iters-per-epoch 2 --batch-size 4 --sou
 UDAPE = dict(curriculum="off", w_evalpose=0.0, w_cross=0.0)
 SUPERVISED = dict(UDAPE, adapt=False, style="off")
 ROWS = {"actupose": {}, "udape": UDAPE, "udape+vae-hm": dict(UDAPE, curriculum="hardest"),
-        "source-only": SUPERVISED, "oracle": dict(SUPERVISED, supervise="target")}
+        "source-only": SUPERVISED, "regda": dict(SUPERVISED, adversary=True),
+        "oracle": dict(SUPERVISED, supervise="target")}
 
 
 def record(patch, calls, owner, *names):
@@ -67,7 +68,8 @@ def finished(tmp_path_factory, launch):
     @functools.cache
     def get(name):
         changes, out = train.ABLATIONS.get(name, dict(method=name)), tmp_path_factory.mktemp("runs") / name
-        assert launch(out, *(f"--{key.replace('_', '-')}={value}" for key, value in changes.items())) == 0
+        words = (f"--{key.replace('_', '-')}={train.show(value)}" for key, value in changes.items())
+        assert launch(out, *words) == 0
         return out, {(dataset.domain, dataset.split) for _, (dataset, _), _ in launch.looks}
     return get
 
@@ -83,24 +85,28 @@ def test_every_method_and_ablation_end_to_end(name, finished):
     config, result, log = (read(out / file) for file in ("config.json", "result.json", "log.jsonl"))
     assert all(config[key] == value for key, value in changes.items()) and config["amp"] in ("bf16", "off")
     w_evalpose, w_cross = changes.get("w_evalpose", 0.1), changes.get("w_cross", 0.01)
-    adapts, active = changes.get("adapt", True), changes.get("curriculum", "active") == "active"
+    adapts, curriculum = changes.get("adapt", True), changes.get("curriculum", "active")
 
+    regda = {"kl", "agreement", "disagreement", "target_agreement"}
     supervised = {"epoch", "lr", "pool", "mse", "confidence", "loss"}
     adapted = supervised | {"consistency", "teacher_confidence", "kept", "hidden"} if adapts else supervised
     adapted = adapted.union(["evalpose"][:w_evalpose > 0], ["cross_domain", "pairs"][:2 * (w_cross > 0)])
+    adapted = supervised - {"mse"} | regda if name == "regda" else adapted
     last = adapted.union(["val_student"], ["val_teacher"][:adapts])
     assert [set(row) for row in log] == [supervised, adapted, last]
     assert [(row["epoch"], row["lr"]) for row in log] == [(0, 1e-3), (1, 5e-4), (2, 2.5e-4)]
-    for row in log:                                                                                   # Eq. 8
+    assert train.load_run(out / "last.pt")["optimiser"]["param_groups"][0]["lr"] == 2.5e-4
+    for row in log[:1 if name == "regda" else 3]:                                                     # Eq. 8
         extra = w_evalpose * row.get("evalpose", 0) + w_cross * row.get("cross_domain", 0)
         assert row["loss"] == pytest.approx(row["mse"] + row.get("consistency", 0) + extra, rel=1e-4)
     assert name != "no-occlusion" or log[1]["hidden"] == log[2]["hidden"] == 0
 
-    if active:
+    if curriculum in ("active", "static"):
         drawn = train.load_run(out / "last.pt")["drawn"]
         assert [sum(bins) for bins in drawn] == [row["pool"] for row in log] and len(drawn[0]) == 5
-        assert drawn[0][0] == drawn[1][4] == drawn[2][4] == 12      # the peak bin is drawn whole; g = 0, 4, 4
-        if name != "min-max":                   # Eq. 3 with s_j = j / 4: 12 exp(-j^2 / 2), rounded up or down
+        peaks = (4, 4, 4) if name == "static" else (0, 4, 4)           # g; the peak bin is drawn whole
+        assert all(bins[peak] == 12 for bins, peak in zip(drawn, peaks))
+        if name not in ("min-max", "static"):   # Eq. 3 with s_j = j / 4: 12 exp(-j^2 / 2), rounded up or down
             assert all(abs(n - 12 * math.exp(-j * j / 2)) < 1 for j, n in enumerate(drawn[0]))
     else:
         assert {row["pool"] for row in log} == {{"oracle": 30, "udape+vae-hm": 24}.get(name, 60)}
@@ -115,7 +121,8 @@ def test_every_method_and_ablation_end_to_end(name, finished):
         assert all(0 <= value <= 100 for value in (*scores["pck"].values(), *scores["bins"]))
         assert len(scores["bins"]) == 5 and -100 <= scores["evalpose"] <= 100
     pictures = {"predictions", "bins", "complexity"}
-    pictures = pictures.union(["curriculum"][:active], ["style"][:changes.get("style") != "off"])
+    pictures = pictures.union(["style"][:changes.get("style") != "off"])
+    pictures = pictures.union(["curriculum"][:curriculum == "active"])
     assert {path.stem for path in (out / "figures").iterdir()} == pictures
 
 
@@ -136,7 +143,8 @@ def test_the_curriculum_observes_and_ranks_again_at_each_epochs_end(launch, tmp_
     calls, poses = [], data.Mannequin("source", "train", 32, 60).keypoints
     record(monkeypatch, calls, actupose.ActiveCurriculum, "sample", "observe", "rerank")
     record(monkeypatch, calls, train.Trainer, "step")
-    assert launch(tmp_path, "--style", "off") == 0
+    assert launch(tmp_path, "--style", "off", "--vae-latent", 3, "--vae-width", 9) == 0
+    assert train.load_run(tmp_path / "last.pt")["vae"]["encoder.4.weight"].shape == (2 * 3, 9)       # Eq. 1
     assert [name for name, _, _ in calls] == ["sample", "step", "step", "observe", "rerank"] * 3
     for e in range(3):
         sample, one, two, (_, (_, indices, confidence), _), _ = calls[5 * e:5 * e + 5]
@@ -229,10 +237,65 @@ def test_the_step():
         assert torch.allclose(new, 0.99 * old + 0.01 * student, atol=1e-7) and not torch.equal(old, student)
     terms, _ = make_trainer(mask_ratio=1.0, gamma=9.0).step(0, *batches())
     assert terms["kept"] == terms["consistency"] == terms["pairs"] == 0 < terms["mse"]
+    plain, other = (make_trainer(gamma=9.0, map_sums=sums, centred=not sums).step(0, *batches())[0]
+                    for sums in (True, False))
+    for name in ("mse", "consistency"):                     # Eq. 8: a sum over 16 maps of 16 x 16, or a mean
+        assert torch.isclose(plain[name], 16 ** 3 * other[name]) and plain["pairs"] == other["pairs"]
+    assert plain["cross_domain"] < other["cross_domain"] - 0.5 * plain["pairs"]     # without the common part
     for probability, threshold, share in ((1.0, 0.0, 1), (0.0, 0.0, 0), (1.0, 1e9, 0)):
         trainer = make_trainer(occlusion=probability, occlusion_confidence=threshold, batch_size=32)
         trainer.teacher.head.bias.data.fill_(0.3)                                # every confidence is above 0
         assert trainer.step(2, *batches(n=32))[0]["hidden"] == share
+
+
+def test_regdas_three_steps(monkeypatch):
+    """Which parts move in A (source, all), B (target, f') and C (target, psi), by gradients of which losses.
+    At the first iteration of adaptation the layer is shut: psi gets no gradient from f'."""
+    for iteration in (0, 500):
+        trainer, moves, gradients, calls = make_trainer(pretrain_epochs=2, iters_per_epoch=3), [], [], []
+        trainer.start_regda()
+        network, update = trainer.student, trainer.optimiser.step
+
+        def step():
+            before = {name: p.clone() for name, p in network.named_parameters()}
+            update()
+            moves.append({name.split(".")[0] for name, p in network.named_parameters()
+                          if not torch.equal(p, before[name])})
+            gradients.append([p.grad for p in network.backbone.parameters()])
+
+        trainer.optimiser.step = step
+        with monkeypatch.context() as patch:
+            record(patch, calls, actupose, "heatmap_kl", "ground_maps", "gradient_factor")
+            terms, confidence = trainer.regda_step(6 + iteration, *batches())
+        psi = {"backbone", "upsampling"}
+        assert calls[0][:2] == ("gradient_factor", (iteration, 68 * 3))        # after 2 of 70 epochs
+        assert moves == [psi | {"head", "head_adv"}, {"head_adv"}, psi] and gradients[1][0] is None
+        assert any(g.abs().max() > 0 for g in gradients[2]) == (iteration > 0)
+        drawn, losses = ([c for c in calls if c[0] == name] for name in ("ground_maps", "heatmap_kl"))
+        for loss, (_, _, labels), which in zip(losses[1:], drawn, (0, 1, 0)):     # ground truth, false, truth
+            assert loss[1][1] is labels[which]
+        assert [loss[1][3:] for loss in losses] == [(), (1e-7,), (1e-7,), (1e-7,)]
+        kl, agreement, disagreement, on_target = (loss[2] for loss in losses)
+        assert torch.isclose(terms["loss"], kl + 4 * agreement + disagreement + on_target)
+        assert confidence.shape == (4,) and all((loss[1][2] == 1).all() for loss in losses[2:])
+
+
+def test_style_is_that_of_the_other_domains_sample():
+    """Each sample in the look of the other domain's sample of its number, as augmented and before it was
+    restyled itself; one alpha per batch; each direction with its own probability."""
+    trainer, calls, fed = make_trainer(style_prob=1.0), [], []
+    forward, random = trainer.forward, train.draw_step(0, 4, 4, 16, "cpu")
+    trainer.forward = lambda network, images: fed.append(images) or forward(network, images)
+    trainer.style_transfer = lambda *arguments: calls.append(arguments) or arguments[0] + 1
+    trainer.step(4, *batches())
+    (source, look, alpha), (target, other_look, beta) = calls
+    assert torch.equal(look, target) and torch.equal(other_look, source) and not torch.equal(source, target)
+    assert (alpha, beta) == (random.alpha_source, random.alpha_target) and 0 <= alpha != beta < 1
+    assert torch.equal(fed[0], source + 1) and torch.equal(fed[1], target + 1)      # student, teacher
+    low, high = sorted((random.restyle_source, random.restyle_target))
+    trainer.settings.style_prob = (low + high) / 2
+    trainer.step(4, *batches())
+    assert len(calls) == 3 and torch.equal(calls[2][0], source) == (random.restyle_source == low)
 
 
 def test_random_numbers_are_a_function_of_seed_and_step(monkeypatch):
@@ -266,7 +329,7 @@ def test_poses_are_compared_as_they_stand_in_the_image(monkeypatch):
     trainer, (source, target) = make_trainer(image_size=64, batch_size=8, gamma=9.0), batches(64, 8)
     calls = []
     record(monkeypatch, calls, train, "render_heatmaps")
-    record(monkeypatch, calls, actupose, "mine_pairs")
+    record(monkeypatch, calls, train.kernels, "triplet_angle_distance")
     trainer.forward = lambda network, _: (calls[0][2][0] + 0 * network.head.weight.sum(), torch.ones(8, 4))
     terms, _ = trainer.step(3, source, target)
     (_, _, (_, weight)), (_, (pose, *_), _) = calls
@@ -307,7 +370,8 @@ def test_the_papers_preset_and_what_wins(monkeypatch):
 MISTAKES = """
 --method actupos; --epochs many; --epochs 0 => --epochs: must be at least 1, got 0; --seed -1; --lr nan;
 --lr 0; --seed 99999999999999999999; --sigma inf; --lr-drops 5,nan; --ema 1.5; --vae-kl -1; --crop 0,1;
---crop 1,0.6; --zoom 1; --zoom 1x2; --subcell yes; --image-size 65; --hard-bins 26; --shoulders left;
+--crop 1,0.6; --crop 0.6,1.3 => at most 1; --adversary on => needs --adapt off; --zoom 1; --zoom 1x2;
+--subcell yes; --image-size 65; --hard-bins 26; --shoulders left;
 --preset demi; --style-weights x; --source-root x; --supervise target => --curriculum;
 --weights no/file => no/file; --epochs 20 => --pretrain-epochs; --style vgg => --style-weights;
 --weights imagenet => --architecture; --device warp9 => --device: 'warp9'; --source surreal => --source-root;

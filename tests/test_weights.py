@@ -30,9 +30,12 @@ def ours(architecture, keypoints=16, leave_out="nothing"):
     return {name: torch.rand(value.shape) for name, value in own.items() if not name.startswith(leave_out)}
 
 
-def check(architecture, given, state, ignored=(), left=()):
+def check(architecture, given, state, ignored=(), left=(), regressors=False):
     """Loaded are all parameters but those of the parts `left`, with the values in `state`, by our names."""
-    network = actupose.PoseResNet(architecture, len(state.get("head.bias", range(16))))
+    keypoints = len(state.get("head.bias", state.get("head.3.bias", range(16))))
+    network = actupose.PoseResNet(architecture, keypoints)
+    if regressors:
+        actupose.make_regressors(network)
     before = {name: each.clone() for name, each in network.state_dict().items()}
     loaded, found_ignored, found_left = actupose.load_pose_weights(network, given)
     assert set(found_ignored) == set(ignored) and {name.split(".")[0] for name in found_left} == set(left)
@@ -64,11 +67,20 @@ def test_udape(tmp_path):
 
 
 def test_regda():
-    """`model`: the pretrained network whole; of the adapted one all but its two heads of several layers."""
+    """`model`: the pretrained network whole; of the adapted one all but its two heads of two layers. One
+    with RegDA's two regressors takes the adapted one whole, and of the pretrained one psi."""
     check("resnet18", {"model": (state := ours("resnet18", 21)), "epoch": 1}, state)
     state = ours("resnet18", leave_out="head")
     heads = {name: torch.rand(3) for name in ("head.0.weight", "head.1.bias", "head_adv.0.weight")}
     check("resnet18", {"model": state | heads}, state, heads, {"head"})
+    shapes = {"0.weight": (256, 256, 3, 3), "1.num_batches_tracked": (), "3.weight": (21, 256, 1, 1),
+              **dict.fromkeys("0.bias 1.weight 1.bias 1.running_mean 1.running_var".split(), 256),
+              "3.bias": 21}
+    state |= {f"{head}.{name}": torch.rand(shape) for head in ("head", "head_adv")
+              for name, shape in shapes.items()}
+    check("resnet18", {"model": state}, state, regressors=True)
+    state = ours("resnet18")
+    check("resnet18", state, state, {"head.weight", "head.bias"}, {"head", "head_adv"}, regressors=True)
 
 
 def test_ours(tmp_path):
