@@ -9,7 +9,7 @@ In PyTorch the differences are a tensor (S, T, A) that is written and read again
 4096 and A = 16, for a matrix of 67 MB. Here a first launch writes the angles of all poses, (S + T) A numbers,
 and each program of a second adds the squared differences of a tile of the matrix in registers. 64 x 64 pairs
 on 4 warps take 87 instructions per warp and triplet on sm_90, 64 of them the arithmetic of 32 pairs a thread,
-96 registers, and no barrier in the loop: by arithmetic 30 microseconds of an H100, which needs 20 to write.
+96 to 128 registers, and no barrier in the loop: by arithmetic 30 microseconds of an H100; to write takes 20.
 
 Pruning costs nothing where there is nothing to prune. An angle that is not usable is infinite, and one that
 is NaN so large that its square is: a tile whose sums are finite is done, any other starts again and counts.
@@ -167,8 +167,8 @@ def tile_distance(source, target, A, min_triplets, columns, rows, scale,
 def distance_kernel(table, distance, S, T, A, min_triplets, columns, source_rows, rows, scale,
                     BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """Program (tile of a matrix): its distances."""
-    wide = (rows - source_rows) // BLOCK
-    tiles = source_rows // BLOCK * wide
+    wide = (T - 1) // BLOCK + 1
+    tiles = ((S - 1) // BLOCK + 1) * wide
     b = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     s = (tile // wide).to(tl.int64) * BLOCK
@@ -250,7 +250,7 @@ def plan(source, target, triplets, source_valid, target_valid, min_triplets, min
                   (S, T, K, A, columns, source_rows, rows, *strides(source, 4), *strides(target, 4),
                    *strides(source_valid, 3), *strides(target_valid, 3)),
                   dict(**masked, BLOCK=ROWS, COLUMNS=at_a_time), num_warps=4)
-    shape, grid = (*lead, S, T), (batch * (source_rows // block) * (target_rows // block),)
+    shape, grid = (*lead, S, T), (batch * ceil_div(S, block) * ceil_div(T, block),)
     sizes = S, T, A, max(min_triplets, 1), columns, source_rows, rows, 1 / K
     if mining:
         # Few rows: their columns are divided too, so that there are programs enough.
