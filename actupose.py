@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from data import draw_gaussians, normalise
+from data import normalise
+from kernels.reference import subcell_offset
 
 # --- §3.1.1 Pose-VAE: how hard is a pose for a model of the source's poses? --------------------------------
 
@@ -601,33 +602,13 @@ def decode_keypoints(heatmaps, subcell=False):
     return (cells + subcell_offset(heatmaps, cells, confidence) if subcell else cells), confidence
 
 
-def subcell_offset(heatmaps, cells, confidence):
-    """From the maximum's cell to the vertex of the parabola through it and its neighbours, on each axis.
-
-    heatmaps: (B, K, H, W); cells (B, K, 2), confidence (B, K): their maxima. Returns (B, K, 2) within +- 1/2.
-    """
-    height, width = heatmaps.shape[-2:]
-    flat, index = heatmaps.flatten(2), cells.long()
-    offset = []
-    for axis, (size, step) in enumerate(((width, 1), (height, width))):
-        i, at = index[..., axis], index[..., 1] * width + index[..., 0]
-        edge = (i == 0) | (i == size - 1)
-        before = flat.gather(2, torch.where(edge, at, at - step)[..., None])[..., 0].float()
-        after = flat.gather(2, torch.where(edge, at, at + step)[..., None])[..., 0].float()
-        curvature = 2 * confidence - before - after
-        vertex = 0.5 * (after - before) / torch.where(curvature > 0, curvature, 1.0)
-        offset.append(torch.where(edge | (curvature <= 0), 0.0, vertex.clamp(-0.5, 0.5)))
-    return torch.stack(offset, -1)
-
-
 def rectify(heatmaps, sigma, subcell=False):
-    """Pseudo-labels: each heatmap redrawn as a clean Gaussian at its maximum.
+    """Pseudo-labels: each heatmap redrawn as a clean Gaussian at its maximum, one kernel on a GPU.
 
-    heatmaps: (B, K, H, H) of the teacher; sigma: cells; subcell: as in `decode_keypoints`.
-    Returns heatmaps (B, K, H, H), cells (B, K, 2) as (x, y), confidence (B, K) (the maximum).
+    heatmaps: (B, K, H, W) of the teacher; sigma: cells; subcell: at the vertex of the parabola through the
+    maximum and its neighbours. Returns heatmaps (B, K, H, W), cells (B, K, 2) as (x, y), confidence (B, K).
     """
-    cells, confidence = decode_keypoints(heatmaps, subcell)
-    return draw_gaussians(cells, heatmaps.shape[-1], sigma), cells, confidence
+    return kernels.rectify(heatmaps, sigma, subcell)
 
 
 def confidence_mask(confidence, ratio=0.5):

@@ -45,6 +45,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 
+from kernels.reference import draw_gaussians
+
 
 class DataError(ValueError):
     """A file from outside that is not what it should be; the message names it and says what was expected."""
@@ -247,15 +249,6 @@ def warp(maps, view, stride=1):
     return F.grid_sample(maps, columns[:, None] + rows[:, :, None], padding_mode="zeros", align_corners=True)
 
 
-def draw_gaussians(cells, size, sigma):
-    """Gaussians of height 1 at cells (B, K, 2), (x, y), cut at 3 sigma on each axis -> (B, K, size, size)."""
-    line = torch.arange(size, device=cells.device, dtype=cells.dtype)
-    offset = line - cells[..., None]                                        # (B, K, 2, size)
-    radius = 3 * sigma + 1e-3                     # 3 sigma itself is inside, as in the published targets
-    profile = torch.exp(-offset ** 2 / (2 * sigma ** 2)) * (offset.abs() <= radius)
-    return profile[..., 1, :, None] * profile[..., 0, None, :]
-
-
 def render_heatmaps(keypoints, visible, size, stride, sigma, subcell=False):
     """Target heatmaps (B, K, size, size) of keypoints and the weight (B, K) of each.
 
@@ -266,7 +259,7 @@ def render_heatmaps(keypoints, visible, size, stride, sigma, subcell=False):
     exact = keypoints / stride
     cell = torch.floor(exact + 0.5)
     weight = visible * ((cell >= 0) & (cell < size)).all(-1)
-    return draw_gaussians(exact if subcell else cell, size, sigma) * weight[..., None, None], weight
+    return draw_gaussians(exact if subcell else cell, size, size, sigma) * weight[..., None, None], weight
 
 
 # --- Augmentation: in batch, on the training device, from uniform numbers that the caller draws ------------

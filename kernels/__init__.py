@@ -52,46 +52,33 @@ def _optional(name, value):
     return None if value is None else _plain(name, value)
 
 
-def heatmap_argmax(heatmaps):
-    """Cell and value of each heatmap's maximum.
+# Shapes, units, formulas and errors are those of the functions of the same name in `kernels.reference`. Strides
+# are free, dtypes floating point, results float32 but for float64 heatmaps of `soft_argmax`.
 
-    heatmaps: (B, K, H, W) floating point, any strides. Returns coords (B, K, 2) float32, cells (x, y), and
-    confidence (B, K) float32. Ties, NaN, -inf and errors as in `reference.heatmap_argmax`. Not
-    differentiable.
-    """
+def heatmap_argmax(heatmaps):
+    """Heatmaps (B, K, H, W) -> cells (B, K, 2) as (x, y) and values (B, K) of their maxima. No gradient."""
     return torch.ops.actupose.heatmap_argmax(_plain("heatmaps", heatmaps))
 
 
 def heatmap_argmax_mean(heatmaps, weight=None):
-    """`heatmap_argmax`, and the mean confidence of each sample over its keypoints, which Eq. 4 re-ranks by.
-
-    heatmaps: (B, K, H, W) floating point, any strides; weight: (B, K) floating point, 0 for keypoints that do
-    not count, or None for equal weights. Returns coords (B, K, 2), confidence (B, K) and mean (B,), all
-    float32. Errors as in `reference.heatmap_argmax_mean`. Not differentiable.
-    """
+    """`heatmap_argmax`, and the mean value of a sample (B,) over its keypoints, weighted by (B, K). Eq. 4."""
     return torch.ops.actupose.heatmap_argmax_mean(_plain("heatmaps", heatmaps), _optional("weight", weight))
 
 
 def rectify(heatmaps, sigma, subcell=False):
-    """Each heatmap redrawn as a clean Gaussian at its maximum: the teacher's pseudo-labels (§3.2).
+    """Heatmaps (B, K, H, W) -> Gaussians (B, K, H, W) at their maxima, cells (B, K, 2), values (B, K) (§3.2).
 
-    heatmaps: (B, K, H, W) floating point, any strides; sigma: cells; subcell: finer than a cell. Returns maps
-    (B, K, H, W), cells (B, K, 2) as (x, y) and confidence (B, K), float32. Formula and errors as in
-    `reference.rectify`; on a GPU the Gaussians are within 1e-6 of it. Not differentiable.
+    sigma: cells; subcell: finer than a cell. On a GPU the Gaussians are within 1e-6. No gradient.
     """
     return torch.ops.actupose.rectify(_plain("heatmaps", heatmaps), float(sigma), subcell)
 
 
 def soft_argmax(heatmaps, beta):
-    """Expected cell of each heatmap under softmax(beta * heatmap), differentiable in the heatmaps.
+    """Heatmaps (B, K, H, W) -> expected cells (B, K, 2) under softmax(beta * heatmap), differentiable.
 
-    On CUDA once, in reverse mode: a second derivative and forward mode are errors that
-    `reference.soft_argmax` does not have.
-
-    heatmaps: (B, K, H, W) floating point, any strides; beta > 0. Returns coords (B, K, 2), cells (x, y),
-    float32 (float64 for float64 heatmaps). Accuracy and errors as in `reference.soft_argmax`.
+    On a GPU in reverse mode: forward mode is an error there.
     """
-    _plain("heatmaps", heatmaps)   # a tensor
+    _plain("heatmaps", heatmaps)   # is a tensor
     if runs_triton(heatmaps):
         return SoftArgmax.apply(heatmaps, float(beta))[0]
     # The operator's backward pass forms the probabilities again to save memory. Where the reference runs
@@ -100,13 +87,9 @@ def soft_argmax(heatmaps, beta):
 
 
 def triplet_angle_distance(source, target, triplets, source_valid=None, target_valid=None, min_triplets=1):
-    """Mean angular difference between every source and every target pose (Eq. 7), for choosing pairs.
+    """Poses (..., S, K, 2), (..., T, K, 2) -> mean angular differences (..., S, T) in radians, Eq. 7.
 
-    source (..., S, K, 2), target (..., T, K, 2) floating point, (x, y), leading dimensions equal or 1;
-    triplets (A, 3) long; source_valid (..., S, K), target_valid (..., T, K) bool, or None when all keypoints
-    count. Returns (..., S, T) float32, radians; inf for pairs with fewer than `min_triplets` usable triplets,
-    or none. Formula and errors as in `reference.triplet_angle_distance`; on a GPU a triplet that names no
-    keypoint is not usable. Not differentiable.
+    On a GPU a triplet that names no keypoint is not usable; on a CPU it is an error. No gradient.
     """
     return torch.ops.actupose.triplet_angle_distance(
         _plain("source", source), _plain("target", target), _plain("triplets", triplets),
@@ -115,12 +98,9 @@ def triplet_angle_distance(source, target, triplets, source_valid=None, target_v
 
 def similar_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=1,
                   capacity=None):
-    """The pairs of poses whose distance (Eq. 7) is below gamma, without their matrix in memory.
+    """Pairs (P, 2) of poses (S, K, 2), (T, K, 2) whose distance (Eq. 7) is below gamma, without the matrix.
 
-    source (S, K, 2), target (T, K, 2); gamma in radians; the rest as in `triplet_angle_distance`. Returns (P,
-    2) int64: rows (index of source, index of target) in rising order, as `(distance < gamma).nonzero()`. To
-    learn P it waits for the GPU; with `capacity` it does not, and returns that many rows, the first ones,
-    those beyond P filled with -1. Errors as in `reference.similar_pairs`.
+    To learn P it waits for the GPU; with `capacity` it does not, and returns that many rows.
     """
     return torch.ops.actupose.similar_pairs(
         _plain("source", source), _plain("target", target), _plain("triplets", triplets), float(gamma),

@@ -26,7 +26,6 @@ INTERPRET = HAVE_TRITON and triton.knobs.runtime.interpret
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 WARPS = 4096     # warps that give each of a large GPU's 132 multiprocessors half of what it holds
-PROGRAMS = 512
 SHARE = 16384    # cells; below about this a map is read before the launch that joins its shares has begun
 
 
@@ -108,7 +107,7 @@ def start(launch, pointers):
 
 def plan_key(tensor):
     """What compiled code depends on of a tensor: shape, strides, dtype, device, alignment."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device(), tensor.data_ptr() % 16 == 0
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.data_ptr() % 16 == 0
 
 
 def ceil_div(a, b):

@@ -90,10 +90,10 @@ def check_pairs(source, target, gamma, capacity):
 def check_indices(triplets, keypoints):
     """Raise ValueError unless `triplets` hold indices below `keypoints`.
 
-    Looking at the values of a tensor on a GPU would wait for the device, so only those on the CPU are
-    checked.
+    Looking at the values of a tensor on a GPU would wait for the device, and torch.compile's have none, so
+    only those of plain tensors on the CPU are checked.
     """
-    if triplets.device.type == "cpu" and triplets.numel():
+    if type(triplets) is torch.Tensor and triplets.is_cpu and triplets.numel():
         low, high = triplets.min().item(), triplets.max().item()
         if low < 0 or high >= keypoints:
             raise ValueError(f"triplets must hold keypoint indices in [0, {keypoints}), got {low} ... {high}")

@@ -9,27 +9,27 @@ In PyTorch the differences are a tensor (S, T, A) that is written and read again
 4096 and A = 16, for a matrix of 67 MB. Here a first launch writes the angles of all poses, (S + T) A numbers,
 and each program of a second adds the squared differences of a tile of the matrix in registers. 64 x 64 pairs
 on 4 warps take 87 instructions per warp and triplet on sm_90, 64 of them the arithmetic of 32 pairs a thread,
-96 to 128 registers, and no barrier in the loop: by arithmetic 30 microseconds of an H100; to write takes 20.
+96 registers, and no barrier in the loop: by arithmetic 30 microseconds of an H100, which needs 20 to write.
 
 Pruning costs nothing where there is nothing to prune. An angle that is not usable is infinite, and one that
 is NaN so large that its square is: a tile whose sums are finite is done, any other starts again and counts.
 
-The list of similar pairs comes from running one kernel twice on the table: first it counts the pairs of each
-row, then, where the running sum of the counts says, it writes them. The same compiled code decides twice, so
-the counts are right to the last pair, and the order of the programs does not show. Two 65,536 x 65,536 passes
-take two numbers per row, not the 17 GB of the matrix.
+The list of similar pairs comes from running one kernel twice on the same table: first it counts the pairs of
+each row, then, where the running sum of the counts says, it writes them. The same compiled code decides both
+times, so that the counts are right to the last pair, and rows and columns come in rising order whatever the
+order of the programs. Two 65,536 x 65,536 passes take two numbers per row, not the 17 GB of the matrix.
 """
-import functools
-import math
+from functools import lru_cache, partial
+from math import prod
 from types import SimpleNamespace
 
 import torch
 
 from kernels import reference
-from kernels.common import PROGRAMS, Launch, ceil_div, device_of, plan_key, register, tl, triton
+from kernels.common import HAVE_TRITON, WARPS, Launch, ceil_div, device_of, plan_key, register, tl, triton
 
-# Tile of (BLOCK x BLOCK) pairs, triplets taken at a time, options. A matrix of few large tiles would leave
-# most of a GPU idle while each program waits for one triplet after the other: small ones read all at once.
+# Tile of (BLOCK x BLOCK) pairs, triplets taken at a time, options. A matrix of few large tiles would leave most
+# of a GPU idle while each program waits for one triplet after the other: small tiles read them all at once.
 LARGE = 64, 2, dict(num_warps=4)
 SMALL = 16, 16, dict(num_warps=4)
 MINING = 16, 4, dict(num_warps=1)   # sums and maxima of a single warp need no barriers
@@ -100,14 +100,18 @@ def table_kernel(source, target, source_valid, target_valid, triplets, table,
                  target_valid_b, target_valid_n, target_valid_k,
                  SOURCE_MASKED: tl.constexpr, TARGET_MASKED: tl.constexpr,
                  BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Program (batch, poses, triplets): their angles, into a table (batch, columns, rows). Its rows are those
-    of the source, padded to a multiple of BLOCK by repeating the last pose, then those of the target."""
+    """Program (batch, poses, triplets): their angles, into a table (batch, columns, rows).
+
+    The rows are those of the source, padded to a multiple of BLOCK, and then those of the target.
+    """
+    parts = columns // COLUMNS
     blocks = rows // BLOCK
-    a = tl.program_id(0) % (columns // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)[:, None]
-    block = tl.program_id(0) // (columns // COLUMNS)
+    a = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)[:, None]
+    block = tl.program_id(0) // parts
     b = (block // blocks).to(tl.int64)
     row = (block % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
     if block % blocks * BLOCK < source_rows:
+        # Rows beyond the last pose repeat it.
         result = angles(source + b * source_b, source_valid + b * source_valid_b, triplets,
                         tl.minimum(row, S - 1), a, keypoints, A, source_n, source_k, source_c,
                         source_valid_n, source_valid_k, SOURCE_MASKED, 1.0)
@@ -167,8 +171,8 @@ def tile_distance(source, target, A, min_triplets, columns, rows, scale,
 def distance_kernel(table, distance, S, T, A, min_triplets, columns, source_rows, rows, scale,
                     BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """Program (tile of a matrix): its distances."""
-    wide = (T - 1) // BLOCK + 1
-    tiles = ((S - 1) // BLOCK + 1) * wide
+    wide = (rows - source_rows) // BLOCK
+    tiles = source_rows // BLOCK * wide
     b = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     s = (tile // wide).to(tl.int64) * BLOCK
@@ -182,7 +186,8 @@ def distance_kernel(table, distance, S, T, A, min_triplets, columns, source_rows
     tl.store(distance + entry, result, mask=(s < S)[:, None] & (t < T)[None, :])
 
 
-@triton.jit(do_not_specialize=["room"])   # which changes from call to call: not to be compiled for each value
+# room changes from call to call: Triton must not compile for its value. (Its stand-in takes no options.)
+@partial(triton.jit, do_not_specialize=["room"]) if HAVE_TRITON else triton.jit
 def pairs_kernel(table, counts, ends, pairs, room: "i64", gamma,
                  S, T, A, min_triplets, columns, source_rows, rows, scale, chunk,
                  BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
@@ -220,24 +225,27 @@ def pairs_kernel(table, counts, ends, pairs, room: "i64", gamma,
             tl.store(pairs + left, -1, mask=left < 2 * room)
 
 
-@functools.lru_cache(maxsize=1024)
+@lru_cache(maxsize=1024)
 def plan(source, target, triplets, source_valid, target_valid, min_triplets, mining):
-    """What follows from the tensors' layouts, each (device, *plan_key): the shape of the result (of counts if
-    mining), the shape of the table, and the launches that fill it and use it, or None if no pair exists."""
+    """What follows from the layouts of the tensors, given by their `plan_key`s: the shape of the result (of
+    the counts, if mining), the shape of the table, and the launches that fill the table and use it. Without
+    a pair to find there are no launches.
+    """
     source, target, triplets, source_valid, target_valid = (   # by names, as the checks take them
-        layout and SimpleNamespace(**dict(zip(("device", "shape", "strides", "dtype"), layout)))
-        for layout in (source, target, triplets, source_valid, target_valid))
+        key and SimpleNamespace(**dict(zip(("shape", "strides", "dtype", "device"), key)))
+        for key in (source, target, triplets, source_valid, target_valid))
     reference.check_poses(source, target, triplets, source_valid, target_valid, min_triplets)
     (S, K), T, A = source.shape[-3:-1], target.shape[-3], triplets.shape[0]
     lead = torch.broadcast_shapes(source.shape[:-3], target.shape[:-3])
-    batch = math.prod(lead)
+    batch = prod(lead)
     if batch * S * T == 0 or max(min_triplets, 1) > A:
         return (*lead, S, T), None, None, None
 
-    def strides(tensor, dims):   # of a batch that may be missing, or one for all
+    def strides(tensor, dims):
         if tensor is None:
             return (0,) * dims
-        return (tensor.strides[0] if tensor.shape[:-dims + 1] > (1,) else 0, *tensor.strides[1 - dims:])
+        repeated = len(tensor.shape) < dims or tensor.shape[0] == 1
+        return (0 if repeated else tensor.strides[0], *tensor.strides[1 - dims:])
 
     block, at_a_time, options = MINING
     if not mining:
@@ -250,12 +258,12 @@ def plan(source, target, triplets, source_valid, target_valid, min_triplets, min
                   (S, T, K, A, columns, source_rows, rows, *strides(source, 4), *strides(target, 4),
                    *strides(source_valid, 3), *strides(target_valid, 3)),
                   dict(**masked, BLOCK=ROWS, COLUMNS=at_a_time), num_warps=4)
-    shape, grid = (*lead, S, T), (batch * ceil_div(S, block) * ceil_div(T, block),)
+    shape, grid = (*lead, S, T), (batch * (source_rows // block) * (target_rows // block),)
     sizes = S, T, A, max(min_triplets, 1), columns, source_rows, rows, 1 / K
     if mining:
         # Few rows: their columns are divided too, so that there are programs enough.
         high, wide = ceil_div(S, block), ceil_div(T, block)
-        chunk = ceil_div(wide, min(wide, ceil_div(8 * PROGRAMS, high)))
+        chunk = ceil_div(wide, min(wide, ceil_div(WARPS, high)))
         grid = high, ceil_div(wide, chunk)
         shape, sizes = (S, grid[1]), (*sizes, chunk * block)
     use = Launch(pairs_kernel if mining else distance_kernel, grid, sizes,
@@ -266,9 +274,9 @@ def plan(source, target, triplets, source_valid, target_valid, min_triplets, min
 def prepare(source, target, triplets, source_valid, target_valid, min_triplets, mining):
     """Fill the table of angles. Returns the shape of the result, the table, and the launch that uses it."""
     triplets = triplets.contiguous()
+    tensors = source, target, triplets, source_valid, target_valid
     shape, table_shape, fill, use = plan(
-        *[None if tensor is None else (tensor.device, *plan_key(tensor))
-          for tensor in (source, target, triplets, source_valid, target_valid)], min_triplets, mining)
+        *[None if tensor is None else plan_key(tensor) for tensor in tensors], min_triplets, mining)
     reference.check_indices(triplets, source.shape[-2])
     if use is None:
         return shape, None, None
@@ -282,6 +290,8 @@ def prepare(source, target, triplets, source_valid, target_valid, min_triplets, 
 def triplet_angle_distance(source, target, triplets, source_valid=None, target_valid=None, min_triplets=1):
     """The operator behind `kernels.triplet_angle_distance`."""
     arguments = source, target, triplets, source_valid, target_valid, min_triplets
+    if target.dtype == torch.float64:
+        return reference.triplet_angle_distance(*arguments)
     if max(source.dim(), target.dim()) > 4:   # to one leading dimension
         reference.check_poses(*arguments)
         lead = torch.broadcast_shapes(source.shape[:-3], target.shape[:-3])
@@ -303,6 +313,9 @@ def triplet_angle_distance(source, target, triplets, source_valid=None, target_v
 def similar_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=1,
                   capacity=None):
     """The operator behind `kernels.similar_pairs`."""
+    if target.dtype == torch.float64:
+        return reference.similar_pairs(source, target, triplets, gamma, source_valid, target_valid,
+                                       min_triplets, capacity)
     reference.check_pairs(source, target, gamma, capacity)
     with device_of(source):
         shape, table, use = prepare(source, target, triplets, source_valid, target_valid, min_triplets,
@@ -318,13 +331,6 @@ def similar_pairs(source, target, triplets, gamma, source_valid=None, target_val
     return pairs
 
 
-def fake_distance(source, target, triplets, source_valid=None, target_valid=None, min_triplets=1):
-    """Shape and dtype of `triplet_angle_distance`."""
-    reference.check_poses(source, target, triplets, source_valid, target_valid, min_triplets)
-    lead = torch.broadcast_shapes(source.shape[:-3], target.shape[:-3])
-    return source.new_empty((*lead, source.shape[-3], target.shape[-3]), dtype=torch.float32)
-
-
 def fake_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=1,
                capacity=None):
     """Shape and dtype of `similar_pairs`, whose number of rows is learnt when it runs."""
@@ -337,8 +343,7 @@ def fake_pairs(source, target, triplets, gamma, source_valid=None, target_valid=
 
 register("triplet_angle_distance(Tensor source, Tensor target, Tensor triplets, Tensor? source_valid=None, "
          "Tensor? target_valid=None, int min_triplets=1) -> Tensor",
-         triplet_angle_distance, reference.triplet_angle_distance, fake_distance)
+         triplet_angle_distance, reference.triplet_angle_distance)
 register("similar_pairs(Tensor source, Tensor target, Tensor triplets, float gamma, "
          "Tensor? source_valid=None, Tensor? target_valid=None, int min_triplets=1, SymInt? capacity=None) "
-         "-> Tensor",
-         similar_pairs, reference.similar_pairs, fake_pairs)
+         "-> Tensor", similar_pairs, reference.similar_pairs, fake_pairs)

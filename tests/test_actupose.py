@@ -474,7 +474,7 @@ def test_regdas_losses_by_hand():
     assert maps.grad.flatten().tolist() == pytest.approx([-1 / 8, 1 / 8, 0, 0])         # softmax - label, / 2
     loss = actupose.heatmap_kl(maps, torch.tensor([[[[0.0, 1.0]], [[0.0, 0.0]]]]), weight, epsilon=1.0)
     assert loss.item() == pytest.approx((math.log(4 / 3) / 3 + 2 * math.log(8 / 9) / 3) / 2, rel=1e-5)
-    predicted = data.draw_gaussians(torch.tensor([[[2.0, 2], [2, 2], [6, 5]]]), 9, 3.0)
+    predicted = data.draw_gaussians(torch.tensor([[[2.0, 2], [2, 2], [6, 5]]]), 9, 9, 3.0)
     truth, false = actupose.ground_maps(predicted, sigma=1.0)
     assert truth[0, 0, 2, 3].item() == pytest.approx(math.exp(-0.5)) and truth[0, 2, 5, 6] == 1
     assert torch.allclose(false[0, 0], truth[0, 1] + truth[0, 2]) and false[0, 2, 2, 3] == 1    # 2 exp(-1/2)
@@ -528,7 +528,7 @@ def test_pck_by_hand():
 def test_subcell_decoding():
     """The vertex is within 0.1 cells of a Gaussian's centre; at the border it is the cell itself."""
     centres = torch.tensor([[[5.3, 7.6], [10.0, 3.45], [0.0, 15.0]]])
-    heatmaps = data.draw_gaussians(centres, 16, 1.5)
+    heatmaps = data.draw_gaussians(centres, 16, 16, 1.5)
     cells, confidence = actupose.decode_keypoints(heatmaps, subcell=True)
     assert (cells - centres).abs().max() < 0.1 and confidence[0, 2] == 1
     whole, _ = actupose.decode_keypoints(heatmaps)

@@ -463,9 +463,9 @@ def test_distance_is_symmetric_and_invariant(backend, tiles):
 
 
 def test_angles_are_accurate_from_zero_to_pi(backend, tiles):
-    """Against a folded pose of angle 0, K times the distance is the angle, also at 0 and pi, where arccos
-    would be off by 3e-4: within 1.5e-6 of float64. The arctangent is within 3e-7, products and sums of the
-    coordinates add 1.3e-7, the root, which a GPU knows within 2^-23, and its scale 8.5e-7."""
+    """Against a folded pose of angle 0, K times the distance is the angle, also at 0 and pi, where arccos would
+    be off by 3e-4: within 1.5e-6 of float64. The arctangent is within 3e-7, products and sums of the limbs'
+    coordinates add 1.3e-7, and the root, which a GPU approximates within 2^-23 of it, and its scale 8.5e-7."""
     folded, triplet = hand_poses(backend)[0][2:], hand_poses(backend)[1]
     theta = torch.linspace(0, float(np.pi), 501, dtype=torch.float64)
     ends = (3 * torch.stack((theta.cos(), theta.sin()), dim=1)).float()
@@ -619,7 +619,7 @@ def test_pairs_are_the_entries_below_gamma(backend, S, T, gamma):
 def test_random_pairs(backend, seed, monkeypatch):
     rng = np.random.default_rng([2, seed])
     # With few programs to use, a chunk of columns has several tiles.
-    plan_with(monkeypatch, "PROGRAMS", [1, 2, 3, 512][seed % 4])
+    plan_with(monkeypatch, "WARPS", [1, 2, 3, 4096][seed % 4])
     banks = random_banks(rng)
     distance = numpy_distance(*banks)
     # A threshold that no distance is close to, now and then below or above all.

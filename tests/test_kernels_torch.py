@@ -219,14 +219,14 @@ def test_cuda_graph_on_gpu():
 
 
 @pytest.mark.parametrize("prepare, environment, printed", [
-    pytest.param("", {"TRITON_INTERPRET": "1"}, "1.0", marks=triton_only, id="interpreter"),
-    pytest.param("", {}, "reference 1.0", id="CPU"),
-    pytest.param("import sys; sys.modules['triton'] = None", {}, "reference 1.0", id="no Triton")])
+    pytest.param("", {"TRITON_INTERPRET": "1"}, "kernel 1.0", marks=triton_only, id="interpreter"),
+    pytest.param("", {}, "1.0", id="CPU"),
+    pytest.param("import sys; sys.modules['triton'] = None", {}, "1.0", id="no Triton")])
 def test_what_runs_on_the_cpu(prepare, environment, printed, run_python):
     """DESIGN §8: CPU tensors go through the kernels under TRITON_INTERPRET=1, otherwise, and without Triton,
     through the reference."""
-    code = ("import torch, kernels; from kernels import reference; decode = reference.heatmap_argmax\n"
-            "reference.heatmap_argmax = lambda maps: print('reference', end=' ') or decode(maps)\n"
+    code = ("import torch, kernels; from kernels import common; start = common.start\n"
+            "common.start = lambda *arguments: print('kernel', end=' ') or start(*arguments)\n"
             "print(kernels.heatmap_argmax(torch.eye(3).view(1, 1, 3, 3))[1].item())")
     assert run_python(f"{prepare}\n{code}", **environment).strip() == printed
 
@@ -239,8 +239,7 @@ import kernels
 from kernels import common
 
 CAPABILITY, CUBIN = int(sys.argv[1]), sys.argv[2]
-argmax, soft, angle = (sys.modules["kernels." + name]
-                       for name in ("heatmap_argmax", "soft_argmax", "triplet_angle"))
+argmax, soft, angle = (sys.modules["kernels." + name] for name in ("heatmap_argmax", "soft_argmax", "triplet_angle"))
 
 def loops(cubin):
     # (instructions, barriers) of each loop: from the target of a branch backwards up to that branch.
@@ -261,7 +260,7 @@ def report(title, launch, *pointers):
     types = dict(zip(names, pointers))
     aligned = [name for name, kind in types.items() if kind[0] == "*"]
     for name, value in zip(names[len(pointers):], values):
-        types[name] = "fp32" if isinstance(value, float) else "i32"
+        types[name] = "fp32" if isinstance(value, float) or name == "gamma" else "i32"
         if value == 1:
             constants[name] = 1
         elif value % 16 == 0:
@@ -301,19 +300,14 @@ for shape, dtype, layout in PAPER + OTHERS if CAPABILITY == 90 else PAPER[:2]:
         report(f"soft-argmax join {of}", join, "*fp32", "*fp32", "*fp64")
     else:
         report(f"rectify {of}", argmax.plan_rectify(*key, 1.0, True), maps, "*fp32", "*fp32", "*fp32")
-
-def described(shape, dtype):
-    tensor = torch.empty(shape, dtype=dtype, device="meta")
-    return tensor.device, *common.plan_key(tensor)
-
-triplets = described((16, 3), torch.int64)
-for title, poses, mining in (("distance small tile", 32, False), ("distance large tile", 4096, False),
-                             ("pairs", 4096, True)):
-    bank, valid = described((poses, 16, 2), torch.float32), described((poses, 16), torch.bool)
-    masks = (valid, valid) if mining else (None, None)
-    _, _, fill, use = angle.plan(bank, bank, triplets, *masks, 1, mining)
-    report("angles for " + title, fill, "*fp32", "*fp32", *["*i1"] * 2, "*i64", "*fp32")
-    report(title, use, "*fp32", *(["*i64"] * 3 + ["i64", "fp32"] if mining else ["*fp32"]))
+for size, mining in ((32, False), (4096, False), (4096, True)):
+    poses, valid = (((size, 16, *last), torch.empty(size, 16, *last).stride(), dtype, torch.device("cuda"), True)
+                    for last, dtype in (((2,), torch.float32), ((), torch.bool)))
+    triplets = (16, 3), (3, 1), torch.int64, torch.device("cuda"), True
+    _, _, fill, use = angle.plan(poses, poses, triplets, valid, None, 4, mining)
+    pointers = ("*i64", "*i64", "*i64", "i64", "fp32") if mining else ("*fp32",)
+    report(f"{'pairs' if mining else 'distance'} {size} x {size}", use, "*fp32", *pointers)
+report("angles", fill, "*fp32", "*fp32", "*i1", "*i64", "*i64", "*fp32")
 """
 
 
@@ -332,12 +326,12 @@ def test_kernels_compile_without_a_gpu(capability, tmp_path, run_python):
     for row in [("sm_" + capability, "programs", "warps", "registers", "spilled", "16-byte accesses",
                  "barriers in a loop", "loops' instructions"), *rows]:
         print("{:60} {:>8} {:>5} {:>9} {:>7} {:>16} {:>18}  {}".format(*row))
-    assert len(rows) == (39 if capability == "90" else 14)
-    for title, programs, warps, _, spilled, wide, barriers, lengths in rows:
-        none = any(word in title for word in ("backward", "distance", "pairs"))
-        assert spilled == "0" and int(barriers) <= (0 if none else 2), title
-        if title == "distance large tile":   # first the loop over pairs, two triplets at a time
-            assert int(lengths.split()[0]) <= 2 * 140
+    assert len(rows) == (37 if capability == "90" else 12)
+    for title, programs, warps, _, spilled, wide, barriers, instructions in rows:
+        without = title.startswith(("distance", "pairs", "soft-argmax backward"))
+        assert spilled == "0" and int(barriers) <= (0 if without else 2), title
+        if title.startswith("distance 4096"):   # a warp takes two triplets of 64 x 64 pairs at a time
+            assert int(instructions.split()[0]) <= 2 * 140
         assert "contiguous" not in title or int(wide) >= 1, title
         if "32x16x64x64" in title:
             assert int(programs) * int(warps) >= 2048, title
