@@ -9,27 +9,27 @@ In PyTorch the differences are a tensor (S, T, A) that is written and read again
 4096 and A = 16, for a matrix of 67 MB. Here a first launch writes the angles of all poses, (S + T) A numbers,
 and each program of a second adds the squared differences of a tile of the matrix in registers. 64 x 64 pairs
 on 4 warps take 87 instructions per warp and triplet on sm_90, 64 of them the arithmetic of 32 pairs a thread,
-96 registers, and no barrier in the loop: by arithmetic 30 microseconds of an H100, which needs 20 to write.
+96 to 128 registers, and no barrier in the loop: by arithmetic 30 microseconds of an H100; to write takes 20.
 
 Pruning costs nothing where there is nothing to prune. An angle that is not usable is infinite, and one that
 is NaN so large that its square is: a tile whose sums are finite is done, any other starts again and counts.
 
-The list of similar pairs comes from running one kernel twice on the same table: first it counts the pairs of
-each row, then, where the running sum of the counts says, it writes them. The same compiled code decides both
-times, so that the counts are right to the last pair, and rows and columns come in rising order whatever the
-order of the programs. Two 65,536 x 65,536 passes take two numbers per row, not the 17 GB of the matrix.
+The list of similar pairs comes from running one kernel twice on the table: first it counts the pairs of each
+row, then, where the running sum of the counts says, it writes them. The same compiled code decides twice, so
+the counts are right to the last pair, and the order of the programs does not show. Two 65,536 x 65,536 passes
+take two numbers per row, not the 17 GB of the matrix.
 """
-from functools import lru_cache, partial
+from functools import lru_cache
 from math import prod
 from types import SimpleNamespace
 
 import torch
 
 from kernels import reference
-from kernels.common import HAVE_TRITON, WARPS, Launch, ceil_div, device_of, plan_key, register, tl, triton
+from kernels.common import WARPS, Launch, ceil_div, device_of, plan_key, register, tl, triton
 
-# Tile of (BLOCK x BLOCK) pairs, triplets taken at a time, options. A matrix of few large tiles would leave most
-# of a GPU idle while each program waits for one triplet after the other: small tiles read them all at once.
+# Tile of (BLOCK x BLOCK) pairs, triplets taken at a time, options. A matrix of few large tiles would leave
+# most of a GPU idle while each program waits for one triplet after the other: small ones read all at once.
 LARGE = 64, 2, dict(num_warps=4)
 SMALL = 16, 16, dict(num_warps=4)
 MINING = 16, 4, dict(num_warps=1)   # sums and maxima of a single warp need no barriers
@@ -100,18 +100,14 @@ def table_kernel(source, target, source_valid, target_valid, triplets, table,
                  target_valid_b, target_valid_n, target_valid_k,
                  SOURCE_MASKED: tl.constexpr, TARGET_MASKED: tl.constexpr,
                  BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Program (batch, poses, triplets): their angles, into a table (batch, columns, rows).
-
-    The rows are those of the source, padded to a multiple of BLOCK, and then those of the target.
-    """
-    parts = columns // COLUMNS
+    """Program (batch, poses, triplets): their angles, into a table (batch, columns, rows). Its rows are those
+    of the source, padded to a multiple of BLOCK by repeating the last pose, then those of the target."""
     blocks = rows // BLOCK
-    a = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)[:, None]
-    block = tl.program_id(0) // parts
+    a = tl.program_id(0) % (columns // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)[:, None]
+    block = tl.program_id(0) // (columns // COLUMNS)
     b = (block // blocks).to(tl.int64)
     row = (block % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
     if block % blocks * BLOCK < source_rows:
-        # Rows beyond the last pose repeat it.
         result = angles(source + b * source_b, source_valid + b * source_valid_b, triplets,
                         tl.minimum(row, S - 1), a, keypoints, A, source_n, source_k, source_c,
                         source_valid_n, source_valid_k, SOURCE_MASKED, 1.0)
@@ -171,8 +167,8 @@ def tile_distance(source, target, A, min_triplets, columns, rows, scale,
 def distance_kernel(table, distance, S, T, A, min_triplets, columns, source_rows, rows, scale,
                     BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """Program (tile of a matrix): its distances."""
-    wide = (rows - source_rows) // BLOCK
-    tiles = source_rows // BLOCK * wide
+    wide = (T - 1) // BLOCK + 1
+    tiles = ((S - 1) // BLOCK + 1) * wide
     b = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     s = (tile // wide).to(tl.int64) * BLOCK
@@ -186,8 +182,7 @@ def distance_kernel(table, distance, S, T, A, min_triplets, columns, source_rows
     tl.store(distance + entry, result, mask=(s < S)[:, None] & (t < T)[None, :])
 
 
-# room changes from call to call: Triton must not compile for its value. (Its stand-in takes no options.)
-@partial(triton.jit, do_not_specialize=["room"]) if HAVE_TRITON else triton.jit
+@triton.jit(do_not_specialize=["room"])   # which changes from call to call: not to be compiled for each value
 def pairs_kernel(table, counts, ends, pairs, room: "i64", gamma,
                  S, T, A, min_triplets, columns, source_rows, rows, scale, chunk,
                  BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
@@ -241,11 +236,10 @@ def plan(source, target, triplets, source_valid, target_valid, min_triplets, min
     if batch * S * T == 0 or max(min_triplets, 1) > A:
         return (*lead, S, T), None, None, None
 
-    def strides(tensor, dims):
+    def strides(tensor, dims):   # 0 for a batch that is missing, or one for all
         if tensor is None:
             return (0,) * dims
-        repeated = len(tensor.shape) < dims or tensor.shape[0] == 1
-        return (0 if repeated else tensor.strides[0], *tensor.strides[1 - dims:])
+        return (tensor.strides[0] if tensor.shape[:1 - dims] > (1,) else 0, *tensor.strides[1 - dims:])
 
     block, at_a_time, options = MINING
     if not mining:
@@ -258,7 +252,7 @@ def plan(source, target, triplets, source_valid, target_valid, min_triplets, min
                   (S, T, K, A, columns, source_rows, rows, *strides(source, 4), *strides(target, 4),
                    *strides(source_valid, 3), *strides(target_valid, 3)),
                   dict(**masked, BLOCK=ROWS, COLUMNS=at_a_time), num_warps=4)
-    shape, grid = (*lead, S, T), (batch * (source_rows // block) * (target_rows // block),)
+    shape, grid = (*lead, S, T), (batch * ceil_div(S, block) * ceil_div(T, block),)
     sizes = S, T, A, max(min_triplets, 1), columns, source_rows, rows, 1 / K
     if mining:
         # Few rows: their columns are divided too, so that there are programs enough.
