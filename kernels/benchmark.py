@@ -2,15 +2,9 @@
 
 A table for each operator, and for three ways to call one (soft_argmax_gradient: forward and backward;
 similar_mask: triplet_angle_distance < gamma, the training step's; similar_pairs_capacity: without waiting for
-their number), over sizes, dtypes and layouts. A column is a provider and how it is timed:
-
-    triton               the operators of this package on CUDA tensors
-    triton, CUDA graph   the same, captured once and replayed
-    eager                the same functions in plain PyTorch, `kernels.reference`
-    torch.compile        the reference compiled, with static shapes; on CUDA with mode "reduce-overhead" too,
-                         which copies its input into a graph at each call
-    torch.max            argmax only: torch.max over the flattened map, without coordinates
-    NumPy                argmax only: the field's published code; the copy to the host counts
+their number), over sizes, dtypes and layouts. A column is a provider (`triton`; the same in a CUDA graph;
+`eager`, which is `kernels.reference`; torch.compile of that; torch.max without coordinates; the field's
+published NumPy, with the copy to the host) and how it is timed:
 
     cold cache, GPU time   Between two events around one call. A buffer of four L2 caches is read before, so
                            neither the data nor writes still to be made are in the cache, and the call is
@@ -28,10 +22,8 @@ CPU tensors, where it runs its reference, costs over that. Before anything is ti
 against the float64 reference; one that fails ends the run with status 1. Triton's interpreter is never timed.
 """
 import argparse
-import json
 import logging
 import math
-import os
 import platform
 import secrets
 import subprocess
@@ -242,10 +234,6 @@ def error_of(operator, inputs):
         our, their = our.detach().cpu().double(), their.double()
         same = (our == their) | (our.isnan() & their.isnan())
         errors.append(torch.where(same, 0.0, (our - their).abs()).nan_to_num(math.inf))
-    if operator == "rectify":   # the Gaussian ends at 3 sigma; beside that it may end on either side
-        x, y = (torch.arange(size) - true[1][..., i, None] for i, size in enumerate(inputs[0].shape[:1:-1]))
-        x, y = ((offset.abs() - 3 * SIGMA).abs() < 0.01 for offset in (x, y))
-        errors[0][x[..., None, :] | y[..., :, None]] = 0.0
     return max((error.max().item() / (limit or 1e-300), error.max().item(), limit)
                for error, limit in zip(errors, allowed))
 
@@ -279,25 +267,22 @@ class Clock:
         return min(once(call) for _ in range(repetitions))
 
     def measure(self, call, timing):
-        """Median and quartiles (ms) of a call that ran before; if COLD, the peak of extra memory (bytes)."""
+        """Median time (ms) of a call that ran before; if COLD, the peak of extra memory (bytes)."""
         if timing == WARM:
-            quartiles = common.triton.testing.do_bench_cudagraph(call, quantiles=[0.25, 0.5, 0.75])
-            return dict(ms=quartiles[1], quartiles=quartiles[::2])
+            return dict(ms=common.triton.testing.do_bench_cudagraph(call, return_mode="median"))
         if timing == HOST:
             timer = Timer("call()", globals=dict(call=call), num_threads=torch.get_num_threads())
-            times, memory = timer.blocked_autorange(min_run_time=self.seconds).times, {}
-        else:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before, start = torch.cuda.memory_allocated(), time.perf_counter()
-            call()
-            issued = time.perf_counter() - start
-            memory = dict(extra_bytes=torch.cuda.max_memory_allocated() - before)
-            # Enough readings of the buffer that the host has issued the whole call before they end.
-            flushes = min(200, 1 + math.ceil(1.5 * issued / self.flush_seconds))
-            times = repeat(lambda: self.between_events(call, flushes), self.seconds)
-        low, median, high = (1000 * np.percentile(times, [25, 50, 75])).tolist()
-        return dict(ms=median, quartiles=[low, high], **memory)
+            return dict(ms=1000 * timer.blocked_autorange(min_run_time=self.seconds).median)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()
+        call()
+        issued = time.perf_counter() - start
+        extra = torch.cuda.max_memory_allocated() - before
+        # Enough readings of the buffer that the host has issued the whole call before they end.
+        flushes = min(200, 1 + math.ceil(1.5 * issued / self.flush_seconds))
+        times = repeat(lambda: self.between_events(call, flushes), self.seconds)
+        return dict(ms=1000 * float(np.median(times)), extra_bytes=extra)
 
 
 def repeat(sample, seconds):
@@ -376,7 +361,7 @@ def measure_row(row, calls, clock, limits):
             if provider in ("triton", "eager"):
                 raise
             first = textwrap.shorten(str(error).strip().split("\n")[0], 60, placeholder=" ...")
-            cell = dict(skipped=f"failed: {first}", error=str(error))
+            cell = dict(skipped=f"failed: {first}")
         row["providers"][provider] = cell
     times = [row["providers"][provider].get("ms") for provider in ("triton", "eager")]
     row["speedup"] = times[1] / times[0] if all(times) else None
@@ -490,11 +475,8 @@ def main(arguments=None, plan=None):
     parser.error = lambda message: parser.exit(2, f"{message} (--help lists the options)\n")
     parser.add_argument("--quick", action="store_true", help="few sizes, measured shortly: about a minute")
     parser.add_argument("--only", choices=OPERATORS, metavar="NAME", help="one of " + ", ".join(OPERATORS))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
     parser.add_argument("--seed", type=int, help="of the random inputs [default: a new one]")
     options = parser.parse_args(arguments)
-    if options.json and (options.json.is_dir() or not os.access(options.json.parent, os.W_OK)):
-        parser.error(f"cannot write {options.json}")
     if common.INTERPRET:
         parser.exit(2, "Triton's interpreter is on, whose time would say nothing: unset TRITON_INTERPRET\n")
     plan = plan or (QUICK if options.quick else FULL)
@@ -507,13 +489,13 @@ def main(arguments=None, plan=None):
     torch._logging.set_logs(dynamo=logging.ERROR, inductor=logging.CRITICAL)
     clock = Clock(device, plan.seconds)
     limits = measure_limits(clock)
-    result = dict(header=header(device, seed), limits=limits, checks=[], rows=[], host=[])   # after work
+    facts, checks = header(device, seed), []   # the clocks after some work
     if not clock.cuda:
         print("No CUDA device: the Triton columns are not measured; its interpreter's time says nothing.")
     rates = [(f"{name}, GB/s", short(limits[name] / 1e9)) for name in ("read", "write", "copy")]
     floor = "not measured" if limits["launch"] is None else short(1e6 * limits["launch"])
     print_table("What ran where, and the limits measured there", ["what", "value"], [
-        *result["header"].items(), *rates, ("float32 product, GFLOP/s", short(limits["fp32"] / 1e9)),
+        *facts.items(), *rates, ("float32 product, GFLOP/s", short(limits["fp32"] / 1e9)),
         ("an empty Triton kernel, us of GPU time", floor)])
 
     for operator in operators:
@@ -524,29 +506,24 @@ def main(arguments=None, plan=None):
             print(f"{operator} is wrong for {at}: error {error:.3g}, allowed {allowed:.3g}; repeat it with "
                   f"--only {operator} --seed {seed}", file=sys.stderr)
             return 1
-        result["checks"].append(dict(operator=operator, error=error, allowed=allowed, at=at))
-    print_table("Largest errors against the float64 reference", ["operator", "error", "allowed", "at"],
-                [[check["operator"], f"{check['error']:.2g}", f"{check['allowed']:.2g}", check["at"]]
-                 for check in result["checks"]])
+        checks.append([operator, f"{error:.2g}", f"{allowed:.2g}", at])
+    print_table("Largest errors against the float64 reference", ["operator", "error", "allowed", "at"], checks)
     for operator in operators:
         rows = []
         for row, inputs in cases(operator, plan, torch.Generator(device).manual_seed(seed)):
+            if sys.stderr.isatty():
+                print(f"\r{operator} {row['size']}".ljust(80), end="\r", file=sys.stderr, flush=True)
             measure_row(row, calls_of(operator, inputs, clock.cuda), clock, limits)
             rows.append(row)
         print_operator(rows, clock.cuda)
-        result["rows"] += rows
     if common.HAVE_TRITON:
         small = STEP if clock.cuda else TINY
         free = [operator for operator in operators if operator != "similar_pairs"]   # which waits for the GPU
         with nullcontext() if clock.cuda else no_launches():
-            result["host"] = host_times(free, small, device, seed, 4 * plan.seconds, 10)
-        print_host("Host time of a call" + ", launches doing nothing" * (not clock.cuda), result["host"])
-    result["dispatch"] = host_times(operators, STEP, cpu, seed, 4 * plan.seconds)
-    print_host("On CPU tensors: the operator over its reference called directly", result["dispatch"])
-    if options.json:
-        part = options.json.with_name(options.json.name + ".part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(part, options.json)
+            rows = host_times(free, small, device, seed, 4 * plan.seconds, 10)
+        print_host("Host time of a call" + ", launches doing nothing" * (not clock.cuda), rows)
+    print_host("On CPU tensors: the operator over its reference called directly",
+               host_times(operators, STEP, cpu, seed, 4 * plan.seconds))
     return 0
 
 

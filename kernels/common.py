@@ -1,5 +1,4 @@
 """What the operators share: where they run, how they are registered and launched, how programs divide maps."""
-import platform
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,10 +74,9 @@ def device_of(tensor):
 class Launch:
     """A kernel on a grid, with everything but its pointers: compiled at the first call, then called directly.
 
-    Triton's own kernel[grid](...) looks at each argument of each call to find the code compiled for it, which
-    takes longer than a small kernel runs. An operator therefore makes its launches once for each shape,
-    strides, dtype, device and alignment of its tensors (`plan_key`) and hands them nothing but pointers.
-    sizes: the kernel's numbers, which follow its pointers; constants: its constexpr arguments, in order.
+    Triton's own kernel[grid](...) looks at each argument of each call to find its code, which takes longer than
+    a small kernel runs. So an operator makes its launches once for each `plan_key` of its tensors, and hands
+    them pointers. sizes: the numbers that follow these; constants: the constexpr arguments, in order.
     """
 
     def __init__(self, kernel, grid, sizes, constants, **options):
@@ -206,10 +204,9 @@ def cell_offset(n, width, stride_h, stride_w, FLAT: tl.constexpr):
 
 
 def device_name(device):
-    """What a torch.device is called by its maker, for reports."""
+    """What a torch.device is called by its maker, for reports; a CPU by Linux alone."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    return models[0].split(": ")[1] if models else "CPU"

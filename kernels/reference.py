@@ -42,11 +42,15 @@ def check_weight(weight, heatmaps):
 
 def check_poses(source, target, triplets, source_valid, target_valid, min_triplets):
     """Raise TypeError / ValueError unless shapes, dtypes and devices fit `triplet_angle_distance`."""
-    for name, poses in (("source", source), ("target", target)):
+    for name, poses, valid in ("source", source, source_valid), ("target", target, target_valid):
         if len(poses.shape) < 3 or poses.shape[-1] != 2 or poses.shape[-2] == 0:
             raise ValueError(f"{name} must have shape (..., poses, K, 2), K >= 1, got {tuple(poses.shape)}")
         if not poses.dtype.is_floating_point:
             raise TypeError(f"{name} must be floating point, got {poses.dtype}: convert it with .float()")
+        if valid is not None and valid.dtype != torch.bool:
+            raise TypeError(f"{name}_valid must be bool, got {valid.dtype}: compare it with a threshold first")
+        if valid is not None and valid.shape != poses.shape[:-1]:
+            raise ValueError(f"{name}_valid must have shape {tuple(poses.shape[:-1])}, got {tuple(valid.shape)}")
     if source.shape[-2] != target.shape[-2]:
         raise ValueError(f"source and target must have the same keypoints K, got {source.shape[-2]} and "
                          f"{target.shape[-2]}")
@@ -54,24 +58,14 @@ def check_poses(source, target, triplets, source_valid, target_valid, min_triple
         if ours != theirs and 1 not in (ours, theirs):
             raise ValueError("the leading dimensions of source and target must be equal or 1, got "
                              f"{tuple(source.shape[:-3])} and {tuple(target.shape[:-3])}")
-    if target.device != source.device:
-        raise ValueError(f"target is on {target.device} but source on {source.device}: move one of them")
-    masks = ("source_valid", source_valid, source), ("target_valid", target_valid, target)
-    for name, valid, poses in masks:
-        if valid is None:
-            continue
-        if valid.dtype != torch.bool:
-            raise TypeError(f"{name} must be bool, got {valid.dtype}: compare it with a threshold first")
-        if valid.shape != poses.shape[:-1]:
-            raise ValueError(f"{name} must have shape {tuple(poses.shape[:-1])}, got {tuple(valid.shape)}")
-        if valid.device != source.device:
-            raise ValueError(f"{name} is on {valid.device} but source on {source.device}: move one of them")
     if len(triplets.shape) != 2 or triplets.shape[1] != 3:
         raise ValueError(f"triplets must have shape (A, 3), got {tuple(triplets.shape)}")
     if triplets.dtype != torch.int64:
         raise TypeError(f"triplets must be int64, got {triplets.dtype}: convert them with .long()")
-    if triplets.device != source.device:
-        raise ValueError(f"triplets are on {triplets.device} but source on {source.device}: move them")
+    others = dict(target=target, triplets=triplets, source_valid=source_valid, target_valid=target_valid)
+    for name, other in others.items():
+        if other is not None and other.device != source.device:
+            raise ValueError(f"{name} on {other.device}, source on {source.device}: move one of them")
     if min_triplets < 0:
         raise ValueError(f"min_triplets must not be negative, got {min_triplets}")
 

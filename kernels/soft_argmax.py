@@ -3,10 +3,8 @@
     p_n = exp(beta h_n) / sum_m exp(beta h_m),    X = sum_n p_n x_n,    Y = sum_n p_n y_n
     dL/dh_n = beta p_n ((x_n - X) dL/dX + (y_n - Y) dL/dY)
 
-What they must move: the forward pass reads every cell once, the backward pass reads it once and writes its
-gradient. What they must do: an exponential and about ten additions and products for each cell and pass.
-
-In PyTorch the probabilities are a tensor as large as the maps: written, read for each marginal, kept for the
+The forward pass must read every cell once, the backward pass must read it once and write its gradient; each
+has an exponential and about ten additions and products to do for it. In PyTorch the probabilities are a tensor as large as the maps: written, read for each marginal, kept for the
 backward pass, read there again beside two more of its size. Here each lane of a program holds a running
 maximum and three sums over its cells, of the weights exp(beta (h - maximum)) and of those times x and y; when
 the maximum grows, the sums so far are scaled down. Lanes are joined once, after the last cell, so that no
