@@ -100,18 +100,14 @@ def table_kernel(source, target, source_valid, target_valid, triplets, table,
                  target_valid_b, target_valid_n, target_valid_k,
                  SOURCE_MASKED: tl.constexpr, TARGET_MASKED: tl.constexpr,
                  BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """Program (batch, poses, triplets): their angles, into a table (batch, columns, rows).
-
-    The rows are those of the source, padded to a multiple of BLOCK, and then those of the target.
-    """
-    parts = columns // COLUMNS
+    """Program (batch, poses, triplets): their angles, into a table (batch, columns, rows). Its rows are those
+    of the source, padded to a multiple of BLOCK by repeating the last pose, then those of the target."""
     blocks = rows // BLOCK
-    a = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)[:, None]
-    block = tl.program_id(0) // parts
+    a = tl.program_id(0) % (columns // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)[:, None]
+    block = tl.program_id(0) // (columns // COLUMNS)
     b = (block // blocks).to(tl.int64)
     row = (block % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
     if block % blocks * BLOCK < source_rows:
-        # Rows beyond the last pose repeat it.
         result = angles(source + b * source_b, source_valid + b * source_valid_b, triplets,
                         tl.minimum(row, S - 1), a, keypoints, A, source_n, source_k, source_c,
                         source_valid_n, source_valid_k, SOURCE_MASKED, 1.0)
@@ -171,8 +167,8 @@ def tile_distance(source, target, A, min_triplets, columns, rows, scale,
 def distance_kernel(table, distance, S, T, A, min_triplets, columns, source_rows, rows, scale,
                     BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
     """Program (tile of a matrix): its distances."""
-    wide = (rows - source_rows) // BLOCK
-    tiles = source_rows // BLOCK * wide
+    wide = (T - 1) // BLOCK + 1
+    tiles = ((S - 1) // BLOCK + 1) * wide
     b = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     s = (tile // wide).to(tl.int64) * BLOCK
@@ -240,11 +236,10 @@ def plan(source, target, triplets, source_valid, target_valid, min_triplets, min
     if batch * S * T == 0 or max(min_triplets, 1) > A:
         return (*lead, S, T), None, None, None
 
-    def strides(tensor, dims):
+    def strides(tensor, dims):   # 0 for a batch that is missing, or one for all
         if tensor is None:
             return (0,) * dims
-        repeated = len(tensor.shape) < dims or tensor.shape[0] == 1
-        return (0 if repeated else tensor.strides[0], *tensor.strides[1 - dims:])
+        return (tensor.strides[0] if tensor.shape[:1 - dims] > (1,) else 0, *tensor.strides[1 - dims:])
 
     block, at_a_time, options = MINING
     if not mining:
@@ -257,7 +252,7 @@ def plan(source, target, triplets, source_valid, target_valid, min_triplets, min
                   (S, T, K, A, columns, source_rows, rows, *strides(source, 4), *strides(target, 4),
                    *strides(source_valid, 3), *strides(target_valid, 3)),
                   dict(**masked, BLOCK=ROWS, COLUMNS=at_a_time), num_warps=4)
-    shape, grid = (*lead, S, T), (batch * (source_rows // block) * (target_rows // block),)
+    shape, grid = (*lead, S, T), (batch * ceil_div(S, block) * ceil_div(T, block),)
     sizes = S, T, A, max(min_triplets, 1), columns, source_rows, rows, 1 / K
     if mining:   # few rows: their columns are divided too, so that there are programs enough
         high, wide = ceil_div(S, block), ceil_div(T, block)
