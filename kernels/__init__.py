@@ -41,7 +41,6 @@ from kernels.soft_argmax import SoftArgmax
 __all__ = ["heatmap_argmax", "heatmap_argmax_mean", "rectify", "reference", "similar_pairs", "soft_argmax",
            "triplet_angle_distance"]
 
-
 _operators = torch.ops.actupose
 
 
@@ -93,7 +92,8 @@ def soft_argmax(heatmaps, beta):
 def triplet_angle_distance(source, target, triplets, source_valid=None, target_valid=None, min_triplets=1):
     """Poses (..., S, K, 2), (..., T, K, 2) -> mean angular differences (..., S, T) in radians, Eq. 7.
 
-    On a GPU a triplet that names no keypoint is not usable; on a CPU it is an error. No gradient.
+    On a GPU a triplet that names no keypoint is not usable; on a CPU it is an error. No gradient. Poses with
+    several leading dimensions are left to the reference, on a GPU too.
     """
     return _operators.triplet_angle_distance.default(
         _plain("source", source), _plain("target", target), _plain("triplets", triplets),

@@ -190,7 +190,7 @@ def check_rectify(backend, maps, sigma=1.3):
 
 # --- heatmaps: all operators -------------------------------------------------------------------------------
 
-SHAPES = [(1, 1, 1, 1), (2, 3, 7, 5), (1, 11, 64, 48), (2, 2, 71, 66), (2, 16, 33, 1), (9, 5, 3, 4),
+SHAPES = [(1, 1, 1, 1), (2, 3, 7, 5), (1, 11, 24, 48), (2, 2, 71, 66), (2, 16, 33, 1), (9, 5, 3, 4),
           (2, 37, 4, 4), (0, 3, 4, 4), (2, 0, 4, 4), (0, 0, 4, 4)]
 
 
@@ -254,7 +254,7 @@ def drawn_maps(rng, seed):
     return laid_out(torch.from_numpy(values).to(pick(rng, FLOATS)), pick(rng, ALL_LAYOUTS), rng)
 
 
-@pytest.mark.parametrize("seed", range(80))
+@pytest.mark.parametrize("seed", range(64))
 def test_random_heatmaps(backend, seed):
     rng = np.random.default_rng([0, seed])
     maps, weight = drawn_maps(rng, seed), None
