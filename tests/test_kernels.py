@@ -153,8 +153,8 @@ def check_soft_argmax(backend, maps, beta, function=kernels.soft_argmax):
 
 
 def check_rectify(backend, maps, sigma=1.3):
-    """Confidence is equal to the bit; a cell lies on the maximum, or at the vertex of the parabola through it and
-    its neighbours, as far as float32 can tell; the Gaussian around the cell is within 1e-6 of float64."""
+    """Confidence is equal to the bit. A cell lies on the maximum, or at the vertex of the parabola through it
+    and its neighbours, as far as float32 can tell; the Gaussian around the cell is within 1e-6 of float64."""
     maximum, values = numpy_argmax(maps)
     exact, (height, width) = float64(maps), maps.shape[2:]
     padded = np.pad(exact, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=NAN)   # NaN: no neighbour
@@ -169,15 +169,16 @@ def check_rectify(backend, maps, sigma=1.3):
         known = curvature > 0   # not at an edge, where a neighbour is missing
         offset[..., axis] = np.where(known, np.clip((after - before) / 2 / curvature, -0.5, 0.5), 0)
         allowed[..., axis] = np.where(known, np.minimum(1, rounding / curvature) + 4e-6, 0)
-    neighbours = np.stack([padded[b, k, y + dy, x + dx] for dx, dy in ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))])
-    usual = np.isfinite(top) & ~np.isinf(neighbours).any(axis=0)
+    around = [padded[b, k, y + dy, x + dx] for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1))]
+    usual = np.isfinite(top) & ~np.isinf(around).any(axis=0)
     for subcell in (False, True):
         result = kernels.rectify(to(backend, maps).detach().requires_grad_(), sigma, subcell)
         assert not any(part.requires_grad or part.dtype != torch.float32 for part in result)
         drawn, cells, confidence = (part.cpu().numpy() for part in result)
         assert drawn.shape == maps.shape and np.array_equal(confidence, values, equal_nan=True)
         error = np.abs(cells - maximum - subcell * offset)
-        assert (error <= subcell * (allowed + 1e-7 * maximum))[usual].all()   # the last bit of x = 1833.37, too
+        last_bit = 1e-7 * maximum   # of the coordinate in float32
+        assert (error <= subcell * (allowed + last_bit))[usual].all()
         if not subcell:
             assert np.array_equal(cells, maximum)
         dx = np.arange(width) - cells[..., 0, None, None].astype(np.float64)
@@ -267,8 +268,8 @@ def test_random_heatmaps(backend, seed):
 
 
 def test_rectify_by_hand(backend):
-    """A parabola through 0.2, 1 and 0.6 has its vertex at 1/6; at an edge, or where all is equal, there is
-    none; a quarter is as far as two neighbours at the same height push it, since half of a cell is the limit."""
+    """The first of three equal maxima has 0 on one side: its vertex is half a cell towards the other. There is
+    none at an edge, or where all is equal."""
     maps = torch.zeros(1, 3, 4, 5)
     maps[0, 0, 1:4, 2], maps[0, 0, 2, 1:4] = torch.tensor([0.2, 1.0, 0.6]), torch.tensor([1.0, 1.0, 1.0])
     maps[0, 1, 0, 4] = 2.0
@@ -463,9 +464,9 @@ def test_distance_is_symmetric_and_invariant(backend, tiles):
 
 
 def test_angles_are_accurate_from_zero_to_pi(backend, tiles):
-    """Against a folded pose of angle 0, K times the distance is the angle, also at 0 and pi, where arccos would
-    be off by 3e-4: within 1.5e-6 of float64. The arctangent is within 3e-7, products and sums of the limbs'
-    coordinates add 1.3e-7, and the root, which a GPU approximates within 2^-23 of it, and its scale 8.5e-7."""
+    """Against a folded pose of angle 0, K times the distance is the angle, also at 0 and pi, where arccos is
+    off by 3e-4: within 1.5e-6 of float64. The arctangent is within 3e-7, products and sums of coordinates add
+    1.3e-7, the root, which a GPU approximates within 2^-23 of it, and its scale 8.5e-7."""
     folded, triplet = hand_poses(backend)[0][2:], hand_poses(backend)[1]
     theta = torch.linspace(0, float(np.pi), 501, dtype=torch.float64)
     ends = (3 * torch.stack((theta.cos(), theta.sin()), dim=1)).float()
@@ -559,23 +560,6 @@ def test_random_distances(backend, seed, monkeypatch):
              ((0,), (1,))]
     plan_with(monkeypatch, "FEW_TILES", 0 if seed % 3 == 0 else 128)   # large tiles or not
     check_distance(backend, *random_banks(np.random.default_rng([1, seed]), *leads[seed % 8]))
-
-
-def test_a_second_call_plans_and_compiles_nothing(monkeypatch):
-    """A call with the layout of an earlier one finds its launches ready, whatever its content and capacity."""
-    if not common.HAVE_TRITON:
-        pytest.skip("Triton is not installed")
-    started, plan, poses = [], TRIPLET_ANGLE.plan, random_poses(9)
-    monkeypatch.setattr(common, "INTERPRET", True)
-    monkeypatch.setattr(common, "start", lambda launch, pointers: started.append(launch) or (lambda *_: None))
-    plan.cache_clear()
-    for given, plans in ((poses, 3), (poses + 1, 3), (poses[1:].clone(), 6), (poses.half(), 9), (poses, 9)):
-        valid = torch.ones(given.shape[:2], dtype=torch.bool)
-        kernels.triplet_angle_distance(given, given, TRIPLETS)
-        kernels.triplet_angle_distance(given, given, TRIPLETS, valid, None, 2)
-        kernels.similar_pairs(given, given, TRIPLETS, 0.1, capacity=1 + len(started))
-        assert plan.cache_info().misses == plans and len(started) == 2 * plans   # the table, and its use
-    plan.cache_clear()   # the stand-ins must not outlive the test
 
 
 # --- similar_pairs ------------------------------------------------------------------------------------------

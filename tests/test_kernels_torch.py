@@ -8,7 +8,8 @@ import kernels
 from kernels import common, reference
 from test_kernels import CUDA, TRIPLETS, random_maps, random_mask, random_poses
 
-HEATMAP_ARGMAX, SOFT_ARGMAX = (sys.modules[f"kernels.{name}"] for name in ("heatmap_argmax", "soft_argmax"))
+HEATMAP_ARGMAX, SOFT_ARGMAX, TRIPLET_ANGLE = (
+    sys.modules[f"kernels.{name}"] for name in ("heatmap_argmax", "soft_argmax", "triplet_angle"))
 triton_only = pytest.mark.skipif(not common.HAVE_TRITON, reason="Triton is not installed")
 
 
@@ -96,8 +97,8 @@ def test_autocast_changes_nothing(backend, dtype):
 
 
 def test_derivatives_are_right_or_refused(backend):
-    """torch.func's grad and vjp and a second derivative are the reference's; so is jvp, or it is an error: never
-    a zero in silence."""
+    """torch.func's grad and vjp and a second derivative are the reference's. So is jvp, or it is an error,
+    never a zero in silence."""
     maps, direction = random_maps((1, 2, 4, 4)).to(backend), random_maps((1, 2, 2), seed=1).to(backend)
     plain, operator = (lambda given, module=module: module.soft_argmax(given, 4.0)
                        for module in (reference, torch.ops.actupose))
@@ -128,30 +129,33 @@ def test_weight_is_detached(backend):
 
 # --- launches -----------------------------------------------------------------------------------------------
 
-def test_a_second_call_does_no_layout_work(monkeypatch):
+def test_a_second_call_plans_and_compiles_nothing(monkeypatch):
     """Part 6: layout and compiled kernel are kept per shape, strides, dtype, device and alignment."""
     if not common.HAVE_TRITON:
         pytest.skip("Triton is not installed")
-    started, divided, divide = [], [], common.divide
+    started, poses = [], random_poses(9)
+    plans = [value for module in (HEATMAP_ARGMAX, SOFT_ARGMAX, TRIPLET_ANGLE)
+             for value in vars(module).values() if hasattr(value, "cache_clear")]
     monkeypatch.setattr(common, "INTERPRET", True)
     monkeypatch.setattr(common, "start", lambda launch, pointers: started.append(launch) or (lambda *_: None))
-    for module in (HEATMAP_ARGMAX, SOFT_ARGMAX):
-        monkeypatch.setattr(module, "divide", lambda *layout, **rest: divided.append(0) or divide(*layout, **rest))
-        for plan in [value for value in vars(module).values() if hasattr(value, "cache_clear")]:
-            plan.cache_clear()
-    maps = random_maps((3, 5, 9, 7)).requires_grad_()
-    counts = []
-    for given in (maps, maps.clone(), maps.half(), maps[1:], maps.clone()):
-        kernels.heatmap_argmax(given)
-        kernels.heatmap_argmax_mean(given, torch.ones(given.shape[:2]))
-        kernels.rectify(given, 1.5)
-        torch.autograd.grad(kernels.soft_argmax(given, 4.0).sum(), given)
-        counts.append((len(started), len(divided)))
-    assert counts[0] == (6, 4) and counts[1] == counts[0]      # argmax, its mean's two, rectify, soft-argmax's two
-    assert counts[2] == (12, 8) and counts[3] == counts[4] == (18, 12)
-    for module in (HEATMAP_ARGMAX, SOFT_ARGMAX):               # the stand-ins must not outlive the test
-        for plan in [value for value in vars(module).values() if hasattr(value, "cache_clear")]:
-            plan.cache_clear()
+    for plan in plans:
+        plan.cache_clear()
+    maps = random_maps((3, 5, 9, 7))
+    # 10 launches: argmax, its mean's two, rectify, soft-argmax's two; the angles, their distances; the
+    # angles, the pairs. Content and capacity do not matter; another dtype, shape or alignment does.
+    for index, (maps, poses, launches, misses) in enumerate((
+            (maps, poses, 10, 7), (maps + 1, poses + 1, 10, 7), (maps.half(), poses.half(), 20, 14),
+            (maps[1:].clone(), poses[1:].clone(), 30, 21), (maps[1:], poses[1:].clone(), 36, 26),
+            (maps, poses, 36, 26))):
+        kernels.heatmap_argmax(maps)
+        kernels.heatmap_argmax_mean(maps, torch.ones(maps.shape[:2]))
+        kernels.rectify(maps, 1.5)
+        torch.autograd.grad(kernels.soft_argmax(maps.requires_grad_(), 4.0).sum(), maps)
+        kernels.triplet_angle_distance(poses, poses, TRIPLETS)
+        kernels.similar_pairs(poses, poses, TRIPLETS, 0.1, capacity=1 + index)
+        assert (len(started), sum(plan.cache_info().misses for plan in plans)) == (launches, misses)
+    for plan in plans:   # the stand-ins must not outlive the test
+        plan.cache_clear()
 
 
 def test_a_missing_compiler_is_named():
@@ -239,7 +243,8 @@ import kernels
 from kernels import common
 
 CAPABILITY, CUBIN = int(sys.argv[1]), sys.argv[2]
-argmax, soft, angle = (sys.modules["kernels." + name] for name in ("heatmap_argmax", "soft_argmax", "triplet_angle"))
+names = "heatmap_argmax", "soft_argmax", "triplet_angle"
+argmax, soft, angle = (sys.modules["kernels." + name] for name in names)
 
 def loops(cubin):
     # (instructions, barriers) of each loop: from the target of a branch backwards up to that branch.
@@ -254,7 +259,7 @@ def loops(cubin):
     return found
 
 def report(title, launch, *pointers):
-    # Compiled as the launch would be: aligned pointers, sizes that are 1 constant, those that 16 divides told.
+    # Compiled as the launch would be: aligned pointers, sizes of 1 as constants, multiples of 16 marked.
     names, constants = launch.kernel.arg_names, dict(launch.constants)
     values = launch.fixed[:len(launch.fixed) - len(constants)]
     types = dict(zip(names, pointers))
@@ -301,9 +306,9 @@ for shape, dtype, layout in PAPER + OTHERS if CAPABILITY == 90 else PAPER[:2]:
     else:
         report(f"rectify {of}", argmax.plan_rectify(*key, 1.0, True), maps, "*fp32", "*fp32", "*fp32")
 for size, mining in ((32, False), (4096, False), (4096, True)):
-    poses, valid = (((size, 16, *last), torch.empty(size, 16, *last).stride(), dtype, torch.device("cuda"), True)
+    poses, valid = (((size, 16, *last), torch.empty(size, 16, *last).stride(), dtype, "cuda", True)
                     for last, dtype in (((2,), torch.float32), ((), torch.bool)))
-    triplets = (16, 3), (3, 1), torch.int64, torch.device("cuda"), True
+    triplets = (16, 3), (3, 1), torch.int64, "cuda", True
     _, _, fill, use = angle.plan(poses, poses, triplets, valid, None, 4, mining)
     pointers = ("*i64", "*i64", "*i64", "i64", "fp32") if mining else ("*fp32",)
     report(f"{'pairs' if mining else 'distance'} {size} x {size}", use, "*fp32", *pointers)
@@ -314,8 +319,8 @@ report("angles", fill, "*fp32", "*fp32", "*i1", "*i64", "*i64", "*fp32")
 @triton_only
 @pytest.mark.parametrize("capability", ["80", "90", "100"])
 def test_kernels_compile_without_a_gpu(capability, tmp_path, run_python):
-    """Part 6: what the operators launch becomes cubins that spill no register; at the paper's size 2,048 warps
-    are at work in either layout; no loop has more than two barriers. `pytest -s` prints the table."""
+    """Part 6: what the operators launch becomes cubins that spill no register. At the paper's size 2,048
+    warps are at work in either layout. No loop has more than two barriers. `pytest -s` prints the table."""
     for tool in ("ptxas_blackwell" if capability == "100" else "ptxas", "cuobjdump"):
         try:
             getattr(common.triton.knobs.nvidia, tool).path
