@@ -171,7 +171,7 @@ class ActiveCurriculum:
             raise ValueError(f"pace, spread and epochs must be positive, got {pace}, {spread}, {epochs}")
         self.complexity = complexity
         self.epochs, self.num_bins, self.pace, self.spread = epochs, num_bins, pace, spread
-        self.scale, self.seed, self.static = scale, seed, None
+        self.scale, self.seed, self.fixed_shares = scale, seed, None
         self.confidence_mode = "off" if static else confidence
         self.relative = np.ones(len(complexity), dtype=np.float32)    # confidence over its epoch's mean
         self.observed = []                                            # (indices, confidence) of this epoch
@@ -180,7 +180,7 @@ class ActiveCurriculum:
         self._sort()
         if static:
             shares = np.mean([p / p.sum() for p in map(self.probabilities, range(epochs))], 0)
-            self.static = shares / shares.max()                       # of the largest, the whole bin
+            self.fixed_shares = shares / shares.max()                 # of the largest, the whole bin
 
     def _sort(self):
         self.order = np.argsort(self.score).astype(np.int32 if len(self.score) < 2 ** 31 else np.int64)
@@ -228,8 +228,8 @@ class ActiveCurriculum:
         static: in every epoch the mean over the epochs of p_j / sum p_j, scaled: the same dose of each bin
         over a run, without the order.
         """
-        if self.static is not None:
-            return self.static
+        if self.fixed_shares is not None:
+            return self.fixed_shares
         # Decision: bin means are heavy-tailed, so min-max scaled scores put nearly all bins within one sigma
         # of each other and the last one apart. The rank j / (N_b - 1) makes the moving window of Fig. 5.
         if self.scale == "rank":

@@ -60,6 +60,7 @@ ABLATIONS = {
     "centred-cross-domain": dict(centred=True), "literal-eq8": dict(map_sums=False),
     "no-style": dict(style="off"), "no-occlusion": dict(occlusion=0.0),
 }
+DRAWN = ("active", "static")      # curricula that draw a new pool in each epoch; the others have a fixed one
 # --preset paper: §4 of the paper and the published base method. What is not named here is as in the demo.
 PAPER = dict(architecture="resnet101", weights="imagenet", image_size=256, sigma=2.0, subcell=False,
              iters_per_epoch=500, workers=8, lr=1e-4, lr_drops=(44.0, 59.0), lr_factor=0.1, ema=0.999,
@@ -206,10 +207,14 @@ def show(value):
 
 
 def make_settings(preset="demo", **given):
-    """Settings of a preset, then what hands and the method change, then what is given; the later wins."""
-    method, source = given.get("method", "actupose"), given.get("source")
-    values = {**(PAPER if preset == "paper" else {}), **HANDS.get(source, {}), **METHODS.get(method, {})}
-    return Settings(**{**values, **given})
+    """Settings of a preset, then what hands change, then what is given, then what makes the method."""
+    source, fixed = given.get("source"), METHODS.get(given.get("method"), {})
+    for name, value in fixed.items():
+        if given.get(name, value) != value:
+            raise UserError(f"--{name.replace('_', '-')}: --method {given['method']} has {show(value)}, got "
+                            f"{show(given[name])}; leave it out, or use --method actupose")
+    values = {**(PAPER if preset == "paper" else {}), **HANDS.get(source, {})}
+    return Settings(**{**values, **given, **fixed})
 
 
 # --- Data of a run ------------------------------------------------------------------------------------------
@@ -259,7 +264,7 @@ def batches(run, pool, steps):
 
     for step in steps:
         # A drawn pool is new in each epoch and in random order; a fixed one is passed over again and again.
-        if s.curriculum in ("active", "static"):
+        if s.curriculum in DRAWN:
             at = (np.arange(s.batch_size) + (step - steps[0]) * s.batch_size) % len(pool)
         else:
             at = shuffled_batch(len(pool), s.batch_size, step, s.seed)
@@ -473,8 +478,8 @@ class Trainer:
         target_images = target_batch[0].to(self.device, non_blocking=True)
         target_images = self.augment(target_images, view, random.student_jitter)
         unweighted = torch.ones_like(weight)            # published: the visibility of the target, a label
-        before, whole = s.pretrain_epochs * s.iters_per_epoch, s.epochs * s.iters_per_epoch
-        factor = actupose.gradient_factor(step - before, whole - before)
+        begin, end = s.pretrain_epochs * s.iters_per_epoch, s.epochs * s.iters_per_epoch
+        factor = actupose.gradient_factor(step - begin, end - begin)
         psi, f, f_adv = (network.backbone, network.upsampling), network.head, network.head_adv
 
         def regress(images):
@@ -484,17 +489,17 @@ class Trainer:
             return maps.float(), maps_adv.float(), *actupose.ground_maps(maps.float(), s.sigma, s.subcell)
 
         # A: on the source all learn; f' is to agree with f, with a margin of 4.
-        maps, maps_adv, truth, _ = regress(source_images)
+        maps, maps_adv, ground_truth, _ = regress(source_images)
         kl = actupose.heatmap_kl(maps, labels, weight)
-        agreement = actupose.heatmap_kl(maps_adv, truth, weight, 1e-7)
+        agreement = actupose.heatmap_kl(maps_adv, ground_truth, weight, 1e-7)
         self.descend(kl + 4 * agreement, *psi, f, f_adv)
         # B: on the target f' learns to disagree.
-        _, maps_adv, _, false = regress(target_images)
-        disagreement = actupose.heatmap_kl(maps_adv, false, unweighted, 1e-7)
+        _, maps_adv, _, ground_false = regress(target_images)
+        disagreement = actupose.heatmap_kl(maps_adv, ground_false, unweighted, 1e-7)
         self.descend(disagreement, f_adv)
         # C: psi learns features on which f' agrees all the same.
-        _, maps_adv, truth, _ = regress(target_images)
-        target_agreement = actupose.heatmap_kl(maps_adv, truth, unweighted, 1e-7)
+        _, maps_adv, ground_truth, _ = regress(target_images)
+        target_agreement = actupose.heatmap_kl(maps_adv, ground_truth, unweighted, 1e-7)
         self.descend(target_agreement, *psi)
 
         confidence = kernels.heatmap_argmax_mean(maps.flatten(2).softmax(-1).view_as(maps), weight)[2]
@@ -531,7 +536,7 @@ def train(settings, out, device="auto", resume=False):
         trainer.optimiser.param_groups[0]["lr"] = lr
 
         # The source samples of this epoch.
-        if s.curriculum in ("active", "static"):
+        if s.curriculum in DRAWN:
             pool = curriculum.sample(epoch)                                                           # Eq. 3
             run.drawn.append(curriculum.drawn_per_bin.tolist())
         elif s.curriculum == "hardest":
@@ -679,7 +684,10 @@ def prepare_style(settings, domains, trainer):
 def decode(network, images, settings, device):
     """uint8 images (B, 3, S, S) -> keypoints (B, K, 2) in their pixels and confidences (B, K), on the CPU."""
     images = normalise(unit_range(images.to(device))).contiguous(memory_format=torch.channels_last)
-    cells, confidence = actupose.decode_keypoints(network.eval()(images)[0], settings.subcell)
+    maps = network.eval()(images)[0]
+    cells, confidence = actupose.decode_keypoints(maps, settings.subcell)
+    if network.head_adv is not None:                          # RegDA's maps are logits
+        confidence = maps.flatten(2).softmax(-1).amax(-1)
     return cells.cpu() * network.stride, confidence.cpu()
 
 
@@ -1274,7 +1282,7 @@ def compare(methods, sweep, tasks, seeds, out, jobs, preset, device, **given):
     for name in methods.split(",") if methods is not None else () if sweep else METHODS:
         if name not in METHODS and name not in ABLATIONS:
             raise UserError(f"--methods: use {' or '.join((*METHODS, *ABLATIONS))}, got {name}")
-        rows[name] = dict(method=name) if name in METHODS else ABLATIONS[name]
+        rows[name] = dict(METHODS[name], method=name) if name in METHODS else ABLATIONS[name]
     for name, values in sweep:
         rows.update((f"actupose {name}={show(value)}", {name: value}) for value in values)
     for name, changes in rows.items():
@@ -1300,7 +1308,7 @@ def compare(methods, sweep, tasks, seeds, out, jobs, preset, device, **given):
         ours = (name for name in results if runs[name, seeds[0]].name == f"actupose-s{seeds[0]}")
         print(actupose.comparison_table(results, next(ours, ""), bool(sweep)), flush=True)
     first = {name: runs[name, seeds[0]] for name in results if " " not in name}
-    if first:
+    if len(first) > 1:
         bins = {name: np.array([r["bins"] for r in results[name]], float).mean(0) for name in first}
         draw_chart(root / "bins.png", bins, "PCK@0.05", "bar")                                        # Fig. 9
         draw_comparison(root / "panel.png", first, choose_device(device))                             # Fig. 8
@@ -1442,10 +1450,14 @@ def sweep_setting(text):
     """argparse's type of --sweep: NAME=V1,V2,... -> (NAME, values)."""
     name, _, values = text.partition("=")
     name = name.replace("-", "_")
-    kinds = {f.name: type(f.default) for f in dataclasses.fields(Settings)}
-    if name not in kinds or name in ("method", "seed"):
+    kinds = {f.name: type(f.default) for f in dataclasses.fields(Settings)
+             if f.name != "seed" and not isinstance(f.default, (str, tuple))}
+    if name not in kinds:
         raise argparse.ArgumentTypeError(f"{name!r} is no setting to sweep")
-    return name, [parse(kinds[name])(value) for value in values.split(",")]
+    try:
+        return name, [parse(kinds[name])(value) for value in values.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"use NAME=V1,V2,... with numbers, got {text!r}") from None
 
 
 class Parser(argparse.ArgumentParser):
@@ -1486,7 +1498,7 @@ def check_same_settings(out, given):
         was = getattr(saved, name)
         if was != value and name not in ("cache", "workers") and (name, value) != ("amp", "auto"):
             raise UserError(f"--{name.replace('_', '-')}: the run in {out} was started with {show(was)}, not "
-                            f"{show(value)}; leave the option out, or give another --out")
+                            f"{show(value)}; give {show(was) or 'nothing'}, or another --out")
     return saved
 
 

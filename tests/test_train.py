@@ -340,8 +340,8 @@ def test_poses_are_compared_as_they_stand_in_the_image(monkeypatch):
 
 
 def test_the_papers_preset_and_what_wins(monkeypatch):
-    """§4 and the base method's published settings. A preset gives way to the method, that to what is given.
-    --amp auto becomes what the processor computes in."""
+    """§4 and the base method's published settings. A preset gives way to what is given, and that must agree
+    with what makes the method. --amp auto becomes what the processor computes in."""
     s = train.make_settings("paper", style_weights="x")
     assert (s.architecture, s.weights, s.image_size, s.sigma, s.subcell) == (
         "resnet101", "imagenet", 256, 2.0, False)
@@ -352,8 +352,8 @@ def test_the_papers_preset_and_what_wins(monkeypatch):
     assert (s.rotation, s.shear, s.translate, s.jitter) == (60, 30, 0.05, 0.25)
     assert (s.zoom, s.crop) == ((0.6, 1.3), (0.6, 1.0))
     assert train.make_settings("paper", method="source-only").style == "off"
-    s = train.make_settings("paper", method="source-only", style="small", lr=0.5)
-    assert (s.style, s.lr, s.sigma, s.w_cross) == ("small", 0.5, 2.0, 0.0)
+    s = train.make_settings("paper", method="source-only", style="off", lr=0.5)
+    assert (s.style, s.lr, s.sigma, s.w_cross) == ("off", 0.5, 2.0, 0.0)
     hand = train.make_settings(source="mannequin-hand", gamma=0.5)
     assert (hand.target, hand.gamma) == ("mannequin-hand-wild", 0.5)
     for native, auto in ((True, "bf16"), (False, "off")):
@@ -382,9 +382,11 @@ MISTAKES = """
 --resume --out no/run => no/run; evaluate no/run => no/run; evaluate => run;
 compare --methods udap => --methods; compare --seeds a => --seeds; compare --seeds nan => --seed: must be of;
 compare --jobs 0 => --jobs; compare --method udape => did you mean --methods?;
-compare --sweep pase=1 => --sweep: 'pase' is no setting; compare --sweep pace=1,x => --sweep: invalid;
+compare --sweep pase=1 => --sweep: 'pase' is no setting; compare --sweep pace=1,x => --sweep: use NAME=;
 compare --sweep seed=1 => --sweep: 'seed' is no setting; compare --sweep pace => --sweep;
+compare --sweep source=lsp => 'source' is no setting;
 compare --sweep pace=0 => --pace: must be above 0; compare --tasks no/run => --tasks: no/run holds;
+--method udape --w-cross 1 => --w-cross: --method udape has 0;
 compare --tasks a --lr 1 => --tasks: shows finished comparisons; leave"""
 
 
