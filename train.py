@@ -4,7 +4,6 @@ Read `Trainer.step`, one iteration of the method (Fig. 4 of the paper), and `tra
 bottom. Before them stand the settings and the data of a run; after them evaluation, processes, files,
 pictures, photographs, `compare` and the command line.
 """
-
 import argparse
 import dataclasses
 import difflib
@@ -1402,7 +1401,7 @@ height of the heatmap's peak. A file that cannot be read is named, and the other
 
   python train.py compare --jobs 2                         Table 1, Fig. 8 (panel.png), Fig. 9 (bins.png)
   python train.py compare --sweep pace=1,2,4,6,12          Fig. 10 b; likewise bins, spread, w_evalpose, ...
-  python train.py compare --tasks runs/bodies,runs/hands   Table 2, of finished comparisons
+  python train.py compare --tasks runs/compare,runs/hands  Table 2, of finished comparisons
 
 methods:   {', '.join(METHODS)}
 ablations: {', '.join(ABLATIONS)} (ACTUPose with one thing changed)""",
