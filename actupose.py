@@ -398,7 +398,7 @@ class PoseResNet(nn.Module):
 
 # Checkpoint keys that PoseResNet ignores: regex -> reason.
 UNUSED_WEIGHTS = {r"backbone\.fc\..+": "ImageNet's classifier", r"head_adv\..+": "RegDA's adversarial head",
-                  r"head\.\d+\..+": "RegDA's head of several layers",
+                  r"head\.\d+\..+": "RegDA's head of two layers",
                   r"head\.(weight|bias)": "a head of one layer, RegDA's have two"}
 
 

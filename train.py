@@ -145,7 +145,7 @@ class Settings:
     w_udape: float = option(1.0, "w1 of Eq. 8", low=0)
     w_evalpose: float = option(0.1, "w2 of Eq. 8, EvalPose (Eq. 5)", low=0)
     w_cross: float = option(0.01, "w3 of Eq. 8, cross-domain features (Eq. 6)", low=0)
-    centred: bool = option(False, "subtract each domain's mean feature in Eq. 6")
+    centred: bool = option(False, "subtract each domain's batch mean of the features in Eq. 6")
     map_sums: bool = option(True, "heatmap errors of Eq. 8 as sums over the body; off: means over the cells")
     beta: float = option(50.0, "sharpness of the soft-argmax", above=0)
     gamma: float = option(0.06, "Gamma, the threshold on Eq. 7 in radians (hands: 0.019)", low=0)

@@ -278,6 +278,8 @@ def test_regdas_three_steps(monkeypatch):
         kl, agreement, disagreement, on_target = (loss[2] for loss in losses)
         assert torch.isclose(terms["loss"], kl + 4 * agreement + disagreement + on_target)
         assert confidence.shape == (4,) and all((loss[1][2] == 1).all() for loss in losses[2:])
+    network.head[-1].bias.data += 5                 # of the logits; the peak of their softmax stays
+    assert train.decode(network, batches()[1][0], trainer.settings, trainer.device)[1].max() <= 1
 
 
 def test_style_is_that_of_the_other_domains_sample():
