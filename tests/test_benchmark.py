@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import benchmark, common, reference
+from kernels import benchmark, common
 
 CUDA = torch.cuda.is_available()
 SMALL = benchmark.Plan([((2, 3, 8, 8), torch.float32, "contiguous"),
