@@ -1,8 +1,7 @@
 """Train, evaluate, predict and compare: `python train.py` runs ACTUPose on the built-in benchmark.
 
-Read `Trainer.step`, one iteration of the method (Fig. 4 of the paper), and `train`, one run from top to
-bottom. Before them stand the settings and the data of a run; after them evaluation, processes, files,
-pictures, photographs, `compare` and the command line.
+Read `Trainer.step`, one iteration of the method (Fig. 4 of the paper), and `train`, one run. Before them
+stand the settings and the data of a run; after them evaluation, files, pictures, `compare`, the command line.
 """
 import argparse
 import dataclasses
@@ -1407,9 +1406,8 @@ methods:   {', '.join(METHODS)}
 ablations: {', '.join(ABLATIONS)} (ACTUPose with one thing changed)""",
 }
 # The field of Settings that begins a group of options in --help.
-GROUPS = {"method": "task", "architecture": "network", "epochs": "schedule", "curriculum": "curriculum, §3.1",
-          "supervise": "adaptation, §3.2", "rotation": "augmentation, §3.2", "w_udape": "losses, §3.3-3.4",
-          "amp": "speed"}
+GROUPS = {"method": "task", "architecture": "network", "epochs": "schedule", "curriculum": "curriculum",
+          "supervise": "adaptation", "rotation": "augmentation", "w_udape": "losses", "amp": "speed"}
 
 
 def choose_device(name):
@@ -1447,8 +1445,7 @@ def parse(kind):
 
 def sweep_setting(text):
     """argparse's type of --sweep: NAME=V1,V2,... -> (NAME, values)."""
-    name, _, values = text.partition("=")
-    name = name.replace("-", "_")
+    name, values = text.partition("=")[0].replace("-", "_"), text.partition("=")[2]
     kinds = {f.name: type(f.default) for f in dataclasses.fields(Settings)
              if f.name != "seed" and not isinstance(f.default, (str, tuple))}
     if name not in kinds:

@@ -12,10 +12,10 @@ tensors the plain PyTorch of `kernels.reference`, which is the specification of 
 in the environment when this package is imported, CPU tensors go through the Triton kernels in Triton's
 interpreter. Without Triton, or where the first argument is float64, the reference runs everywhere.
 
-They work under torch.compile(fullgraph=True), autocast (they compute in float32 whatever the input),
-torch.func.vmap (except `similar_pairs`) and in CUDA graphs. Before the capture of a graph, call them once on
-tensors of the same layout, since the first call compiles, and give `similar_pairs` a capacity, since without
-one it waits for the GPU. The very first call also compiles a few lines of C, with gcc and Python's headers.
+They work under torch.compile(fullgraph=True), autocast (they compute in float32 whatever the input) and in
+CUDA graphs. Before the capture of a graph, call them once on tensors of the same layout, since the first call
+compiles, and give `similar_pairs` a capacity, since without one it waits for the GPU. The very first call
+also compiles a few lines of C, with gcc and Python's headers. They take batches; torch.func.vmap loops.
 
 How to read a kernel. A kernel is the body of a loop that has no order: a grid of *programs* runs it, each
 with its own `tl.program_id`, on one multiprocessor of the GPU. A program computes on *tiles*: `tl.arange(0,
@@ -69,7 +69,7 @@ def heatmap_argmax_mean(heatmaps, weight=None):
 
 
 def rectify(heatmaps, sigma, subcell=False):
-    """Heatmaps (B, K, H, W) -> Gaussians (B, K, H, W) at their maxima, cells (B, K, 2), values (B, K) (§3.2).
+    """Heatmaps (B, K, H, W) -> Gaussians (B, K, H, W) at their maxima, cells (B, K, 2), values (B, K).
 
     sigma: cells; subcell: finer than a cell. On a GPU the Gaussians are within 1e-6. No gradient.
     """

@@ -104,7 +104,8 @@ def check_argmax(backend, maps, weight=None):
     mean = terms.sum(axis=1) / total
     finite = np.isfinite(mean)
     given = to(backend, maps).detach().requires_grad_()
-    for result in (kernels.heatmap_argmax(given), kernels.heatmap_argmax_mean(given, to(backend, weight))):
+    weight = None if weight is None else to(backend, weight).requires_grad_()   # Eq. 4 ranks: no gradient
+    for result in (kernels.heatmap_argmax(given), kernels.heatmap_argmax_mean(given, weight)):
         assert not any(part.requires_grad or part.dtype != torch.float32 for part in result)
         coords, confidence, *means = (part.cpu().numpy() for part in result)
         assert np.array_equal(coords, cells)
@@ -268,8 +269,8 @@ def test_random_heatmaps(backend, seed):
 
 
 def test_rectify_by_hand(backend):
-    """The first of three equal maxima has 0 on one side: its vertex is half a cell towards the other. There is
-    none at an edge, or where all is equal."""
+    """The first of three equal maxima has 0 on one side: its vertex is half a cell towards the other. There
+    is none at an edge, or where all is equal."""
     maps = torch.zeros(1, 3, 4, 5)
     maps[0, 0, 1:4, 2], maps[0, 0, 2, 1:4] = torch.tensor([0.2, 1.0, 0.6]), torch.tensor([1.0, 1.0, 1.0])
     maps[0, 1, 0, 4] = 2.0
@@ -306,20 +307,6 @@ def test_argmax_special_values(backend):
     assert np.array_equal(maps.flatten(2).max(dim=2).indices[0], cells[0] @ [1, 3])   # as torch.max
     for layout in LAYOUTS:
         check_argmax(backend, laid_out(maps, layout, np.random.default_rng(0)))
-
-
-def test_mean_confidence_by_hand(backend):
-    """Eq. 4: (0.5 * 1 + 0.25 * 3) / 4. A keypoint without weight does not count, nor does its NaN."""
-    maps = torch.zeros(3, 3, 2, 2)
-    maps[0, 0, 1, 1], maps[0, 1, 0, 1], maps[0, 2] = 0.5, 0.25, NAN
-    maps[1, :, 0, 0] = torch.tensor([1.0, 2.0, 6.0])
-    maps[2] = NAN
-    weight = torch.tensor([[1.0, 3.0, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
-    coords, confidence, mean = kernels.heatmap_argmax_mean(maps.to(backend), weight.to(backend))
-    assert mean.tolist() == [0.3125, 3.0, 0.0]
-    assert coords[0, 0].tolist() == [1.0, 1.0] and confidence[1].tolist() == [1.0, 2.0, 6.0]
-    _, _, mean = kernels.heatmap_argmax_mean(maps.to(backend))
-    assert mean[1].item() == 3.0 and mean[[0, 2]].isnan().all()
 
 
 def test_argmax_agrees_with_the_published_base_method(backend, golden):
@@ -450,19 +437,6 @@ def test_distance_of_every_layout_and_dtype(backend, layout):
                        *(laid_out(mask, layout, rng) for mask in masks))
 
 
-def test_distance_is_symmetric_and_invariant(backend, tiles):
-    """The distance is symmetric and zero on itself; turning, moving and scaling a pose changes no angle."""
-    source, target = random_poses(70).to(backend), random_poses(20, seed=1).to(backend)
-    triplets = TRIPLETS.to(backend)
-    there = kernels.triplet_angle_distance(source, target, triplets)
-    back = kernels.triplet_angle_distance(target, source, triplets)
-    torch.testing.assert_close(there, back.T, rtol=0, atol=1e-6)
-    assert kernels.triplet_angle_distance(target, target, triplets).diagonal().max() < 1e-6
-    turned = 2.5 * source @ torch.tensor([[0.6, 0.8], [-0.8, 0.6]], device=source.device) - 40
-    found = kernels.triplet_angle_distance(turned, target, triplets)
-    torch.testing.assert_close(found, there, rtol=0, atol=1e-5)
-
-
 def test_angles_are_accurate_from_zero_to_pi(backend, tiles):
     """Against a folded pose of angle 0, K times the distance is the angle, also at 0 and pi, where arccos is
     off by 3e-4: within 1.5e-6 of float64. The arctangent is within 3e-7, products and sums of coordinates add
@@ -515,14 +489,6 @@ def test_index_that_names_no_keypoint_is_not_usable(monkeypatch):
     distance = kernels.triplet_angle_distance
     expected = distance(source, target, right) * (8 / 5) ** 0.5   # five of the eight are left
     torch.testing.assert_close(distance(source, target, wrong), expected, rtol=0, atol=1e-6)
-
-
-def test_triplet_angles_helper():
-    pose = torch.tensor([[[0.0, 2.0], [0.0, 0.0], [5.0, 5.0], [5.0, 5.0]]])
-    triplets = torch.tensor([[0, 1, 2], [1, 2, 3], [0, 1, 3]])
-    angles, usable = reference.triplet_angles(pose, triplets, torch.tensor([[True, True, True, False]]))
-    assert usable.tolist() == [[True, False, False]] and angles[0, 1:].tolist() == [0.0, 0.0]
-    assert angles[0, 0].item() == pytest.approx(np.pi / 4, abs=1e-6)
 
 
 def random_bank(rng, shape, dtype):
@@ -586,17 +552,6 @@ def test_pairs_by_hand(backend):
         assert kernels.similar_pairs(poses, poses, triplet, gamma, capacity=capacity).tolist() == expected
     assert kernels.similar_pairs(poses, poses, triplet, 0.6, capacity=0).shape == (0, 2)
     assert kernels.similar_pairs(poses, poses, triplet, 0.0).shape == (0, 2)   # below, not at, gamma
-
-
-@pytest.mark.parametrize("gamma", [0.05, 9.0])
-@pytest.mark.parametrize("S, T", [(1, 1), (33, 130), (70, 40), (0, 5), (5, 0), (3, 300)])
-def test_pairs_are_the_entries_below_gamma(backend, S, T, gamma):
-    source, target = random_poses(S), random_poses(T, seed=1)
-    if S:
-        target[:T // 4] = source[torch.arange(T // 4) % S]   # some are the same pose
-    banks = source, target, TRIPLETS, None, random_mask(T, 8, seed=3), 3
-    distance = numpy_distance(*banks)
-    check_pairs(backend, banks, gamma + 1e-4 * bool((np.abs(distance - gamma) < 1e-5).any()))
 
 
 @pytest.mark.parametrize("seed", range(24))

@@ -64,20 +64,6 @@ def test_compiles_into_one_graph(backend, compiler):
         assert torch.equal(*gradients)
 
 
-def test_pairs_compile_with_their_number_unknown(backend):
-    """How many pairs there are is a size that the graph learns when it runs."""
-    torch._dynamo.reset()
-    poses = [tensor.to(backend) for tensor in (random_poses(9), random_poses(7, seed=1), TRIPLETS)]
-
-    def mined(gamma):
-        return kernels.similar_pairs(*poses, gamma).sum(dim=0)
-
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        compiled = torch.compile(mined, backend="eager", fullgraph=True)
-        for gamma in (0.3, 0.1, 0.0):
-            assert torch.equal(compiled(gamma), mined(gamma))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_changes_nothing(backend, dtype):
     """Half-precision heatmaps under autocast are decoded in float32; their gradients come back in half."""
@@ -116,15 +102,9 @@ def test_derivatives_are_right_or_refused(backend):
     for function in (operator, lambda given: kernels.soft_argmax(given, 4.0)):
         try:
             tangent = torch.func.jvp(function, (maps,), (maps,))[1]
-        except (RuntimeError, NotImplementedError):
+        except RuntimeError:   # the kernels have no forward mode, and say so
             continue
         torch.testing.assert_close(tangent, torch.func.jvp(plain, (maps,), (maps,))[1], rtol=0, atol=1e-5)
-
-
-def test_weight_is_detached(backend):
-    """Eq. 4 ranks samples: nothing of it differentiates, whatever requires a gradient."""
-    maps, weight = random_maps((2, 3, 4, 4)).to(backend), torch.ones(2, 3, device=backend, requires_grad=True)
-    assert not any(part.requires_grad for part in kernels.heatmap_argmax_mean(maps, weight))
 
 
 # --- launches -----------------------------------------------------------------------------------------------
