@@ -846,7 +846,7 @@ def score(predicted, dataset, stride, subcell, bins=None, num_bins=25):
     return result
 
 
-# --- §4 Tables, in Markdown; a result is what `train` writes into result.json ------------------------------
+# --- §4 Tables; a result is what `train` writes into result.json -------------------------------------------
 
 # PoseDA has no public code: its figures in the paper's Tables 1 and 2.
 QUOTED = {("surreal", "lsp"): dict(shoulder=82.3, elbow=78.4, wrist=73.2, hip=74.8, knee=79.7, ankle=78.7,
@@ -859,6 +859,17 @@ T95 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 def fmt(value, digits=1):
     """A score as text, a dash where nothing is labelled."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def run_summary(result):
+    """What a run prints at its end: PCK by group of student and teacher, EvalPose, PCK by complexity bin."""
+    lines = ["PCK@0.05  " + "".join(f"{name:>11}" for name in result["pck"]) + "   EvalPose"]
+    for name, scores in (("student", result), ("teacher", result["teacher"])):
+        if scores:
+            row = "".join(f"{fmt(value):>11}" for value in scores["pck"].values())
+            lines.append(f"{name:10}{row}{scores['evalpose']:11.1f}")
+    bins = " ".join(fmt(value, 0) for value in result["bins"])
+    return "\n".join([*lines, f"student by complexity bin, simple to complex: {bins}"])
 
 
 def average(values):

@@ -41,15 +41,16 @@ class UserError(Exception):
 # --- Settings -----------------------------------------------------------------------------------------------
 
 # A method is the one loop with parts on or off; an ablation is ACTUPose with one setting changed.
-SUPERVISED = dict(adapt=False, curriculum="off", style="off", w_evalpose=0.0, w_cross=0.0)
+SUPERVISED = dict(curriculum="off", style="off", w_evalpose=0.0, w_cross=0.0)
 METHODS = {
     "source-only": SUPERVISED,
-    "regda": dict(SUPERVISED, adversary=True),
+    "regda": SUPERVISED,                                    # `Trainer.regda_step` after them
     "udape": dict(curriculum="off", w_evalpose=0.0, w_cross=0.0),
     "udape+vae-hm": dict(curriculum="hardest", w_evalpose=0.0, w_cross=0.0),
     "actupose": dict(),
-    "oracle": dict(SUPERVISED, supervise="target"),
+    "oracle": SUPERVISED,                                   # from the target's labels
 }
+TAUGHT = ("udape", "udape+vae-hm", "actupose")              # a teacher joins after the pretraining epochs
 ABLATIONS = {
     "no-curriculum": dict(curriculum="off"), "no-eq4": dict(rescoring="off"),
     "literal-eq4": dict(rescoring="literal"), "min-max": dict(scale="minmax"),
@@ -123,9 +124,6 @@ class Settings:
     vae_latent: int = option(8, "latent dimensions of the Pose-VAE", low=1)
     vae_width: int = option(128, "width of its hidden layers", low=1)
 
-    supervise: str = option("source", "whose labels are used: target makes the oracle", ("source", "target"))
-    adapt: bool = option(True, "teacher and consistency after the pretraining epochs")
-    adversary: bool = option(False, "RegDA's three steps after the pretraining epochs, in place of a teacher")
     mask_ratio: float = option(0.5, "share of pseudo-labels, the least confident, left out", low=0, high=1)
     occlusion: float = option(0.5, "probability of hiding a confident keypoint", low=0, high=1)
     occlusion_confidence: float = option(0.5, "confidence from which a keypoint may be hidden", low=0)
@@ -179,14 +177,12 @@ class Settings:
         require(self.image_size % 32 == 0, "image_size", "must be a multiple of 32")
         require(self.hard_bins <= self.bins or self.curriculum != "hardest", "hard_bins",
                 f"must be at most --bins {self.bins}")
-        require(self.pretrain_epochs < self.epochs or not (self.adapt or self.adversary), "pretrain_epochs",
+        adapts = self.method in (*TAUGHT, "regda")
+        require(self.pretrain_epochs < self.epochs or not adapts, "pretrain_epochs",
                 f"must be below --epochs {self.epochs}, or adaptation never begins; give both")
-        require(not (self.adapt and self.adversary), "adversary", "needs --adapt off")
         require(self.source != self.target, "target", "must differ from --source")
         require(self.weights != "imagenet" or self.architecture in IMAGENET_FILES, "architecture",
                 f"--weights imagenet needs {' or '.join(IMAGENET_FILES)}")
-        require(self.supervise == "source" or self.curriculum == "off", "curriculum",
-                "--supervise target needs off, since the curriculum ranks source samples")
         require(self.style != "small" or not self.style_weights, "style_weights", "needs --style vgg")
         require(self.style != "vgg" or self.style_weights, "style_weights",
                 "--style vgg needs the directory of vgg_normalised.pth (or use --style small)")
@@ -525,9 +521,9 @@ def train(settings, out, device="auto", resume=False):
         write_config(out, settings, trainer.skeleton, device)
 
     for epoch in range(len(log), s.epochs):
-        if s.adapt and epoch == s.pretrain_epochs:
+        if s.method in TAUGHT and epoch == s.pretrain_epochs:
             trainer.teacher = actupose.make_teacher(trainer.student)
-        if s.adversary and epoch == s.pretrain_epochs and trainer.student.head_adv is None:
+        if s.method == "regda" and epoch == s.pretrain_epochs and trainer.student.head_adv is None:
             trainer.start_regda()
         one_step = trainer.step if trainer.student.head_adv is None else trainer.regda_step
         begun, lr = time.time(), s.lr * s.lr_factor ** sum(epoch >= drop for drop in s.lr_drops)
@@ -613,7 +609,7 @@ def set_up(settings, device, checkpoint=None):
     weights = read_weights(s) if s.weights and checkpoint is None else None
     source, skeleton = domains.source, domains.source.skeleton
     trainer = Trainer(s, skeleton, device)
-    if s.adversary and not s.pretrain_epochs:                   # a checkpoint of RegDA then loads whole
+    if s.method == "regda" and not s.pretrain_epochs:           # a checkpoint of RegDA then loads whole
         trainer.start_regda()
     if weights is not None:
         load_initial_weights(trainer.student, *weights)
@@ -639,7 +635,7 @@ def set_up(settings, device, checkpoint=None):
         trainer.style_transfer = actupose.StyleTransfer(s.style).to(device).requires_grad_(False).eval()
         load_weights(trainer.style_transfer, checkpoint["style"], where)
     run = SimpleNamespace(settings=s, domains=domains, vae=vae, curriculum=curriculum, trainer=trainer,
-                          labelled=domains.target if s.supervise == "target" else source, log=[], drawn=[])
+                          labelled=domains.target if s.method == "oracle" else source, log=[], drawn=[])
     if checkpoint is not None:
         load_networks(trainer, checkpoint, where)
         try:
@@ -719,24 +715,13 @@ def evaluate_run(out, device):
     run = set_up(saved_settings(out), device, load_run(out / "last.pt"))
     scores, _ = evaluate(run, run.domains.test)
     result = {**scores["student"], "teacher": scores.get("teacher")}
-    print_result(result)
+    print(actupose.run_summary(result))
     if not (out / "result.json").exists():
         print(f"after {len(run.log)} of {run.settings.epochs} epochs; --resume --out {out} goes on")
     elif result != {key: value for key, value in read_json(out / "result.json").items() if key in result}:
         raise UserError(f"{out / 'result.json'}: holds other scores than this machine and these threads give")
     else:
         print(f"the same as {out / 'result.json'}")
-
-
-def print_result(result):
-    """PCK by group of student and teacher, EvalPose, and PCK by complexity bin."""
-    print("PCK@0.05  " + "".join(f"{name:>11}" for name in result["pck"]) + "   EvalPose")
-    for name, scores in (("student", result), ("teacher", result["teacher"])):
-        if scores:
-            row = "".join(f"{actupose.fmt(value):>11}" for value in scores["pck"].values())
-            print(f"{name:10}{row}{scores['evalpose']:11.1f}")
-    bins = " ".join(actupose.fmt(value, 0) for value in result["bins"])
-    print(f"student by complexity bin, simple to complex: {bins}")
 
 
 # --- Processes: `torchrun --nproc-per-node N train.py ...` -------------------------------------------------
@@ -1184,23 +1169,37 @@ def draw_complexity(path, dataset, bins, num_bins):
 
 def draw_figures(run, scores, predictions, folder):
     """All pictures of a finished run. The samples shown are the first of each split, not chosen."""
-    domains, s, trainer, skeleton = run.domains, run.settings, run.trainer, run.trainer.skeleton
-    test, panels = domains.test, []
+    s, trainer, curriculum, skeleton = run.settings, run.trainer, run.curriculum, run.trainer.skeleton
+    source, test, panels, similar = run.domains.source, run.domains.test, [], []
     for i, (image, *found) in enumerate(zip(test[torch.arange(min(12, len(test)))][0], *predictions)):
         panels += [("", image, None), ("ground truth", image, (test.keypoints[i], test.visible[i], None)),
                    prediction_panel(trainer, test, i, image, *found)]
     draw_panels(folder / "predictions.png", panels, 9, skeleton)                                      # Fig. 8
-    if s.adapt and s.w_cross:
-        draw_pairs(folder / "pairs.png", trainer, domains.source, domains.target)                     # Fig. 7
+    if run.labelled is source:         # Fig. 1: beside them, the source poses nearest to the ground truth
+        distance = kernels.triplet_angle_distance(
+            test.keypoints[:6], source.keypoints[:10_000], trainer.triplets.cpu(), test.visible[:6] > 0,
+            source.visible[:10_000] > 0, min_triplets=4)
+        for i, nearest in enumerate(distance.argsort()[:, :3]):
+            similar += panels[3 * i:3 * i + 3] + [(f"Eq. 7: {distance[i, n]:.3f} rad", image, (*pose, None))
+                                                  for n, image, *pose in zip(nearest, *source[nearest])]
+        draw_panels(folder / "similar.png", similar, 6, skeleton)
+    if s.w_cross:
+        draw_pairs(folder / "pairs.png", trainer, source, run.domains.target)                         # Fig. 7
+    bins = actupose.assign_bins(curriculum.complexity, s.bins)
+    draw_complexity(folder / "complexity.png", source, bins, s.bins)                               # Fig. 2-3
     if s.curriculum == "active":
         arrival = min(math.ceil(s.epochs / s.pace), s.epochs - 1)               # of the peak at the last bin
         epochs = np.unique(np.linspace(0, arrival, 5).round().astype(int))
         drawn = {f"epoch {e}: {sum(run.drawn[e]):,}": run.drawn[e] for e in epochs}
         draw_chart(folder / "curriculum.png", drawn, "samples drawn", "line")                         # Fig. 5
+        # Fig. 6: the samples that moved farthest since the Pose-VAE ranked them, up and then down.
+        now = actupose.assign_bins(curriculum.score, s.bins)
+        order = torch.from_numpy(np.argsort(bins - now, kind="stable"))
+        moved = [(f"bin {bins[i]} to {now[i]}", image, (*pose, None)) for chosen in (order[:8], order[-8:])
+                 for i, image, *pose in zip(chosen, *source[chosen])]
+        draw_panels(folder / "reranked.png", moved, 8, skeleton)
     by_bin = {name: values["bins"] for name, values in scores.items()}
     draw_chart(folder / "bins.png", by_bin, "PCK@0.05", "bar")
-    bins = actupose.assign_bins(run.curriculum.complexity, s.bins)
-    draw_complexity(folder / "complexity.png", domains.source, bins, s.bins)                       # Fig. 2-3
 
 
 # --- Photographs --------------------------------------------------------------------------------------------
@@ -1407,7 +1406,7 @@ ablations: {', '.join(ABLATIONS)} (ACTUPose with one thing changed)""",
 }
 # The field of Settings that begins a group of options in --help.
 GROUPS = {"method": "task", "architecture": "network", "epochs": "schedule", "curriculum": "curriculum",
-          "supervise": "adaptation", "rotation": "augmentation", "w_udape": "losses", "amp": "speed"}
+          "mask_ratio": "adaptation", "rotation": "augmentation", "w_udape": "losses", "amp": "speed"}
 
 
 def choose_device(name):
@@ -1558,7 +1557,7 @@ def train_command(preset, out, device, resume, **given):
         return
     result = train(settings, out, device, resume)
     if rank() == 0:
-        print_result(result)
+        print(actupose.run_summary(result))
         print(f"{time.time() - started:.0f} s, {peak_memory_gb()} GB; pictures in {out / 'figures'}")
 
 

@@ -81,8 +81,9 @@ def test_charts_by_their_pixels(tmp_path):
         train.draw_chart(path, series, "", kind)                                   # nothing to draw, or much
 
 
-def test_all_figures_of_a_run_where_nothing_is_labelled(tmp_path):
-    """Scores are None then: captions and bars do without. A bin of more varied poses has a higher box."""
+def test_all_figures_of_a_run_where_nothing_is_labelled(tmp_path, monkeypatch):
+    """Scores are None then: captions and bars do without. A bin of more varied poses has a higher box. Then
+    one pose is known, the source's 7: Fig. 1. Fig. 6: what Eq. 4 has moved farthest, up and down."""
     s = train.make_settings(image_size=32, bins=3, hard_bins=1, epochs=1, pretrain_epochs=0)
     source, target = (data.Mannequin(domain, "train", 32, 30) for domain in ("source", "target"))
     source.visible[:], target.visible[:] = 1, 0
@@ -91,13 +92,21 @@ def test_all_figures_of_a_run_where_nothing_is_labelled(tmp_path):
     trainer, curriculum = train.Trainer(s, BODY16, CPU), actupose.ActiveCurriculum(np.arange(30), 1, 3)
     domains = SimpleNamespace(source=source, target=target, test=target)
     run = SimpleNamespace(settings=s, domains=domains, trainer=trainer, curriculum=curriculum, log=[],
-                          vae=actupose.PoseVAE(16), drawn=[[10, 0, 3]])
+                          labelled=source, vae=actupose.PoseVAE(16), drawn=[[10, 0, 3]])
     scores, predictions = train.evaluate(run, target)
     assert scores["student"]["bins"] == [None] * 3 and scores["student"]["pck"]["all"] is None
     train.draw_figures(run, scores, predictions, tmp_path)
     pictures = {path.stem for path in tmp_path.iterdir()}
-    assert pictures == {"predictions", "pairs", "curriculum", "bins", "complexity"}
+    assert pictures == {"predictions", "similar", "pairs", "curriculum", "reranked", "bins", "complexity"}
     assert np.corrcoef(*np.nonzero(near(tmp_path / "complexity.png", BLUE)[:, 850:]))[0, 1] < -0.5
+    target.keypoints[0], target.visible[0], panels = source.keypoints[7], 1, {}
+    curriculum.score[[3, 29]] = 40, -1
+    monkeypatch.setattr(train, "draw_panels", lambda path, rows, *_: panels.update({path.stem: rows}))
+    train.draw_figures(run, scores, predictions, tmp_path)
+    first, last = panels["reranked"][0], panels["reranked"][-1]
+    nearest, pictures = panels["similar"][3], source[torch.tensor([7, 3, 29])][0]
+    assert [nearest[0], first[0], last[0]] == ["Eq. 7: 0.000 rad", "bin 0 to 2", "bin 2 to 0"]
+    assert all(torch.equal(panel[1], image) for panel, image in zip((nearest, first, last), pictures))
 
 
 def test_a_box_plot_by_its_pixels():

@@ -22,10 +22,9 @@ TINY = ("--epochs 3 --pretrain-epochs 1 --iters-per-epoch 2 --batch-size 4 --sou
         "--lr-factor 0.5").split()
 # What each row of the paper's tables differs in from ACTUPose.
 UDAPE = dict(curriculum="off", w_evalpose=0.0, w_cross=0.0)
-SUPERVISED = dict(UDAPE, adapt=False, style="off")
+SUPERVISED = dict(UDAPE, style="off")
 ROWS = {"actupose": {}, "udape": UDAPE, "udape+vae-hm": dict(UDAPE, curriculum="hardest"),
-        "source-only": SUPERVISED, "regda": dict(SUPERVISED, adversary=True),
-        "oracle": dict(SUPERVISED, supervise="target")}
+        "source-only": SUPERVISED, "regda": SUPERVISED, "oracle": SUPERVISED}
 
 
 def record(patch, calls, owner, *names):
@@ -85,7 +84,7 @@ def test_every_method_and_ablation_end_to_end(name, finished):
     config, result, log = (read(out / file) for file in ("config.json", "result.json", "log.jsonl"))
     assert all(config[key] == value for key, value in changes.items()) and config["amp"] in ("bf16", "off")
     w_evalpose, w_cross = changes.get("w_evalpose", 0.1), changes.get("w_cross", 0.01)
-    adapts, curriculum = changes.get("adapt", True), changes.get("curriculum", "active")
+    adapts, curriculum = ROWS.get(name) is not SUPERVISED, changes.get("curriculum", "active")
 
     regda = {"kl", "agreement", "disagreement", "target_agreement"}
     supervised = {"epoch", "lr", "pool", "mse", "confidence", "loss"}
@@ -120,9 +119,9 @@ def test_every_method_and_ablation_end_to_end(name, finished):
         assert set(scores["pck"]) == {"shoulder", "elbow", "wrist", "hip", "knee", "ankle", "all"}
         assert all(0 <= value <= 100 for value in (*scores["pck"].values(), *scores["bins"]))
         assert len(scores["bins"]) == 5 and -100 <= scores["evalpose"] <= 100
-    pictures = {"predictions", "bins", "complexity"}
-    pictures = pictures.union(["curriculum"][:curriculum == "active"], ["pairs"][:adapts and w_cross > 0])
-    assert {path.stem for path in (out / "figures").iterdir()} == pictures
+    pictures = {"predictions": True, "bins": True, "complexity": True, "similar": name != "oracle",
+                "pairs": w_cross > 0, **dict.fromkeys(["curriculum", "reranked"], curriculum == "active")}
+    assert {path.stem for path in (out / "figures").iterdir()} == {*filter(pictures.get, pictures)}
 
 
 def test_nothing_depends_on_the_clock_or_on_workers(finished, launch, tmp_path, monkeypatch):
@@ -137,8 +136,7 @@ def test_nothing_depends_on_the_clock_or_on_workers(finished, launch, tmp_path, 
 
 
 def test_the_curriculum_observes_and_ranks_again_at_each_epochs_end(launch, tmp_path, monkeypatch):
-    """Eq. 4 gets what the epoch's steps trained on, each sample with its own confidence. `grep "Eq. 4"` finds
-    the class in actupose.py, and one line in train.py."""
+    """Eq. 4 gets what an epoch's steps trained on, each with its confidence; `grep "Eq. 4"` finds it."""
     calls, poses = [], data.Mannequin("source", "train", 32, 60).keypoints
     record(monkeypatch, calls, actupose.ActiveCurriculum, "sample", "observe", "rerank")
     record(monkeypatch, calls, train.Trainer, "step")
@@ -370,26 +368,24 @@ def test_the_papers_preset_and_what_wins(monkeypatch):
 MISTAKES = """
 --method actupos; --epochs many; --epochs 0 => --epochs: must be at least 1, got 0; --seed -1; --lr nan;
 --lr 0; --seed 99999999999999999999; --sigma inf; --lr-drops 5,nan; --ema 1.5; --vae-kl -1; --crop 0,1;
---crop 1,0.6; --crop 0.6,1.3 => at most 1; --adversary on => needs --adapt off; --zoom 1; --zoom 1x2;
---subcell yes; --image-size 65; --method udape+vae-hm --hard-bins 26 => --hard-bins: must be at most;
---preset demi; --style-weights x; --source-root x; --supervise target => --curriculum; --shoulders left;
---epochs 20 => --pretrain-epochs; --style vgg => --style-weights; --device warp9 => --device: 'warp9';
---source surreal => --source-root; --source mannequin-wild => --target: must differ from --source;
---target lsp --target-root no/place => --target-root: no/place/joints.mat;
+--crop 1,0.6; --crop 0.6,1.3 => at most 1; --zoom 1; --zoom 1x2; --subcell yes; --image-size 65;
+--method udape+vae-hm --hard-bins 26 => --hard-bins: must be at most; --preset demi; --style-weights x;
+--source-root x; --shoulders left; --epochs 20 => --pretrain-epochs; --style vgg => --style-weights;
+--device warp9 => --device: 'warp9'; --source surreal => --source-root;
+--source mannequin-wild => --target: must differ from --source;
+--target lsp --target-root no/place => --target-root: no/place/joints.mat; --resume --out no/run => no/run;
 --source mannequin-hand --target mannequin-wild --source-count 60 => two domains of bodies or two of hands;
 --bins 61 --hard-bins 1 --source-count 60 => --bins: 61 is more than the 60 training images of the source;
 --batch-size 31 --source-count 60 --target-count 30 => --batch-size: 31 is more than the 30;
 --hard-bins 8 --method udape+vae-hm --source-count 60 --vae-steps 1 --image-size 32;
 --epochz 3 => did you mean --epochs?; --metod=udape => did you mean --method?; evalate x => unknown command;
---resume --out no/run => no/run; evaluate no/run => no/run; evaluate => run;
+evaluate no/run => no/run; evaluate => run; compare --tasks no/run => --tasks: no/run holds;
 compare --methods udap => --methods; compare --seeds a => --seeds; compare --seeds nan => --seed: must be of;
 compare --jobs 0 => --jobs; compare --method udape => did you mean --methods?;
 compare --sweep pase=1 => --sweep: 'pase' is no setting; compare --sweep pace=1,x => --sweep: use NAME=;
 compare --sweep seed=1 => --sweep: 'seed' is no setting; compare --sweep pace => --sweep;
-compare --sweep source=lsp => 'source' is no setting;
-compare --sweep pace=0 => --pace: must be above 0; compare --tasks no/run => --tasks: no/run holds;
---method udape --w-cross 1 => --w-cross: --method udape has 0;
-compare --tasks a --lr 1 => --tasks: shows finished comparisons; leave"""
+compare --sweep source=lsp => 'source' is no setting; compare --sweep pace=0 => --pace: must be above 0;
+compare --tasks a --lr 1 => --tasks: shows; --method udape --w-cross 1 => --w-cross: --method udape has 0"""
 
 
 @pytest.mark.parametrize("mistake", [" ".join(mistake.split()) for mistake in MISTAKES.split(";")])
