@@ -1119,7 +1119,7 @@ def draw_pairs(path, trainer, source, target):
     others, _, _ = target[torch.arange(min(64, len(target)))]
     (poses, _), (found, sure) = (decode(trainer.student, i, s, trainer.device) for i in (images, others))
     sure, triplets = actupose.confidence_mask(sure, s.mask_ratio), trainer.triplets.cpu()
-    distance = kernels.triplet_angle_distance(poses, found, triplets, visible > 0, sure)
+    distance = kernels.triplet_angle_distance(poses, found, triplets, visible > 0, sure, min_triplets=4)
     while len(panels) < 24 and distance.isfinite().any():
         m, n = divmod(distance.argmin().item(), len(others))
         remark = "" if distance[m, n] < s.gamma else f"not below {show(s.gamma)}"

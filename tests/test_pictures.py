@@ -123,13 +123,13 @@ def test_a_box_plot_by_its_pixels():
 
 
 def test_pairs_by_equation_7(tmp_path, monkeypatch):
-    """Fig. 7: nearest first, no image twice, the distance named, those not below Gamma marked."""
+    """Fig. 7: nearest first, no image twice, none with 3 triplets left, those not below Gamma marked."""
     trainer = train.Trainer(train.make_settings(image_size=32, gamma=0.1, mask_ratio=0.0), BODY16, CPU)
-    source, target = (data.Mannequin(domain, "train", 32, 3) for domain in ("source", "target"))
-    source.visible[:], rows = 1, []
+    source, target = (data.Mannequin(domain, "train", 32, n) for domain, n in (("source", 4), ("target", 3)))
+    source.visible[:], source.visible[3, 5:], rows = 1, 0, []
     turn = torch.tensor([0, 0, 1, 0, 1.0, 0, 1, 0, 0, 0, 1, 0, 0, 1, 0, 0])         # the joints that move
     poses = [source.keypoints[:1] + 9 * k * turn[:, None] for k in range(3)]
-    found = iter([torch.cat(poses), torch.cat([poses[2], poses[0], poses[0]])])
+    found = iter([torch.cat([*poses, poses[0]]), torch.cat([poses[2], poses[0], poses[0]])])
     monkeypatch.setattr(train, "decode", lambda *_: (next(found), torch.arange(48.0).view(3, 16)))
     monkeypatch.setattr(train, "draw_panels", lambda path, panels, *_: rows.extend(panels))
     train.draw_pairs(tmp_path, trainer, source, target)
