@@ -148,7 +148,7 @@ class ActiveCurriculum:
 
     complexity: (N,) the VAE's scores (Eq. 2). epochs: e runs over 0 ... epochs - 1. num_bins: N_b.
     pace: lambda, how fast the peak moves to the hard bins. spread: sigma of Eq. 3.
-    scale: "rank" or "minmax", what s_j of Eq. 3 is. confidence: "relative", "literal" or "off", what Eq. 4
+    scale: "rank" or "minmax", what s_j of Eq. 3 is. rescoring: "relative", "literal" or "off", what Eq. 4
     does. static: an ablation without the order, see `probabilities`; never re-ranked.
     All state is four arrays of length N: six million samples take about 100 MB.
 
@@ -156,7 +156,7 @@ class ActiveCurriculum:
     """
 
     def __init__(self, complexity, epochs, num_bins=25, pace=2.0, spread=0.25, scale="rank",
-                 confidence="relative", seed=0, static=False):
+                 rescoring="relative", seed=0, static=False):
         complexity = np.asarray(complexity, dtype=np.float32)
         if complexity.ndim != 1 or len(complexity) < num_bins:
             raise ValueError(f"num_bins: {num_bins} bins need at least {num_bins} scores in one dimension, "
@@ -165,14 +165,14 @@ class ActiveCurriculum:
             raise ValueError("complexity: scores must be finite; check the poses given to the Pose-VAE")
         if scale not in ("rank", "minmax"):
             raise ValueError(f"scale: must be 'rank' or 'minmax', got {scale!r}")
-        if confidence not in ("relative", "literal", "off"):
-            raise ValueError(f"confidence: must be 'relative', 'literal' or 'off', got {confidence!r}")
+        if rescoring not in ("relative", "literal", "off"):
+            raise ValueError(f"rescoring: must be 'relative', 'literal' or 'off', got {rescoring!r}")
         if not (pace > 0 and spread > 0 and epochs > 0):
             raise ValueError(f"pace, spread and epochs must be positive, got {pace}, {spread}, {epochs}")
         self.complexity = complexity
         self.epochs, self.num_bins, self.pace, self.spread = epochs, num_bins, pace, spread
         self.scale, self.seed, self.fixed_shares = scale, seed, None
-        self.confidence_mode = "off" if static else confidence
+        self.rescoring = "off" if static else rescoring
         self.relative = np.ones(len(complexity), dtype=np.float32)    # confidence over its epoch's mean
         self.observed = []                                            # (indices, confidence) of this epoch
         self.edges = bin_edges(len(complexity), num_bins)
@@ -198,12 +198,12 @@ class ActiveCurriculum:
 
     def rerank(self):
         """Eq. 4: re-score by confidence, sort again, cut into bins again. Call at the end of each epoch."""
-        if self.confidence_mode == "off" or not self.observed:
+        if self.rescoring == "off" or not self.observed:
             self.observed = []
             return
         indices, confidence = map(np.concatenate, zip(*self.observed))
         self.observed = []
-        if self.confidence_mode == "literal":
+        if self.rescoring == "literal":
             # As printed: a drawn sample's score is multiplied once, and products accumulate over the epochs.
             drawn, last = np.unique(indices[::-1], return_index=True)
             self.score[drawn] /= confidence[::-1][last]                                              # Eq. 4

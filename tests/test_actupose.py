@@ -183,7 +183,7 @@ def test_eq4_by_hand(mode, epochs):
     Literal: the products of 1 / confidence accumulate. Only the order counts, so scores have mean 1. As in
     Fig. 6, low confidence moves a sample to harder bins, high confidence to easier ones.
     """
-    curriculum = actupose.ActiveCurriculum(np.float32([1, 2, 3, 4]), epochs=9, num_bins=2, confidence=mode)
+    curriculum = actupose.ActiveCurriculum(np.float32([1, 2, 3, 4]), epochs=9, num_bins=2, rescoring=mode)
     for calls, expected in epochs:
         for indices, confidence in calls:
             curriculum.observe(indices, confidence)
@@ -204,7 +204,7 @@ def test_curriculum_state_round_trip():
         make_curriculum(100).load_state_dict(curriculum.state_dict())
 
 
-@pytest.mark.parametrize("bad", [{"scale": "x"}, {"confidence": "x"}, {"pace": 0}, {"num_bins": 2000}])
+@pytest.mark.parametrize("bad", [{"scale": "x"}, {"rescoring": "x"}, {"pace": 0}, {"num_bins": 2000}])
 def test_curriculum_errors_name_the_argument(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         make_curriculum(**bad)
