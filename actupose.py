@@ -192,9 +192,11 @@ class ActiveCurriculum:
 
         Decision: taken from the training passes themselves, so Eq. 4 costs no extra pass over the source. All
         calls between two `rerank`s are one epoch; of a sample seen twice in it, the last confidence counts.
+        A confidence of 0 is that of a view without a labelled keypoint, and says nothing.
         """
-        confidence = np.clip(np.asarray(confidence, dtype=np.float32), 0.05, 1.0)
-        self.observed.append((np.asarray(indices), confidence))
+        indices, confidence = np.asarray(indices), np.asarray(confidence, dtype=np.float32)
+        kept = confidence != 0
+        self.observed.append((indices[kept], np.clip(confidence[kept], 0.05, 1.0)))
 
     def rerank(self):
         """Eq. 4: re-score by confidence, sort again, cut into bins again. Call at the end of each epoch."""
@@ -663,15 +665,14 @@ def limb_cosines(predicted, labelled, limbs, weight):
 
     predicted, labelled: (B, K, 2), one unit; limbs: (L, 2) keypoint pairs; weight: (B, K), 0 for keypoints
     that are unlabelled or not trusted.
-    Returns cosine (B, L) and valid (B, L) float: 0, and cosine 0, where an end has no weight or a vector no
-    length.
+    Returns (B, L): 0 where an end has no weight or a vector no length.
     """
     a, b = limbs[:, 0], limbs[:, 1]
     v, v_hat = labelled[:, b] - labelled[:, a], predicted[:, b] - predicted[:, a]
     product = (v ** 2).sum(-1) * (v_hat ** 2).sum(-1)
     valid = (weight[:, a] > 0) & (weight[:, b] > 0) & (product > 0)
     cosine = (v * v_hat).sum(-1) / torch.where(valid, product, 1.0).sqrt()
-    return torch.where(valid, cosine, 0.0), valid.to(cosine.dtype)
+    return torch.where(valid, cosine, 0.0)
 
 
 def evalpose(predicted, labelled, limbs, weight):
@@ -680,8 +681,7 @@ def evalpose(predicted, labelled, limbs, weight):
 
     Decision: predicted keypoints come from a soft-argmax of the heatmaps, since an argmax has no gradient.
     """
-    cosine, _ = limb_cosines(predicted, labelled, limbs, weight)
-    return -cosine.sum(-1).mean()                                                                    # Eq. 5
+    return -limb_cosines(predicted, labelled, limbs, weight).sum(-1).mean()                          # Eq. 5
 
 
 # --- §3.4 Cross-domain loss --------------------------------------------------------------------------------
@@ -691,7 +691,7 @@ def mine_pairs(source, target, triplets, gamma, source_valid=None, target_valid=
                capacity=None):
     """The set Z of similar poses across two banks of poses, however large: (P, 2) long, rows (m, n).
 
-    In a batch the S x T distances are few: `train.Trainer.step` compares them with Gamma as a matrix.
+    Not used in training: `train.Trainer.step` compares the few S x T distances of a batch with Gamma itself.
 
     source: (S, K, 2), target: (T, K, 2) predicted keypoints, any unit; triplets: (A, 3); gamma: the
     threshold on Eq. 7 in radians; *_valid: (S, K), (T, K) bool, False for keypoints of low confidence,
@@ -807,9 +807,12 @@ def pck(predicted, true, weight, size, groups=None, threshold=0.05):
 
 
 def evalpose_score(predicted, labelled, limbs, weight):
-    """EvalPose score of §4: 100 times the mean cosine over all labelled limbs. Arguments: `limb_cosines`."""
-    cosine, valid = limb_cosines(predicted, labelled, limbs, weight)
-    return (100 * cosine.sum() / valid.sum().clamp(min=1)).item()
+    """EvalPose score of §4: 100 times the mean cosine over all labelled limbs, NaN where there is none.
+
+    A limb predicted without length counts as cosine 0. Arguments: `limb_cosines`.
+    """
+    labels = limb_cosines(labelled, labelled, limbs, weight) > 0
+    return (100 * limb_cosines(predicted, labelled, limbs, weight).sum() / labels.sum()).item()
 
 
 def scoring_frame(dataset, stride, subcell):
@@ -827,7 +830,7 @@ def scoring_frame(dataset, stride, subcell):
 def score(predicted, dataset, stride, subcell, bins=None, num_bins=25):
     """PCK by group, EvalPose score, and PCK by complexity bin (bins: (N,), the bin of each pose).
 
-    PCK is None where nothing is labelled: JSON has no NaN.
+    A score is None where nothing is labelled: JSON has no NaN.
     """
     def number(value):
         return None if math.isnan(value) else value
@@ -836,7 +839,7 @@ def score(predicted, dataset, stride, subcell, bins=None, num_bins=25):
     size, groups, limbs = dataset.size, dataset.skeleton.groups, torch.tensor(dataset.skeleton.limbs)
     scores = pck(predicted, true, weight, size, groups)
     result = {"pck": {name: number(value) for name, value in scores.items()},
-              "evalpose": evalpose_score(predicted, true, limbs, weight)}
+              "evalpose": number(evalpose_score(predicted, true, limbs, weight))}
     if bins is not None:
         scored = list(groups["all"])
         hits, counted = pck_hits(predicted[:, scored], true[:, scored], weight[:, scored], 0.05 * size)
@@ -867,7 +870,7 @@ def run_summary(result):
     for name, scores in (("student", result), ("teacher", result["teacher"])):
         if scores:
             row = "".join(f"{fmt(value):>11}" for value in scores["pck"].values())
-            lines.append(f"{name:10}{row}{scores['evalpose']:11.1f}")
+            lines.append(f"{name:10}{row}{fmt(scores['evalpose']):>11}")
     bins = " ".join(fmt(value, 0) for value in result["bins"])
     return "\n".join([*lines, f"student by complexity bin, simple to complex: {bins}"])
 
@@ -879,7 +882,8 @@ def average(values):
 
 
 def deviation(values):
-    """The sample deviation as text, where there are several values."""
+    """The sample deviation as text, where there are several values that are not None."""
+    values = [value for value in values if value is not None]
     return f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
 
 
@@ -893,28 +897,30 @@ def comparison_table(results, ours="actupose", val=False):
     """Table 1, of {name: [result, ...]}: means over seeds, overall PCK ± its sample deviation.
 
     val: with the validation PCK. With source-only and oracle there: the share of the gap between them that is
-    closed. With the row `ours` there: the difference to it, seed by seed (every seed has its own data), as
-    mean ± sample deviation s of the n differences and, for n >= 3, the 95 % t-interval of their mean: mean
-    -+ t s / sqrt(n), where t has n - 1 degrees of freedom.
+    closed, over the seeds that all three have. With the row `ours` there: the row minus `ours`, seed by seed
+    (on the built-in benchmarks every seed has its own data): mean ± sample deviation s of the n differences
+    and, for n >= 3, the 95 % t-interval of their mean: mean -+ t s / sqrt(n), with n - 1 degrees of freedom.
     """
     some = next(iter(results.values()))[0]
-    overall = {name: average(r["pck"]["all"] for r in rows) for name, rows in results.items()}
-    gap = overall["oracle"] - overall["source-only"] if {"oracle", "source-only"} <= set(overall) else 0.0
-    reference = {r["seed"]: r["pck"]["all"] for r in results.get(ours, ())}
+    overall = {name: {r["seed"]: r["pck"]["all"] for r in rows if r["pck"]["all"] is not None}
+               for name, rows in results.items()}
+    low, high, reference = (overall.get(name) for name in ("source-only", "oracle", ours))
     groups = [g for g in some["pck"] if g != "all"]
     table = [["method", "seeds", *groups, "all", *["val"] * val, "teacher", "EvalPose",
-              *["gap closed"] * bool(gap), *[f"to {ours}"] * bool(reference)]]
+              *["gap closed"] * bool(low and high), *[f"to {ours}"] * bool(reference)]]
     for name, rows in results.items():
-        cells = [name + REMARKS.get((name, some["target"]), ""), len(rows)]
+        own, cells = overall[name], [name + REMARKS.get((name, some["target"]), ""), len(rows)]
         cells += [fmt(average(r["pck"][g] for r in rows)) for g in groups]
-        cells += [f"**{fmt(overall[name])}**{deviation([r['pck']['all'] for r in rows])}"]
+        cells += [f"**{fmt(average(own.values()))}**{deviation(own.values())}"]
         cells += [fmt(average(r["val"] for r in rows)) + deviation([r["val"] for r in rows])] * val
         cells += [fmt(average(r["teacher"]["pck"]["all"] for r in rows if r["teacher"])),
                   fmt(average(r["evalpose"] for r in rows))]
-        if gap:
-            cells.append(f"{100 * (overall[name] - overall['source-only']) / gap:.0f} %")
+        if low and high:
+            shared = [seed for seed in own if seed in low and seed in high]
+            here, start, end = (average(scores[seed] for seed in shared) for scores in (own, low, high))
+            cells.append(f"{100 * (here - start) / (end - start):.0f} %" if shared and start != end else "-")
         if reference:
-            pairs = [r["pck"]["all"] - reference[r["seed"]] for r in rows if r["seed"] in reference]
+            pairs = [own[seed] - reference[seed] for seed in own if seed in reference]
             other = rows != results[ours]                       # a sweep can repeat the row
             cells.append(f"{average(pairs):+.1f}{deviation(pairs)}" if pairs and other else "-")
             if len(pairs) > 2 and other:                        # beyond 10 seeds a little too wide

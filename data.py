@@ -1373,6 +1373,8 @@ def prepare_human36m(raw, out, jobs):
         tasks = [(raw / "images" / name, out / "crop_images" / name, name, places)
                  for name, places in _project_human36m(raw / "annotations", subject)]
         entries, errors = _in_processes(_crop_human36m, tasks, jobs, f"subject {subject}: image")
+        if not entries:  # an empty list would look finished at the next start
+            raise DataError(f"subject {subject}: no image could be read: {(errors or ['none is listed'])[0]}")
         write_text(listed, "[\n" + ",\n".join(entries) + "\n]\n")
         again = "; delete it to try these again" if errors else ""
         yield f"{listed}: {len(entries)} images, {len(errors)} failed{again}", errors
@@ -1411,7 +1413,7 @@ def _crop_human36m(source, target, name, places):
 
 
 def main(arguments):
-    """`prepare`. Returns the exit status: 1 where single clips or images failed, 2 where all did."""
+    """`prepare`. Returns the exit status: 1 where clips or images failed, 2 where it could not go on."""
     parser = argparse.ArgumentParser(prog="data.py", description="Original releases -> the loaders' layouts.")
     parser.add_argument("command", choices=("prepare",))
     parser.add_argument("dataset", choices=("surreal", "human36m"))

@@ -508,9 +508,8 @@ class Trainer:
 def train(settings, out, device="auto", resume=False):
     """One run: data, epochs, result.json and figures/ in the directory `out`. Returns the result.
 
-    Killed at any moment and called again with `resume`, it goes on from its last finished epoch and writes
-    the same result.json, log.jsonl and weights, bit for bit on a CPU with the same number of threads. Raises
-    UserError for what the user can mend.
+    Killed at any moment and called again with `resume`, it goes on from its last finished epoch to the same
+    result, bit for bit on a CPU with as many threads. Raises UserError for what the user can mend.
     """
     out, device, started = Path(out), choose_device(device), time.time()
     s = settings = resolve_amp(settings, device)
@@ -1106,7 +1105,7 @@ def prediction_panel(trainer, dataset, i, image, keypoints, confidence):
     one = SimpleNamespace(skeleton=dataset.skeleton, size=dataset.size, keypoints=dataset.keypoints[[i]],
                           visible=dataset.visible[[i]])
     scored = actupose.score(keypoints[None], one, trainer.stride, trainer.settings.subcell)
-    caption = f"PCK {actupose.fmt(scored['pck']['all'], 0)}  EvalPose {scored['evalpose']:.0f}"
+    caption = f"PCK {actupose.fmt(scored['pck']['all'], 0)}  EvalPose {actupose.fmt(scored['evalpose'], 0)}"
     return caption, image, (keypoints, torch.ones(len(keypoints)), confidence)
 
 
@@ -1192,14 +1191,14 @@ def draw_figures(run, scores, predictions, folder):
         epochs = np.unique(np.linspace(0, arrival, 5).round().astype(int))
         drawn = {f"epoch {e}: {sum(run.drawn[e]):,}": run.drawn[e] for e in epochs}
         draw_chart(folder / "curriculum.png", drawn, "samples drawn", "line")                         # Fig. 5
+    if s.curriculum == "active" and s.rescoring != "off":
         # Fig. 6: the samples that moved farthest since the Pose-VAE ranked them, up and then down.
         now = actupose.assign_bins(curriculum.score, s.bins)
         order = torch.from_numpy(np.argsort(bins - now, kind="stable"))
         moved = [(f"bin {bins[i]} to {now[i]}", image, (*pose, None)) for chosen in (order[:8], order[-8:])
                  for i, image, *pose in zip(chosen, *source[chosen])]
         draw_panels(folder / "reranked.png", moved, 8, skeleton)
-    by_bin = {name: values["bins"] for name, values in scores.items()}
-    draw_chart(folder / "bins.png", by_bin, "PCK@0.05", "bar")
+    draw_chart(folder / "bins.png", {k: found["bins"] for k, found in scores.items()}, "PCK@0.05", "bar")
 
 
 # --- Photographs --------------------------------------------------------------------------------------------
@@ -1280,7 +1279,9 @@ def compare(methods, sweep, tasks, seeds, out, jobs, preset, device, **given):
         if name not in METHODS and name not in ABLATIONS:
             raise UserError(f"--methods: use {' or '.join((*METHODS, *ABLATIONS))}, got {name}")
         rows[name] = dict(METHODS[name], method=name) if name in METHODS else ABLATIONS[name]
+    swept = {}
     for name, values in sweep:
+        swept[name] = list(dict.fromkeys([*swept.get(name, ()), *values]))
         rows.update((f"actupose {name}={show(value)}", {name: value}) for value in values)
     for name, changes in rows.items():
         for seed in seeds:
@@ -1289,14 +1290,14 @@ def compare(methods, sweep, tasks, seeds, out, jobs, preset, device, **given):
             # A value of a sweep that is the default's, or an ablation's, is that row's run.
             same = (row for row in ("actupose", *ABLATIONS) if " " in name and settings == make_settings(
                 preset, **{**given, "seed": seed, **ABLATIONS.get(row, {})}))
-            out = runs[name, seed] = root / f"{next(same, name).replace(' ', '-')}-s{seed}"
-            if (out / "config.json").exists():
-                check_same_settings(out, dataclasses.asdict(settings))
-            if not (out / "result.json").exists():
+            run = runs[name, seed] = root / f"{next(same, name).replace(' ', '-')}-s{seed}"
+            if (run / "config.json").exists():
+                check_same_settings(run, dataclasses.asdict(settings))
+            if not (run / "result.json").exists():
                 words = [f"--{key.replace('_', '-')}={show(value)}" for key, value in values.items()]
-                words += ["--resume"] * (out / "config.json").exists()
-                waiting[out] = [sys.executable, __file__, f"--preset={preset}", f"--device={device}",
-                                f"--out={out}", *words]
+                words += ["--resume"] * (run / "config.json").exists()
+                waiting[run] = [sys.executable, __file__, f"--preset={preset}", f"--device={device}",
+                                f"--out={run}", *words]
     failed = run_commands(waiting, jobs)
     results = {name: [read_json(runs[name, seed] / "result.json") for seed in seeds
                       if (runs[name, seed] / "result.json").exists()] for name in rows}
@@ -1309,7 +1310,7 @@ def compare(methods, sweep, tasks, seeds, out, jobs, preset, device, **given):
         bins = {name: np.array([r["bins"] for r in results[name]], float).mean(0) for name in first}
         draw_chart(root / "bins.png", bins, "PCK@0.05", "bar")                                        # Fig. 9
         draw_comparison(root / "panel.png", first, choose_device(device))                             # Fig. 8
-    for name, values in sweep if not failed else ():                                                 # Fig. 10
+    for name, values in swept.items() if not failed else ():                                         # Fig. 10
         found = [results[f"actupose {name}={show(value)}"] for value in sorted(values)]
         scores = {"validation": [[r["val"] for r in rows] for rows in found],
                   "test": [[r["pck"]["all"] for r in rows] for rows in found]}
@@ -1394,7 +1395,7 @@ HELP = {
     "predict": """Find the keypoints of photographs with a run's network: for each a picture and a JSON file.
 
 Keypoints are in pixels of the upright picture, the centre of its first pixel at (0, 0). Confidence is the
-height of the heatmap's peak. A file that cannot be read is named, and the others are done.""",
+height of the heatmap's peak (RegDA: of its softmax). A file that cannot be read is named, others go on.""",
     "compare": f"""Run what is missing of methods x seeds, skip what is finished, print the table in Markdown.
 
   python train.py compare --jobs 2                         Table 1, Fig. 8 (panel.png), Fig. 9 (bins.png)
@@ -1570,8 +1571,8 @@ def warn(message):
 def main(arguments):
     """`command`, expected errors on one line. Status 1: a photo failed, a bug; 2: a mistake; 130: Ctrl-C."""
     status, processes = 2, int(os.environ.get("WORLD_SIZE", 1))
-    resumes = arguments[:1] not in (["evaluate"], ["predict"])
-    advice = "; --resume goes on from the last saved epoch" if resumes else ""
+    advice = {"evaluate": "", "predict": "", "compare": "; the same command goes on"}.get(
+        " ".join(arguments[:1]), "; --resume goes on from the last saved epoch")
     try:
         if processes > 1:
             dist.init_process_group()                           # gloo for CPU tensors, NCCL for GPUs

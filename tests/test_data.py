@@ -59,8 +59,7 @@ def test_inverse_and_composition():
 
 
 def test_translation_by_hand():
-    """A view that moves by (+3, -2) pixels moves every pixel so, and by (+1.5, -1) cells of stride 2. The
-    identity changes nothing."""
+    """A view that moves by (+3, -2) pixels moves each pixel so, and by (+1.5, -1) cells of stride 2."""
     images = torch.rand(1, 1, 16, 16)
     assert torch.allclose(data.warp(images, torch.eye(2, 3)[None], stride=4), images, atol=1e-5)
     view = torch.tensor([[[1.0, 0, 3], [0, 1, -2]]])

@@ -592,3 +592,7 @@ def test_bad_human36m_release(tmp_path, capsys):
         status, _, errors = prepare(capsys, "human36m", tmp_path, tmp_path / "out")
         assert status == 2 and re.search("Human36M_subject1_.*" + message, errors), errors
         file.write_text(whole)
+    for image in (tmp_path / "images").rglob("*.jpg"):
+        image.write_bytes(b"")
+    assert prepare(capsys, "human36m", tmp_path, tmp_path / "out")[0] == 2
+    assert not [*(tmp_path / "out").rglob("*.json")]             # it would look finished

@@ -415,8 +415,7 @@ def test_distance_hand_values(backend, tiles):
     ((1,), (1,)), ((1,), (33,)), ((33,), (1,)), ((33,), (130,)), ((0,), (5,)), ((5,), (0,)),
     ((2, 3, 4), (1, 3, 5)), ((5,), (2, 3)), ((2, 0, 4), (1, 0, 5))], ids=str)
 def test_distance_of_every_size(backend, tiles, source, target):
-    """One or many tiles, leading dimensions, no poses; masks of neither, one or both; more triplets than a
-    tile takes at a time."""
+    """One or many tiles, leading dimensions, no poses; no mask, one or both; more triplets than a tile."""
     ours, theirs = random_poses(*source), random_poses(*target, seed=1)
     source_valid, target_valid = random_mask(*source, 8, seed=2), random_mask(*target, 8, seed=3)
     many = TRIPLETS.repeat(4, 1)

@@ -83,8 +83,7 @@ def test_autocast_changes_nothing(backend, dtype):
 
 
 def test_derivatives_are_right_or_refused(backend):
-    """torch.func's grad and vjp and a second derivative are the reference's. So is jvp, or it is an error,
-    never a zero in silence."""
+    """torch.func's grad, vjp and a second derivative are the reference's; so is jvp, or it is an error."""
     maps, direction = random_maps((1, 2, 4, 4)).to(backend), random_maps((1, 2, 2), seed=1).to(backend)
     plain, operator = (lambda given, module=module: module.soft_argmax(given, 4.0)
                        for module in (reference, torch.ops.actupose))

@@ -82,8 +82,8 @@ def test_charts_by_their_pixels(tmp_path):
 
 
 def test_all_figures_of_a_run_where_nothing_is_labelled(tmp_path, monkeypatch):
-    """Scores are None then: captions and bars do without. A bin of more varied poses has a higher box. Then
-    one pose is known, the source's 7: Fig. 1. Fig. 6: what Eq. 4 has moved farthest, up and down."""
+    """Captions and bars do without scores. A bin of more varied poses has a higher box. Fig. 1: one pose is
+    known, the source's 7. Fig. 6: what Eq. 4 has moved farthest, up and down."""
     s = train.make_settings(image_size=32, bins=3, hard_bins=1, epochs=1, pretrain_epochs=0)
     source, target = (data.Mannequin(domain, "train", 32, 30) for domain in ("source", "target"))
     source.visible[:], target.visible[:] = 1, 0
@@ -103,10 +103,10 @@ def test_all_figures_of_a_run_where_nothing_is_labelled(tmp_path, monkeypatch):
     curriculum.score[[3, 29]] = 40, -1
     monkeypatch.setattr(train, "draw_panels", lambda path, rows, *_: panels.update({path.stem: rows}))
     train.draw_figures(run, scores, predictions, tmp_path)
-    first, last = panels["reranked"][0], panels["reranked"][-1]
-    nearest, pictures = panels["similar"][3], source[torch.tensor([7, 3, 29])][0]
-    assert [nearest[0], first[0], last[0]] == ["Eq. 7: 0.000 rad", "bin 0 to 2", "bin 2 to 0"]
-    assert all(torch.equal(panel[1], image) for panel, image in zip((nearest, first, last), pictures))
+    shown = panels["similar"][3], panels["reranked"][0], panels["reranked"][-1]
+    assert [caption for caption, *_ in shown] == ["Eq. 7: 0.000 rad", "bin 0 to 2", "bin 2 to 0"]
+    images = source[torch.tensor([7, 3, 29])][0]
+    assert all(torch.equal(panel[1], image) for panel, image in zip(shown, images))
 
 
 def test_a_box_plot_by_its_pixels():

@@ -119,9 +119,10 @@ def test_every_method_and_ablation_end_to_end(name, finished):
         assert set(scores["pck"]) == {"shoulder", "elbow", "wrist", "hip", "knee", "ankle", "all"}
         assert all(0 <= value <= 100 for value in (*scores["pck"].values(), *scores["bins"]))
         assert len(scores["bins"]) == 5 and -100 <= scores["evalpose"] <= 100
-    pictures = {"predictions": True, "bins": True, "complexity": True, "similar": name != "oracle",
-                "pairs": w_cross > 0, **dict.fromkeys(["curriculum", "reranked"], curriculum == "active")}
-    assert {path.stem for path in (out / "figures").iterdir()} == {*filter(pictures.get, pictures)}
+    pictures, active = {path.stem for path in (out / "figures").iterdir()}, curriculum == "active"
+    assert pictures - {"pairs"} == {"predictions", "bins", "complexity"}.union(
+        ["similar"][name == "oracle":], ["curriculum"][:active], ["reranked"][:active and name != "no-eq4"])
+    assert w_cross > 0 or "pairs" not in pictures               # an untrained network may find none, too
 
 
 def test_nothing_depends_on_the_clock_or_on_workers(finished, launch, tmp_path, monkeypatch):
@@ -219,8 +220,7 @@ def batches(size=32, n=4):
 
 
 def test_the_step():
-    """Eq. 8 of its terms before and after the teacher joins; the teacher is the student's moving average;
-    where nothing is sure the target adds nothing; the share of images with a hidden keypoint is told."""
+    """Eq. 8 before and after the teacher joins, its moving average, nothing sure, how many images hide."""
     trainer = make_trainer(w_udape=0.5, w_evalpose=0.3, w_cross=0.2, gamma=9.0)      # gamma: all are similar
     teacher, trainer.teacher = trainer.teacher, None
     terms, _ = trainer.step(0, batches()[0], None)
@@ -281,8 +281,7 @@ def test_regdas_three_steps(monkeypatch):
 
 
 def test_style_is_that_of_the_other_domains_sample():
-    """Each sample in the look of the other domain's sample of its number, as augmented and before it was
-    restyled itself; one alpha per batch; each direction with its own probability."""
+    """As augmented, not yet restyled itself; one alpha per batch; each direction with its own probability."""
     trainer, calls, fed = make_trainer(style_prob=1.0), [], []
     forward, random = trainer.forward, train.draw_step(0, 4, 4, 16, "cpu")
     trainer.forward = lambda network, images: fed.append(images) or forward(network, images)
@@ -322,8 +321,7 @@ def test_random_numbers_are_a_function_of_seed_and_step(monkeypatch):
 
 
 def test_poses_are_compared_as_they_stand_in_the_image(monkeypatch):
-    """Eq. 7: with a network that is always right, the source pose compared is the image's own, whatever
-    rotation and shear the student saw it under."""
+    """Eq. 7: with a network that is always right, the source pose compared is the image's, not the view's."""
     trainer, (source, target) = make_trainer(image_size=64, batch_size=8, gamma=9.0), batches(64, 8)
     calls = []
     record(monkeypatch, calls, train, "render_heatmaps")
@@ -340,8 +338,7 @@ def test_poses_are_compared_as_they_stand_in_the_image(monkeypatch):
 
 
 def test_the_papers_preset_and_what_wins(monkeypatch):
-    """§4 and the base method's published settings. A preset gives way to what is given, and that must agree
-    with what makes the method. --amp auto becomes what the processor computes in."""
+    """§4 and the base method's published settings; what is given wins; --amp auto asks the processor."""
     s = train.make_settings("paper", style_weights="x")
     assert (s.architecture, s.weights, s.image_size, s.sigma, s.subcell) == (
         "resnet101", "imagenet", 256, 2.0, False)
@@ -470,8 +467,7 @@ def compare(tmp_path, capsys, monkeypatch):
 
 
 def test_compare_runs_what_is_missing(launch, compare, tmp_path, monkeypatch):
-    """What is finished is left alone, what was interrupted goes on, other settings than those of the runs are
-    refused."""
+    """What is finished is left alone, what was interrupted goes on, other settings are refused."""
     options = ["--style", "off", "--epochs", "2", "--zoom", "0.6123456,1.3"]
     rows = ["--methods", "source-only,no-eq4", "--seeds", "0,1", *options]
     assert launch(tmp_path / "source-only-s0", "--method", "source-only", *options) == 0
@@ -514,9 +510,8 @@ def test_tasks_side_by_side(tmp_path, capsys, monkeypatch):
 
 
 def test_sweeps_and_the_panel(finished, compare, tmp_path, monkeypatch):
-    """A row, a run and a point of the plot per value (Fig. 10). The value of the default or of an ablation is
-    that row's run, also where its config.json is older than a setting. The panel (Fig. 8) has the columns of
-    the methods whose last.pt is there: the first six test images and each one's prediction."""
+    """A row, run and point per value (Fig. 10). The default's value or an ablation's is that row's run, also
+    where its config.json is older than a setting. Fig. 8: six test images by those whose last.pt is there."""
     panels, one = [], ("--seeds", "0")
     for name in ("udape", "actupose"):
         shutil.copytree(finished(name)[0], tmp_path / f"{name}-s0")
