@@ -1399,7 +1399,7 @@ height of the heatmap's peak (RegDA: of its softmax). A file that cannot be read
     "compare": f"""Run what is missing of methods x seeds, skip what is finished, print the table in Markdown.
 
   python train.py compare --jobs 2                         Table 1, Fig. 8 (panel.png), Fig. 9 (bins.png)
-  python train.py compare --sweep pace=1,2,4,6,12          Fig. 10 b; likewise bins, spread, w_evalpose, ...
+  python train.py compare --sweep pace=1,2,3,4,6           Fig. 10 b; likewise bins, spread, w_evalpose, ...
   python train.py compare --tasks runs/compare,runs/hands  Table 2, of finished comparisons
 
 methods:   {', '.join(METHODS)}
