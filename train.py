@@ -1268,8 +1268,8 @@ def compare(methods, sweep, tasks, seeds, out, jobs, preset, device, **given):
 
     sweep: (NAME, values) of settings; each value is a row of ACTUPose.
     """
-    if tasks and (given or methods or sweep):
-        raise UserError("--tasks: shows finished comparisons; leave settings, --methods and --sweep out")
+    if tasks and (given or methods or sweep or out or seeds != (0, 1, 2) or preset != "demo"):
+        raise UserError("--tasks: shows finished comparisons as they are; leave the other options out")
     if tasks:
         print(actupose.tasks_table(finished_tasks(map(Path, tasks.split(",")))))
         return

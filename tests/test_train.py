@@ -382,7 +382,7 @@ compare --jobs 0 => --jobs; compare --method udape => did you mean --methods?;
 compare --sweep pase=1 => --sweep: 'pase' is no setting; compare --sweep pace=1,x => --sweep: use NAME=;
 compare --sweep seed=1 => --sweep: 'seed' is no setting; compare --sweep pace => --sweep;
 compare --sweep source=lsp => 'source' is no setting; compare --sweep pace=0 => --pace: must be above 0;
-compare --tasks a --lr 1 => --tasks: shows; --method udape --w-cross 1 => --w-cross: --method udape has 0"""
+compare --tasks a --lr 1 => leave; compare --tasks a --out b => leave; --method udape --w-cross 1 => has 0"""
 
 
 @pytest.mark.parametrize("mistake", [" ".join(mistake.split()) for mistake in MISTAKES.split(";")])
