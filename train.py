@@ -1268,13 +1268,13 @@ def compare(methods, sweep, tasks, seeds, out, jobs, preset, device, **given):
 
     sweep: (NAME, values) of settings; each value is a row of ACTUPose.
     """
-    if tasks and (given or methods or sweep or out or seeds != (0, 1, 2) or preset != "demo"):
+    if tasks and (given or methods or sweep or seeds or out or preset != "demo"):
         raise UserError("--tasks: shows finished comparisons as they are; leave the other options out")
     if tasks:
         print(actupose.tasks_table(finished_tasks(map(Path, tasks.split(",")))))
         return
     root, rows, runs, waiting = out or Path("runs/compare"), {}, {}, {}
-    seeds = list(dict.fromkeys(int(seed) if seed % 1 == 0 else seed for seed in seeds))
+    seeds = list(dict.fromkeys(int(seed) if seed % 1 == 0 else seed for seed in seeds or (0, 1, 2)))
     for name in methods.split(",") if methods is not None else () if sweep else METHODS:
         if name not in METHODS and name not in ABLATIONS:
             raise UserError(f"--methods: use {' or '.join((*METHODS, *ABLATIONS))}, got {name}")
@@ -1526,7 +1526,7 @@ def command(arguments):
         add("--sweep", action="append", default=[], type=sweep_setting, metavar="NAME=V1,V2,...",
             help="a row of actupose per value of a setting, and a plot; can be given again")
         add("--tasks", metavar="DIR,DIR,...", help="put the tables of these finished comparisons together")
-        add("--seeds", default="0,1,2", type=parse(tuple), help="seeds of each row [0,1,2]")
+        add("--seeds", type=parse(tuple), help="seeds of each row [0,1,2]")
         add("--jobs", type=int, default=1, help="runs at a time, which share the cores [1]")
     options = vars(parser.parse_args(rest))
     if verb == "train":

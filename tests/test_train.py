@@ -368,7 +368,7 @@ MISTAKES = """
 --crop 1,0.6; --crop 0.6,1.3 => at most 1; --zoom 1; --zoom 1x2; --subcell yes; --image-size 65;
 --method udape+vae-hm --hard-bins 26 => --hard-bins: must be at most; --preset demi; --style-weights x;
 --source-root x; --shoulders left; --epochs 20 => --pretrain-epochs; --style vgg => --style-weights;
---device warp9 => --device: 'warp9'; --source surreal => --source-root;
+--device warp9 => --device: 'warp9'; --source surreal => --source-root; compare --tasks a --seeds 1 => leave;
 --source mannequin-wild => --target: must differ from --source;
 --target lsp --target-root no/place => --target-root: no/place/joints.mat; --resume --out no/run => no/run;
 --source mannequin-hand --target mannequin-wild --source-count 60 => two domains of bodies or two of hands;
@@ -382,7 +382,7 @@ compare --jobs 0 => --jobs; compare --method udape => did you mean --methods?;
 compare --sweep pase=1 => --sweep: 'pase' is no setting; compare --sweep pace=1,x => --sweep: use NAME=;
 compare --sweep seed=1 => --sweep: 'seed' is no setting; compare --sweep pace => --sweep;
 compare --sweep source=lsp => 'source' is no setting; compare --sweep pace=0 => --pace: must be above 0;
-compare --tasks a --lr 1 => leave; compare --tasks a --out b => leave; --method udape --w-cross 1 => has 0"""
+compare --tasks a --lr 1 => leave; --method udape --w-cross 1 => --w-cross: --method udape has 0"""
 
 
 @pytest.mark.parametrize("mistake", [" ".join(mistake.split()) for mistake in MISTAKES.split(";")])
