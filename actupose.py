@@ -5,11 +5,11 @@
     §3.2    pose network, style transfer, mean teacher, pseudo-labels, consistency (the base method, UDAPE)
     §3.3    EvalPose (Eq. 5)
     §3.4    pair mining and cross-domain loss (Eq. 6-7), total loss (Eq. 8)
-    §4      a baseline, RegDA; PCK, EvalPose score, PCK by complexity bin; the form of Tables 1 and 2
+    §4      a baseline, RegDA; PCK, EvalPose score, PCK by complexity bin
 
 Letters are the paper's: N samples, N_b bins, K keypoints, e the epoch, S and T the source and target batch.
 Where the paper is silent, a comment that starts with "Decision:" says what is done here and why;
-docs/decisions.md gathers them in one table.
+docs/decisions.md gathers them by equation.
 """
 
 import copy
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import kernels
-from data import normalise
+from data import normalise, shuffled_span
 from kernels.reference import subcell_offset
 
 # --- §3.1.1 Pose-VAE: how hard is a pose for a model of the source's poses? --------------------------------
@@ -143,20 +143,50 @@ def assign_bins(scores, num_bins):
 # --- §3.1.2 Active curriculum: which source samples an epoch trains on -------------------------------------
 
 
+class FixedCurriculum:
+    """The same samples in every epoch, passed over again and again, each time in a new order.
+
+    pool: (n,) the samples. An epoch of training calls `samples`, `observe` and `rerank`.
+    """
+    drawn = {}              # nothing is drawn, and nothing moves: see `ActiveCurriculum`
+    reranks = False
+
+    def __init__(self, pool, seed):
+        self.pool = pool
+        self.seed = seed
+
+    def samples(self, epoch, count):
+        """The `count` source samples of an epoch, in order, and from how many they were chosen."""
+        span = shuffled_span(len(self.pool), epoch * count, count, self.seed)
+        return self.pool[span], len(self.pool)
+
+    def observe(self, indices, confidence):
+        """Confidences change nothing."""
+
+    def rerank(self):
+        """Nor does the end of an epoch."""
+
+    def state_dict(self):
+        """Nothing changes in training."""
+        return {}
+
+    def load_state_dict(self, state):
+        """Nothing to restore."""
+
+
 class ActiveCurriculum:
     """Draws an epoch's source samples from bins of rising complexity and re-ranks them by confidence.
 
     complexity: (N,) the VAE's scores (Eq. 2). epochs: e runs over 0 ... epochs - 1. num_bins: N_b.
     pace: lambda, how fast the peak moves to the hard bins. spread: sigma of Eq. 3.
     scale: "rank" or "minmax", what s_j of Eq. 3 is. rescoring: "relative", "literal" or "off", what Eq. 4
-    does. static: an ablation without the order, see `probabilities`; never re-ranked.
-    All state is four arrays of length N: six million samples take about 100 MB.
+    does. All state is a few arrays of length N: six million samples take about 100 MB.
 
-    An epoch is `sample(epoch)`, training with `observe(indices, confidence)`, and `rerank()` at its end.
+    An epoch is `samples(epoch, count)`, training with `observe(indices, confidence)`, and `rerank()`.
     """
 
     def __init__(self, complexity, epochs, num_bins=25, pace=2.0, spread=0.25, scale="rank",
-                 rescoring="relative", seed=0, static=False):
+                 rescoring="relative", seed=0):
         complexity = np.asarray(complexity, dtype=np.float32)
         if complexity.ndim != 1 or len(complexity) < num_bins:
             raise ValueError(f"num_bins: {num_bins} bins need at least {num_bins} scores in one dimension, "
@@ -170,41 +200,99 @@ class ActiveCurriculum:
         if not (pace > 0 and spread > 0 and epochs > 0):
             raise ValueError(f"pace, spread and epochs must be positive, got {pace}, {spread}, {epochs}")
         self.complexity = complexity
-        self.epochs, self.num_bins, self.pace, self.spread = epochs, num_bins, pace, spread
-        self.scale, self.seed, self.fixed_shares = scale, seed, None
-        self.rescoring = "off" if static else rescoring
+        self.epochs = epochs
+        self.num_bins = num_bins
+        self.pace = pace
+        self.spread = spread
+        self.scale = scale
+        self.rescoring = rescoring
+        self.seed = seed
         self.relative = np.ones(len(complexity), dtype=np.float32)    # confidence over its epoch's mean
         self.observed = []                                            # (indices, confidence) of this epoch
+        self.drawn = {}                                               # epoch -> samples drawn from each bin
         self.edges = bin_edges(len(complexity), num_bins)
         self.score = complexity.copy()
         self._sort()
-        if static:
-            shares = np.mean([p / p.sum() for p in map(self.probabilities, range(epochs))], 0)
-            self.fixed_shares = shares / shares.max()                 # of the largest, the whole bin
+
+    @classmethod
+    def of(cls, settings, complexity, count):
+        """The curriculum of a run, a row of CURRICULA."""
+        s = settings
+        return cls(complexity, s.epochs, s.bins, s.pace, s.spread, s.scale, s.rescoring, s.seed)
+
+    @property
+    def reranks(self):
+        """Whether Eq. 4 is on."""
+        return self.rescoring != "off"
 
     def _sort(self):
         self.order = np.argsort(self.score).astype(np.int32 if len(self.score) < 2 ** 31 else np.int64)
         sums = np.add.reduceat(self.score[self.order], self.edges[:-1], dtype=np.float64)
         self.bin_score = sums / np.diff(self.edges)                               # mean score of each bin
 
+    def peak_bin(self, epoch):
+        """g: the bin that contributes most. Decision: bins are 0 ... N_b - 1, so g stops there."""
+        return min(int(self.pace * self.num_bins * epoch / self.epochs), self.num_bins - 1)
+
+    def probabilities(self, epoch):
+        """Eq. 3: the share p_j of each bin that is drawn in an epoch, (N_b,)."""
+        # Decision: bin means are heavy-tailed, so min-max scaled scores put nearly all bins within one sigma
+        # of each other and the last one apart. The rank j / (N_b - 1) makes the moving window of Fig. 5.
+        if self.scale == "rank":
+            s = np.arange(self.num_bins) / max(self.num_bins - 1, 1)
+        else:
+            span = self.bin_score.max() - self.bin_score.min()
+            s = (self.bin_score - self.bin_score.min()) / (span if span > 0 else 1.0)
+        mu_g = s[self.peak_bin(epoch)]
+        with np.errstate(over="ignore"):                        # a tiny sigma leaves the peak alone
+            return np.exp(-((s - mu_g) / self.spread) ** 2 / 2)                                      # Eq. 3
+
+    def sample(self, epoch):
+        """The epoch's pool: p_j N / N_b of bin j, without replacement, in random order. (n,) int64.
+
+        A function of (seed, epoch, current ranking). Never empty: the peak bin gives at least one sample.
+        """
+        random = np.random.default_rng((self.seed, epoch))
+        sizes = np.diff(self.edges)
+        wanted = self.probabilities(epoch) * sizes                                # p_j N / N_b
+        count = np.floor(wanted + random.random(self.num_bins)).astype(np.int64)  # stochastic rounding
+        count = np.minimum(count, sizes)
+        places = []
+        for start, size, n in zip(self.edges, sizes, count):
+            places.append(start + random.choice(size, n, replace=False, shuffle=False))
+        places = np.concatenate(places)
+        random.shuffle(places)
+        self.drawn[epoch] = count.tolist()
+        return self.order[places].astype(np.int64)
+
+    def samples(self, epoch, count):
+        """The `count` source samples of an epoch, in order, and from how many they were chosen.
+
+        The pool of `sample`, from its beginning: cut off, or repeated, to as many as the epoch has room for.
+        """
+        pool = self.sample(epoch)
+        return np.resize(pool, count), len(pool)
+
     def observe(self, indices, confidence):
         """Confidences seen in training: indices (n,), confidence (n,), a sample's mean heatmap maximum.
 
         Decision: taken from the training passes themselves, so Eq. 4 costs no extra pass over the source. All
-        calls between two `rerank`s are one epoch; of a sample seen twice in it, the last confidence counts.
+        calls between two `rerank`s are one epoch. Of a sample seen twice in it, the last confidence counts.
         A confidence of 0 is that of a view without a labelled keypoint, and says nothing.
         """
-        indices, confidence = np.asarray(indices), np.asarray(confidence, dtype=np.float32)
+        indices = np.asarray(indices)
+        confidence = np.asarray(confidence, dtype=np.float32)
         kept = confidence != 0
         self.observed.append((indices[kept], np.clip(confidence[kept], 0.05, 1.0)))
 
     def rerank(self):
         """Eq. 4: re-score by confidence, sort again, cut into bins again. Call at the end of each epoch."""
-        if self.rescoring == "off" or not self.observed:
-            self.observed = []
-            return
-        indices, confidence = map(np.concatenate, zip(*self.observed))
+        observed = self.observed
         self.observed = []
+        if self.rescoring == "off" or not observed:
+            return
+        indices = np.concatenate([each for each, _ in observed])
+        confidence = np.concatenate([each for _, each in observed])
         if self.rescoring == "literal":
             # As printed: a drawn sample's score is multiplied once, and products accumulate over the epochs.
             drawn, last = np.unique(indices[::-1], return_index=True)
@@ -219,60 +307,63 @@ class ActiveCurriculum:
             self.score = self.complexity / self.relative                                             # Eq. 4
         self._sort()
 
-    def peak_bin(self, epoch):
-        """g: the bin that contributes most in an epoch. Decision: bins are 0 ... N_b - 1, so g stops
-        there."""
-        return min(int(self.pace * self.num_bins * epoch / self.epochs), self.num_bins - 1)
-
-    def probabilities(self, epoch):
-        """Eq. 3: the share p_j of each bin that is drawn in an epoch, (N_b,).
-
-        static: in every epoch the mean over the epochs of p_j / sum p_j, scaled: the same dose of each bin
-        over a run, without the order.
-        """
-        if self.fixed_shares is not None:
-            return self.fixed_shares
-        # Decision: bin means are heavy-tailed, so min-max scaled scores put nearly all bins within one sigma
-        # of each other and the last one apart. The rank j / (N_b - 1) makes the moving window of Fig. 5.
-        if self.scale == "rank":
-            s = np.arange(self.num_bins) / max(self.num_bins - 1, 1)
-        else:
-            span = self.bin_score.max() - self.bin_score.min()
-            s = (self.bin_score - self.bin_score.min()) / (span if span > 0 else 1.0)
-        mu_g = s[self.peak_bin(epoch)]
-        with np.errstate(over="ignore"):                        # a tiny sigma leaves the peak alone
-            return np.exp(-((s - mu_g) / self.spread) ** 2 / 2)                                      # Eq. 3
-
-    def sample(self, epoch):
-        """The epoch's source samples: p_j N / N_b of bin j, without replacement, in random order. (n,) int64.
-
-        A function of (seed, epoch, current ranking). Never empty: the peak bin gives at least one sample.
-        """
-        random = np.random.default_rng((self.seed, epoch))
-        wanted = self.probabilities(epoch) * np.diff(self.edges)                  # p_j N / N_b
-        count = np.floor(wanted + random.random(self.num_bins)).astype(np.int64)  # stochastic rounding
-        count = np.minimum(count, np.diff(self.edges))
-        drawn = np.concatenate([start + random.choice(end - start, n, replace=False, shuffle=False)
-                                for start, end, n in zip(self.edges[:-1], self.edges[1:], count)])
-        random.shuffle(drawn)
-        self.drawn_per_bin = count
-        return self.order[drawn].astype(np.int64)
-
     def hardest(self, num_bins):
-        """The samples of the `num_bins` hardest bins, for the baseline UDAPE + VAE-HM. (n,) int64."""
+        """The samples of the `num_bins` hardest bins. (n,) int64."""
         return self.order[self.edges[-1 - num_bins]:].astype(np.int64)
 
     def state_dict(self):
-        """What a checkpoint needs to go on: the two arrays that training changes."""
-        arrays = {"score": self.score, "relative": self.relative}
-        return {name: torch.from_numpy(values.copy()) for name, values in arrays.items()}
+        """What a checkpoint needs to go on: the arrays that training changes, and what was drawn."""
+        return {"score": torch.from_numpy(self.score.copy()),
+                "relative": torch.from_numpy(self.relative.copy()), "drawn": dict(self.drawn)}
 
     def load_state_dict(self, state):
-        """Restore `state_dict`; ValueError when it belongs to another number of samples."""
+        """Restore `state_dict`. ValueError when it belongs to another number of samples."""
         if state["score"].shape != self.score.shape:
             raise ValueError(f"state of {len(state['score'])} samples, the data has {len(self.score)}")
-        self.score, self.relative = state["score"].numpy().copy(), state["relative"].numpy().copy()
+        self.score = state["score"].numpy().copy()
+        self.relative = state["relative"].numpy().copy()
+        self.drawn = dict(state["drawn"])
         self._sort()
+
+
+class StaticCurriculum(ActiveCurriculum):
+    """An ablation: over a run, the same dose of each bin as the active curriculum, but in no order.
+
+    In every epoch p_j is the mean over the epochs of p_j / sum p_j, scaled so that the largest is 1.
+    """
+    reranks = False
+
+    def probabilities(self, epoch):
+        """The same shares (N_b,) in every epoch."""
+        shares = np.zeros(self.num_bins)
+        for e in range(self.epochs):
+            p = super().probabilities(e)
+            shares += p / p.sum()
+        return shares / shares.max()
+
+    def rerank(self):
+        """Confidences change nothing."""
+        self.observed = []
+
+
+def hardest_bins(settings, complexity, count):
+    """UDAPE + VAE-HM: the hardest bins alone, 8 of 25."""
+    pool = ActiveCurriculum.of(settings, complexity, count).hardest(settings.hard_bins)
+    if len(pool) < settings.batch_size:
+        raise ValueError(f"hard-bins: {settings.hard_bins} bins hold fewer samples than a batch "
+                         f"({settings.batch_size})")
+    return FixedCurriculum(pool, settings.seed)
+
+
+def all_samples(settings, complexity, count):
+    """No curriculum."""
+    return FixedCurriculum(np.arange(count), settings.seed)
+
+
+# --curriculum: what makes the one of a run from its settings, the complexity (N,) of the source's poses and
+# the number of labelled samples. A new curriculum is a class (or function) here and a row of this table.
+CURRICULA = {"active": ActiveCurriculum.of, "static": StaticCurriculum.of, "hardest": hardest_bins,
+             "off": all_samples}
 
 
 # --- §3.2 The base method: pose network --------------------------------------------------------------------
@@ -604,15 +695,6 @@ def decode_keypoints(heatmaps, subcell=False):
     return (cells + subcell_offset(heatmaps, cells, confidence) if subcell else cells), confidence
 
 
-def rectify(heatmaps, sigma, subcell=False):
-    """Pseudo-labels: each heatmap redrawn as a clean Gaussian at its maximum, one kernel on a GPU.
-
-    heatmaps: (B, K, H, W) of the teacher; sigma: cells; subcell: at the vertex of the parabola through the
-    maximum and its neighbours. Returns heatmaps (B, K, H, W), cells (B, K, 2) as (x, y), confidence (B, K).
-    """
-    return kernels.rectify(heatmaps, sigma, subcell)
-
-
 def confidence_mask(confidence, ratio=0.5):
     """The batch's keypoints that the teacher is surest of: confidence (B, K) -> bool (B, K).
 
@@ -687,21 +769,6 @@ def evalpose(predicted, labelled, limbs, weight):
 # --- §3.4 Cross-domain loss --------------------------------------------------------------------------------
 
 
-def mine_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=4,
-               capacity=None):
-    """The set Z of similar poses across two banks of poses, however large: (P, 2) long, rows (m, n).
-
-    Not used in training: `train.Trainer.step` compares the few S x T distances of a batch with Gamma itself.
-
-    source: (S, K, 2), target: (T, K, 2) predicted keypoints, any unit; triplets: (A, 3); gamma: the
-    threshold on Eq. 7 in radians; *_valid: (S, K), (T, K) bool, False for keypoints of low confidence,
-    whose triplets are pruned. capacity: return that many rows, those beyond P filled with -1; a GPU is then
-    not waited for.
-    """
-    return kernels.similar_pairs(source, target, triplets, gamma, source_valid, target_valid, min_triplets,
-                                 capacity)                                                           # Eq. 7
-
-
 def cross_domain_loss(source_features, target_features, similar, centred=False):
     """Eq. 6: minus the sum over similar pairs of the cosine of their features.
 
@@ -773,7 +840,7 @@ def ground_maps(heatmaps, sigma, subcell=False):
     Ground truth: f's maxima as Gaussians. Ground false of a keypoint: those of all others, clipped to 0 to 1;
     a map is too large to push f' away from one place, so it is to take the joint for another one.
     """
-    truth, _, _ = rectify(heatmaps.detach(), sigma, subcell)
+    truth, _, _ = kernels.rectify(heatmaps.detach(), sigma, subcell)
     others = 1 - torch.eye(truth.shape[1], device=truth.device)
     return truth, torch.einsum("jk,bkhw->bjhw", others, truth).clamp(0, 1)
 
@@ -847,102 +914,3 @@ def score(predicted, dataset, stride, subcell, bins=None, num_bins=25):
         result["bins"] = [number(per_pose[torch.from_numpy((bins == j) & usable)].mean().item())
                           for j in range(num_bins)]
     return result
-
-
-# --- §4 Tables; a result is what `train` writes into result.json -------------------------------------------
-
-# PoseDA has no public code: its figures in the paper's Tables 1 and 2.
-QUOTED = {("surreal", "lsp"): dict(shoulder=82.3, elbow=78.4, wrist=73.2, hip=74.8, knee=79.7, ankle=78.7,
-                                   all=77.9), ("surreal", "human36m"): dict(all=79.6)}
-REMARKS = {("oracle", "lsp"): " (trained on its test images, unless this is LSP Extended)"}
-# 97.5 % quantiles of Student's t for 3, 4, ... 10 seeds (NIST/SEMATECH e-Handbook, section 1.3.6.7.2).
-T95 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
-
-def fmt(value, digits=1):
-    """A score as text, a dash where nothing is labelled."""
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def run_summary(result):
-    """What a run prints at its end: PCK by group of student and teacher, EvalPose, PCK by complexity bin."""
-    lines = ["PCK@0.05  " + "".join(f"{name:>11}" for name in result["pck"]) + "   EvalPose"]
-    for name, scores in (("student", result), ("teacher", result["teacher"])):
-        if scores:
-            row = "".join(f"{fmt(value):>11}" for value in scores["pck"].values())
-            lines.append(f"{name:10}{row}{fmt(scores['evalpose']):>11}")
-    bins = " ".join(fmt(value, 0) for value in result["bins"])
-    return "\n".join([*lines, f"student by complexity bin, simple to complex: {bins}"])
-
-
-def average(values):
-    """The mean of the values that are not None."""
-    values = [value for value in values if value is not None]
-    return sum(values) / len(values) if values else None
-
-
-def deviation(values):
-    """The sample deviation as text, where there are several values that are not None."""
-    values = [value for value in values if value is not None]
-    return f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-
-
-def markdown(table):
-    """Rows of cells, the header first, as a table in Markdown."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in table]
-    return "\n".join([lines[0], "|---" * len(table[0]) + "|", *lines[1:]])
-
-
-def comparison_table(results, ours="actupose", val=False):
-    """Table 1, of {name: [result, ...]}: means over seeds, overall PCK ± its sample deviation.
-
-    val: with the validation PCK. With source-only and oracle there: the share of the gap between them that is
-    closed, over the seeds that all three have. With the row `ours` there: the row minus `ours`, seed by seed
-    (on the built-in benchmarks every seed has its own data): mean ± sample deviation s of the n differences
-    and, for n >= 3, the 95 % t-interval of their mean: mean -+ t s / sqrt(n), with n - 1 degrees of freedom.
-    """
-    some = next(iter(results.values()))[0]
-    overall = {name: {r["seed"]: r["pck"]["all"] for r in rows if r["pck"]["all"] is not None}
-               for name, rows in results.items()}
-    low, high, reference = (overall.get(name) for name in ("source-only", "oracle", ours))
-    groups = [g for g in some["pck"] if g != "all"]
-    table = [["method", "seeds", *groups, "all", *["val"] * val, "teacher", "EvalPose",
-              *["gap closed"] * bool(low and high), *[f"to {ours}"] * bool(reference)]]
-    for name, rows in results.items():
-        own, cells = overall[name], [name + REMARKS.get((name, some["target"]), ""), len(rows)]
-        cells += [fmt(average(r["pck"][g] for r in rows)) for g in groups]
-        cells += [f"**{fmt(average(own.values()))}**{deviation(own.values())}"]
-        cells += [fmt(average(r["val"] for r in rows)) + deviation([r["val"] for r in rows])] * val
-        cells += [fmt(average(r["teacher"]["pck"]["all"] for r in rows if r["teacher"])),
-                  fmt(average(r["evalpose"] for r in rows))]
-        if low and high:
-            shared = [seed for seed in own if seed in low and seed in high]
-            here, start, end = (average(scores[seed] for seed in shared) for scores in (own, low, high))
-            cells.append(f"{100 * (here - start) / (end - start):.0f} %" if shared and start != end else "-")
-        if reference:
-            pairs = [own[seed] - reference[seed] for seed in own if seed in reference]
-            other = rows != results[ours]                       # a sweep can repeat the row
-            cells.append(f"{average(pairs):+.1f}{deviation(pairs)}" if pairs and other else "-")
-            if len(pairs) > 2 and other:                        # beyond 10 seeds a little too wide
-                half = T95[min(len(pairs), 10) - 3] * np.std(pairs, ddof=1) / math.sqrt(len(pairs))
-                cells[-1] += f" [{average(pairs) - half:+.1f}, {average(pairs) + half:+.1f}]"
-        table.append(cells)
-    if quoted := QUOTED.get((some["source"], some["target"])):
-        cells = ["PoseDA (quoted from the paper)", "-", *(fmt(quoted.get(g)) for g in (*groups, "all"))]
-        table.append(cells + ["-"] * (len(table[0]) - len(cells)))
-    return markdown(table)
-
-
-def tasks_table(tasks):
-    """Table 2, of {title: {name: [result, ...]}}: overall PCK ± its sample deviation (number of seeds)."""
-    names = dict.fromkeys(name for results in tasks.values() for name in results)
-    table = {name: [name] for name in (*names, "PoseDA (quoted from the paper)")}
-    for results in tasks.values():
-        some = next(rows[0] for rows in results.values() if rows)
-        for name, row in table.items():
-            scores = [r["pck"]["all"] for r in results.get(name, ())]
-            remark = REMARKS.get((name, some["target"]), "")
-            text = f"{fmt(average(scores))}{deviation(scores)} ({len(scores)}){remark}"
-            row.append(text if scores else "-")
-        row[-1] = fmt(QUOTED.get((some["source"], some["target"]), {}).get("all"))
-    return markdown([["method", *tasks], *(row for row in table.values() if set(row[1:]) != {"-"})])

@@ -330,6 +330,13 @@ def shuffled_batch(n, size, step, seed):
     return np.concatenate([batch, shuffled(n, seed, i + 1)[:missing]]) if missing else batch
 
 
+def shuffled_span(n, start, count, seed):
+    """Positions start ... start + count - 1 of endless passes over 0 ... n - 1, each in a new order."""
+    passes = range(start // n, (start + count - 1) // n + 1)
+    begin = start - passes[0] * n
+    return np.concatenate([shuffled(n, seed, i) for i in passes])[begin:begin + count]
+
+
 def prefetch(jobs, workers):
     """Results of the callables `jobs`, in order, computed ahead by threads: decoding releases the GIL."""
     if not workers:

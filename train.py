@@ -1,24 +1,26 @@
-"""Train, evaluate, predict and compare: `python train.py` runs ACTUPose on the built-in benchmark.
+"""Train, evaluate and predict: `python train.py` runs ACTUPose on the built-in benchmark.
 
-Read `Trainer.step`, one iteration of the method (Fig. 4 of the paper), and `train`, one run. Before them
-stand the settings and the data of a run; after them evaluation, files, pictures, `compare`, the command line.
+Read `Trainer.step`, one iteration of the method (Fig. 4 of the paper), and `train`, the loop. Before them stand
+the settings and the data of a run. After them come evaluation, processes, files, pictures and the command line.
+The tables and sweeps of docs/results.md are made by `python -m docs.reproduce`.
 """
 import argparse
 import dataclasses
 import difflib
+import functools
 import hashlib
 import io
 import json
 import math
 import os
 import resource
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -29,9 +31,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 import actupose
 import data
 import kernels
-from data import (Progress, colour_jitter, compose_views, invert_view, letterbox, letterbox_view,
-                  map_keypoints, normalise, prefetch, random_affine_view, random_crop_view, render_heatmaps,
-                  replacing, shuffled_batch, unit_range, warp, write_text)
+from data import (Progress, colour_jitter, compose_views, invert_view, letterbox, letterbox_view, map_keypoints,
+                  normalise, prefetch, random_affine_view, random_crop_view, render_heatmaps, replacing,
+                  shuffled_batch, unit_range, warp, write_text)
 
 
 class UserError(Exception):
@@ -40,37 +42,37 @@ class UserError(Exception):
 
 # --- Settings -----------------------------------------------------------------------------------------------
 
-# A method is the one loop with parts on or off; an ablation is ACTUPose with one setting changed.
+# A method is the one loop with parts on or off.
 SUPERVISED = dict(curriculum="off", style="off", w_evalpose=0.0, w_cross=0.0)
 METHODS = {
     "source-only": SUPERVISED,
-    "regda": SUPERVISED,                                    # `Trainer.regda_step` after them
+    "regda": SUPERVISED,                                        # adaptation: `RegDATrainer`
     "udape": dict(curriculum="off", w_evalpose=0.0, w_cross=0.0),
     "udape+vae-hm": dict(curriculum="hardest", w_evalpose=0.0, w_cross=0.0),
     "actupose": dict(),
-    "oracle": SUPERVISED,                                   # from the target's labels
+    "oracle": SUPERVISED,                                       # from the target's labels
 }
-TAUGHT = ("udape", "udape+vae-hm", "actupose")              # a teacher joins after the pretraining epochs
-ABLATIONS = {
-    "no-curriculum": dict(curriculum="off"), "no-eq4": dict(rescoring="off"),
-    "literal-eq4": dict(rescoring="literal"), "min-max": dict(scale="minmax"),
-    "static": dict(curriculum="static"),                         # the same dose of hard poses, without order
-    "no-evalpose": dict(w_evalpose=0.0), "no-cross-domain": dict(w_cross=0.0),
-    "centred-cross-domain": dict(centred=True), "literal-eq8": dict(map_sums=False),
-    "no-style": dict(style="off"), "no-occlusion": dict(occlusion=0.0),
-}
-DRAWN = ("active", "static")      # curricula that draw a new pool in each epoch; the others have a fixed one
+TAUGHT = ("udape", "udape+vae-hm", "actupose")                  # a teacher joins after pretraining
+ADAPTING = (*TAUGHT, "regda")
+
 # --preset paper: §4 of the paper and the published base method. What is not named here is as in the demo.
-PAPER = dict(architecture="resnet101", weights="imagenet", image_size=256, sigma=2.0, subcell=False,
-             iters_per_epoch=500, workers=8, lr=1e-4, lr_drops=(44.0, 59.0), lr_factor=0.1, ema=0.999,
-             pace=2.0, vae_steps=20000, occlusion_confidence=0.9, style="vgg", style_iters=20000)
-# A source of hands: Gamma lets as large a share of random source pairs be similar as on bodies.
-HANDS = {"mannequin-hand": dict(target="mannequin-hand-wild", gamma=0.019),
-         "rhd": dict(rotation=180.0, gamma=0.019)}                             # in every direction
+PAPER = dict(
+    architecture="resnet101", weights="imagenet", image_size=256, sigma=2.0, subcell=False,
+    iters_per_epoch=500, workers=8, lr=1e-4, lr_drops=(44.0, 59.0), lr_factor=0.1, ema=0.999,
+    pace=2.0, vae_steps=20000, occlusion_confidence=0.9, style="vgg", style_iters=20000)
+# What a source of hands changes. Gamma: as many random source pairs are similar as for bodies.
+HANDS = {
+    "mannequin-hand": dict(target="mannequin-hand-wild", gamma=0.019),
+    "rhd": dict(rotation=180.0, gamma=0.019),                   # rotations in every direction, as published
+}
 
 # Rendered domains: the arguments of data.Mannequin.
-RENDERED = {"mannequin": dict(domain="source"), "mannequin-hand": dict(domain="source", hand=True),
-            "mannequin-wild": dict(domain="target"), "mannequin-hand-wild": dict(domain="target", hand=True)}
+RENDERED = {
+    "mannequin": dict(domain="source"),
+    "mannequin-hand": dict(domain="source", hand=True),
+    "mannequin-wild": dict(domain="target"),
+    "mannequin-hand-wild": dict(domain="target", hand=True),
+}
 # Datasets on disk: their loaders.
 SOURCES = {"surreal": data.SURREAL, "rhd": data.RenderedHandPose}
 TARGETS = {"lsp": data.LSP, "human36m": data.Human36M, "h3d": data.Hand3DStudio}
@@ -83,13 +85,14 @@ def option(default, text, choices=None, low=-math.inf, above=-math.inf, high=mat
 
 @dataclass
 class Settings:
-    """What a run is told. The defaults are the demo's; all but cache and workers decide its result."""
+    """What a run is told. The defaults are the demo's. All but cache and workers decide its result."""
     method: str = option("actupose", "which of the paper's rows to train", tuple(METHODS))
     source: str = option("mannequin", "labelled source domain", (*RENDERED, *SOURCES))
     source_root: str = option("", "directory of the source dataset, for a source on disk")
     target: str = option("mannequin-wild", "unlabelled target domain", (*RENDERED, *TARGETS))
     target_root: str = option("", "directory of the target dataset, for a target on disk")
-    shoulders: str = option("published", "of surreal: its collar joints, or the true", ("published", "true"))
+    shoulders: str = option("published", "SURREAL's shoulders: collar joints (published) or true",
+                            ("published", "true"))
     source_count: int = option(6000, "rendered source training images", low=1)
     target_count: int = option(2000, "rendered unlabelled target images", low=1)
     seed: int = option(0, "seed of the data, initialisation and every draw", low=0, high=2 ** 31 - 1)
@@ -103,7 +106,7 @@ class Settings:
     subcell: bool = option(True, "targets and decoding finer than a cell; off: the published protocol")
 
     epochs: int = option(70, "epochs in all", low=1)
-    pretrain_epochs: int = option(40, "epochs on the source before the teacher joins", low=0)
+    pretrain_epochs: int = option(40, "epochs on the source before adaptation begins", low=0)
     iters_per_epoch: int = option(45, "iterations per epoch", low=1)
     batch_size: int = option(32, "images of each domain per batch, over all processes", low=1)
     workers: int = option(0, "threads that decode batches ahead (0: none)", low=0)
@@ -112,7 +115,7 @@ class Settings:
     lr_factor: float = option(0.3, "factor of each drop", above=0)
     ema: float = option(0.99, "decay of the teacher's moving average", low=0, high=1)
 
-    curriculum: str = option("active", "samples of an epoch", ("active", "static", "off", "hardest"))
+    curriculum: str = option("active", "source samples of an epoch", tuple(actupose.CURRICULA))
     bins: int = option(25, "N_b, complexity bins", low=1)
     hard_bins: int = option(8, "bins that udape+vae-hm trains on", low=1)
     pace: float = option(6.0, "lambda of Eq. 3: how fast the peak moves to hard bins", above=0)
@@ -152,159 +155,238 @@ class Settings:
 
     def __post_init__(self):
         """Check every setting. UserError names the option, what it takes and what was given."""
-        def require(fits, name, rule):
-            if not fits:
-                given = show(getattr(self, name))
-                raise UserError(f"--{name.replace('_', '-')}: {rule}" + (f", got {given}" if given else ""))
-
         for f in dataclasses.fields(self):
-            rule, kind = f.metadata, type(f.default)
-            if isinstance(getattr(self, f.name), list):                      # from config.json
-                setattr(self, f.name, tuple(getattr(self, f.name)))
             value = getattr(self, f.name)
-            fits = type(value) is kind or (kind is float and type(value) is int)
-            require(fits, f.name, f"must be of type {kind.__name__}")
-            choices = rule["choices"] or (value,)
-            require(value in choices, f.name, f"use {' or '.join(map(str, choices))}")
-            for number in value if kind is tuple else () if kind is str else (value,):
-                require(math.isfinite(number), f.name, "must be finite")
-                require(number >= rule["low"], f.name, f"must be at least {rule['low']}")
-                require(number > rule["above"], f.name, f"must be above {rule['above']}")
-                require(number <= rule["high"], f.name, f"must be at most {rule['high']}")
+            if isinstance(value, list):                         # a tuple that comes from config.json
+                value = tuple(value)
+                setattr(self, f.name, value)
+            check_value(f, value)
         for name in ("zoom", "crop"):
             pair = getattr(self, name)
-            require(len(pair) == 2 and pair[0] <= pair[1], name, "must be low,high with low <= high")
-        require(self.image_size % 32 == 0, "image_size", "must be a multiple of 32")
-        require(self.hard_bins <= self.bins or self.curriculum != "hardest", "hard_bins",
-                f"must be at most --bins {self.bins}")
-        adapts = self.method in (*TAUGHT, "regda")
-        require(self.pretrain_epochs < self.epochs or not adapts, "pretrain_epochs",
-                f"must be below --epochs {self.epochs}, or adaptation never begins; give both")
-        require(self.source != self.target, "target", "must differ from --source")
-        require(self.weights != "imagenet" or self.architecture in IMAGENET_FILES, "architecture",
-                f"--weights imagenet needs {' or '.join(IMAGENET_FILES)}")
-        require(self.style != "small" or not self.style_weights, "style_weights", "needs --style vgg")
-        require(self.style != "vgg" or self.style_weights, "style_weights",
-                "--style vgg needs the directory of vgg_normalised.pth (or use --style small)")
-        for name, loaders in (("source", SOURCES), ("target", TARGETS)):
-            domain, root = getattr(self, name), getattr(self, f"{name}_root")
-            require(domain not in loaders or root, f"{name}_root", f"--{name} {domain} needs its directory")
-            require(domain in loaders or not root, f"{name}_root", f"leave it out, {domain} is rendered")
+            if len(pair) != 2 or pair[0] > pair[1]:
+                refuse(name, "must be low,high with low <= high", pair)
+        if self.image_size % 32:
+            refuse("image_size", "must be a multiple of 32", self.image_size)
+        if self.curriculum == "hardest" and self.hard_bins > self.bins:
+            refuse("hard_bins", f"must be at most --bins {self.bins}", self.hard_bins)
+        if self.method in ADAPTING and self.pretrain_epochs >= self.epochs:
+            refuse("pretrain_epochs", f"must be below --epochs {self.epochs}, or adaptation never begins; give "
+                   "both", self.pretrain_epochs)
+        if self.source == self.target:
+            raise UserError(f"--source and --target must differ (both {self.source})")
+        if self.weights == "imagenet" and self.architecture not in IMAGENET_FILES:
+            refuse("architecture", f"--weights imagenet needs {' or '.join(IMAGENET_FILES)}", self.architecture)
+        if self.style == "small" and self.style_weights:
+            refuse("style_weights", "needs --style vgg", self.style_weights)
+        if self.style == "vgg" and not self.style_weights:
+            raise UserError("--style-weights: --style vgg needs the directory of vgg_normalised.pth (or use "
+                            "--style small)")
+        for role, loaders in (("source", SOURCES), ("target", TARGETS)):
+            domain = getattr(self, role)
+            root = getattr(self, f"{role}_root")
+            if domain in loaders and not root:
+                raise UserError(f"--{role}-root: --{role} {domain} needs its directory")
+            if domain not in loaders and root:
+                refuse(f"{role}_root", f"leave it out, {domain} is rendered", root)
+
+
+def check_value(f, value):
+    """UserError where the value of a field of Settings is of another type, or not one that the field takes."""
+    kind = type(f.default)
+    rule = f.metadata
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        refuse(f.name, f"must be of type {kind.__name__}", value)
+    if rule["choices"] and value not in rule["choices"]:
+        refuse(f.name, f"use {' or '.join(rule['choices'])}", value)
+    if kind is str:
+        return
+    numbers = value if kind is tuple else (value,)
+    for number in numbers:
+        if not math.isfinite(number):
+            refuse(f.name, "must be finite", value)
+        if number < rule["low"]:
+            refuse(f.name, f"must be at least {rule['low']}", value)
+        if number <= rule["above"]:
+            refuse(f.name, f"must be above {rule['above']}", value)
+        if number > rule["high"]:
+            refuse(f.name, f"must be at most {rule['high']}", value)
+
+
+def refuse(name, rule, value):
+    """UserError: the option of a setting, the rule for its values, the value that was given."""
+    raise UserError(f"{option_of(name)}: {rule}, got {show(value)}")
+
+
+def option_of(name):
+    """The command line's option for a setting."""
+    return "--" + name.replace("_", "-")
 
 
 def show(value):
     """A setting as one types it."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    numbers = value if isinstance(value, (tuple, list)) else (value,)
-    return ",".join(str(v).removesuffix(".0") if isinstance(v, float) else str(v) for v in numbers)
+    if isinstance(value, (tuple, list)):
+        return ",".join(show(number) for number in value)
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
 def make_settings(preset="demo", **given):
-    """Settings of a preset, then what hands change, then what is given, then what makes the method."""
-    source, fixed = given.get("source"), METHODS.get(given.get("method"), {})
+    """Settings of a preset, then what hands change, then what is given, then what makes the method.
+
+    UserError where a given value contradicts the method.
+    """
+    fixed = METHODS.get(given.get("method"), {})
     for name, value in fixed.items():
         if given.get(name, value) != value:
-            raise UserError(f"--{name.replace('_', '-')}: --method {given['method']} has {show(value)}, got "
+            raise UserError(f"{option_of(name)}: --method {given['method']} has {show(value)}, got "
                             f"{show(given[name])}; leave it out, or use --method actupose")
-    values = {**(PAPER if preset == "paper" else {}), **HANDS.get(source, {})}
-    return Settings(**{**values, **given, **fixed})
+    values = dict(PAPER) if preset == "paper" else {}
+    values.update(HANDS.get(given.get("source"), {}))
+    values.update(given)
+    values.update(fixed)
+    return Settings(**values)
 
 
 # --- Data of a run ------------------------------------------------------------------------------------------
 
 
-def open_domains(settings):
-    """The datasets of a run: labelled source, unlabelled target, val for choices, test for the table.
+class Domains(NamedTuple):
+    """The datasets of a run."""
+    source: object      # labelled, for training
+    target: object      # its images alone are used for training, but by the oracle
+    val: object         # of the target: for choices
+    test: object        # of the target: for tables
 
-    Images are rendered or decoded when they are first used. UserError or DataError names what is missing.
+
+def open_domains(settings):
+    """The `Domains` of a run. Images are rendered or decoded when they are first used.
+
+    UserError or DataError names what is missing or does not fit.
     """
     s = settings
-
-    def open_split(role, name, split):
-        if name in RENDERED:
-            count = {"source": s.source_count, "target": s.target_count}[role] if split == "train" else None
-            return data.Mannequin(**RENDERED[name], split=split, size=s.image_size, count=count, seed=s.seed,
-                                  cache=s.cache or None, progress=Progress(f"rendering {name} {split}"))
-        options = dict(shoulders=s.shoulders, progress=Progress(name)) if name == "surreal" else {}
-        try:
-            dataset = {**SOURCES, **TARGETS}[name](getattr(s, f"{role}_root"), split, s.image_size, **options)
-        except FileNotFoundError as e:
-            raise UserError(f"--{role}-root: {e}") from None
-        data.check_dataset(dataset, f"--{role} {name}")
-        return dataset
-
-    source, target = open_split("source", s.source, "train"), open_split("target", s.target, "train")
+    source = open_split(s, "source", "train")
+    target = open_split(s, "target", "train")
     if source.skeleton.names != target.skeleton.names:
         raise UserError(f"--source {s.source} --target {s.target}: {len(source.skeleton)} and "
                         f"{len(target.skeleton)} keypoints; take two domains of bodies or two of hands")
-    for name, dataset in (("source", source), ("target", target)):
-        for option in ("batch_size", "bins"):
-            if len(dataset) < getattr(s, option):
-                raise UserError(f"--{option.replace('_', '-')}: {getattr(s, option)} is more than the "
-                                f"{len(dataset)} training images of the {name}")
-    return SimpleNamespace(source=source, target=target, val=open_split("target", s.target, "val"),
-                           test=open_split("target", s.target, "test"))
+    for role, dataset in (("source", source), ("target", target)):
+        for name in ("batch_size", "bins"):
+            if getattr(s, name) > len(dataset):
+                raise UserError(f"{option_of(name)}: {getattr(s, name)} is more than the {len(dataset)} training "
+                                f"images of the {role}")
+    return Domains(source, target, open_split(s, "target", "val"), open_split(s, "target", "test"))
 
 
-def batches(run, pool, steps):
-    """Jobs for `prefetch`, one per step. Each loads (source indices (B,) of all processes, source batch,
-    target batch); the batches are this process's share, as `Trainer.step` takes them."""
-    s, target = run.settings, run.domains.target if run.trainer.uses_target else None
-    pin = run.trainer.device.type == "cuda"            # the copy to a GPU is then asynchronous
+def open_split(settings, role, split):
+    """One dataset of a run. role: "source" or "target"; split: "train", "val" or "test"."""
+    s = settings
+    name = getattr(s, role)
+    if name in RENDERED:
+        train_count = s.source_count if role == "source" else s.target_count
+        return data.Mannequin(**RENDERED[name], split=split, size=s.image_size, seed=s.seed,
+                              count=train_count if split == "train" else None, cache=s.cache or None,
+                              progress=Progress(f"rendering {name} {split}"))
+    loader = SOURCES[name] if role == "source" else TARGETS[name]
+    options = {}
+    if name == "surreal":
+        options = dict(shoulders=s.shoulders, progress=Progress(name))
+    try:
+        dataset = loader(getattr(s, f"{role}_root"), split, s.image_size, **options)
+    except FileNotFoundError as error:
+        raise UserError(f"--{role}-root: {error}") from None
+    data.check_dataset(dataset, f"--{role} {name}")
+    return dataset
 
-    def load(dataset, indices):
-        return [t.pin_memory() if pin else t for t in dataset[shard(indices)]]
 
-    for step in steps:
-        # A drawn pool is new in each epoch and in random order; a fixed one is passed over again and again.
-        if s.curriculum in DRAWN:
-            at = (np.arange(s.batch_size) + (step - steps[0]) * s.batch_size) % len(pool)
-        else:
-            at = shuffled_batch(len(pool), s.batch_size, step, s.seed)
-        indices, other = torch.from_numpy(pool[at]), None
-        if target is not None:
-            other = torch.from_numpy(shuffled_batch(len(target), s.batch_size, step, s.seed + 1))
-        yield lambda indices=indices, other=other: (
-            indices, load(run.labelled, indices), None if other is None else load(target, other))
+def batches(run, samples, steps):
+    """Jobs for `prefetch`: one `load_step` per step, of this epoch's source samples in order."""
+    for step, indices in zip(steps, torch.from_numpy(samples).split(run.settings.batch_size)):
+        yield functools.partial(load_step, run, step, indices)
+
+
+def load_step(run, step, indices):
+    """What `Trainer.step` takes: this process's share of a batch.
+
+    indices: (B,) labelled samples of all processes. Returns indices, the labelled batch (images, keypoints,
+    visible), and the target's images, or None where the step needs none.
+    """
+    s = run.settings
+    pin = run.trainer.device.type == "cuda"                     # the copy to a GPU is then asynchronous
+
+    def load(dataset, chosen):
+        batch = dataset[shard(chosen)]
+        return [tensor.pin_memory() for tensor in batch] if pin else batch
+
+    source_batch = load(run.labelled, indices)
+    if not run.trainer.uses_target:
+        return indices, source_batch, None
+    target = run.domains.target
+    others = torch.from_numpy(shuffled_batch(len(target), s.batch_size, step, s.seed + 1))
+    return indices, source_batch, load(target, others)[0]
 
 
 # --- The step -----------------------------------------------------------------------------------------------
 
 
-def draw_step(seed, step, batch_size, num_keypoints, device):
-    """The random numbers of a step, by name: a function of (seed, step). Uniform in [0, 1), (B, n).
+def draw_step(settings, step, num_keypoints, device):
+    """The random views and numbers of a step, by name: a function of (seed, step).
 
-    Every process draws them for the whole batch and keeps its share: their number changes nothing.
+    Views are matrices (B, 2, 3), the rest is uniform in [0, 1). Every process draws them for the whole batch
+    and keeps its share, so the number of processes changes nothing.
     """
-    random = np.random.default_rng((seed, step))
+    s = settings
+    random = np.random.default_rng((s.seed, step))
 
     def draw(n):
-        numbers = torch.from_numpy(random.random((batch_size, n), dtype=np.float32))
+        numbers = torch.from_numpy(random.random((s.batch_size, n), dtype=np.float32))
         return shard(numbers).to(device, non_blocking=True)
 
+    def draw_crop():
+        return random_crop_view(draw(3), s.image_size, s.crop)
+
+    def draw_affine():
+        return random_affine_view(draw(5), s.image_size, s.rotation, s.shear, s.translate, s.zoom)
+
     return SimpleNamespace(
-        source_crop=draw(3), source_affine=draw(5), source_jitter=draw(6),
-        target_crop=draw(3), student_affine=draw(5), student_jitter=draw(6),
-        teacher_affine=draw(5), teacher_jitter=draw(6), occlusion=draw(3 + num_keypoints),
+        image_to_source_crop=draw_crop(), source_crop_to_view=draw_affine(), source_jitter=draw(6),
+        image_to_crop=draw_crop(),
+        crop_to_student_view=draw_affine(), student_jitter=draw(6),
+        crop_to_teacher_view=draw_affine(), teacher_jitter=draw(6),
+        occlusion=draw(3 + num_keypoints),
         restyle_source=random.random(), restyle_target=random.random(),                 # one number per batch
         alpha_source=random.random(), alpha_target=random.random())
+
+
+class SourceView(NamedTuple):
+    """A labelled batch in random views."""
+    images: torch.Tensor        # (B, 3, S, S), normalised
+    view: torch.Tensor          # (B, 2, 3), from the image to the view
+    keypoints: torch.Tensor     # (B, K, 2), pixels of the view
+    labels: torch.Tensor        # (B, K, h, h) target heatmaps
+    weight: torch.Tensor        # (B, K), 0 for keypoints that are unlabelled or outside the view
 
 
 class Trainer:
     """Student, teacher, style networks, optimiser, and the step that trains them."""
 
     def __init__(self, settings, skeleton, device):
-        s = self.settings = settings
-        self.skeleton, self.device, self.style_transfer, self.teacher = skeleton, device, None, None
+        s = settings
+        self.settings = settings
+        self.skeleton = skeleton
+        self.device = device
+        self.teacher = None                                     # joins in `begin_adaptation`
+        self.style_transfer = None                              # trained or loaded in `set_up`
         torch.manual_seed(s.seed)
         self.set_student(actupose.PoseResNet(s.architecture, len(skeleton)))
+
         # A function of the network is compiled, not the network: parameters keep their names in checkpoints.
         def call(network, images):
             return network(images)
 
         self.call = torch.compile(call) if s.compile else call
-        self.stride, self.cells = self.student.stride, s.image_size // self.student.stride
+        self.stride = self.student.stride
+        self.cells = s.image_size // self.stride
         # Decision: the terms of Eq. 8 are sums over the body, averaged over samples: heatmap errors over
         # keypoints and cells, as Eq. 5 over limbs. Their mean, 1e-3, would drown under w2 (--map-sums off).
         self.map_cells = len(skeleton) * self.cells ** 2 if s.map_sums else 1
@@ -319,22 +401,21 @@ class Trainer:
         self.optimiser = torch.optim.Adam(self.student.parameters(), lr=self.settings.lr,
                                           fused=self.device.type == "cuda")
 
-    def start_regda(self):
-        """RegDA's adaptation begins: two new regressors on psi, and a new optimiser."""
-        torch.manual_seed(self.settings.seed)
-        actupose.make_regressors(self.student)
-        self.set_student(self.student)
+    def begin_adaptation(self):
+        """Called once, before the first epoch after pretraining: the teacher joins, in methods that have one."""
+        if self.settings.method in TAUGHT:
+            self.teacher = actupose.make_teacher(self.student)
 
     @property
     def uses_target(self):
-        """Whether a step needs target images: for their style, for the teacher or for RegDA."""
-        networks = self.style_transfer, self.teacher, self.student.head_adv
-        return any(network is not None for network in networks)
+        """Whether a step needs target images: for their style, or for the teacher."""
+        return self.style_transfer is not None or self.teacher is not None
 
     def autocast(self):
         """The context in which networks compute: bfloat16 with --amp bf16."""
-        bf16 = self.settings.amp == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16) if bf16 else nullcontext()
+        if self.settings.amp == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
 
     def forward(self, network, images):
         """Heatmaps (B, K, h, h) and features (B, C) of a pose network, float32."""
@@ -342,150 +423,200 @@ class Trainer:
             heatmaps, features = self.call(network, images.contiguous(memory_format=torch.channels_last))
         return heatmaps.float(), features.float()
 
-    def crop(self, u):
-        """Views (B, 2, 3) of a random resized crop, from uniform numbers (B, 3)."""
-        return random_crop_view(u, self.settings.image_size, self.settings.crop)
-
-    def affine(self, u):
-        """Views (B, 2, 3) of a random rotation, shear, scale and translation, from uniform numbers (B, 5)."""
-        s = self.settings
-        return random_affine_view(u, s.image_size, s.rotation, s.shear, s.translate, s.zoom)
-
     def augment(self, images, view, jitter):
-        """uint8 images (B, 3, S, S) through views (B, 2, 3), with colour jitter from (B, 6), normalised."""
-        return normalise(colour_jitter(warp(unit_range(images), view), jitter, self.settings.jitter))
+        """uint8 images (B, 3, S, S) seen through views (B, 2, 3), their colours jittered, normalised."""
+        images = warp(unit_range(images), view)
+        return normalise(colour_jitter(images, jitter, self.settings.jitter))
 
     @torch.no_grad()
     def restyle(self, content, style, coin, alpha):
-        """With probability --style-prob (coin: uniform) the content images in the style images' look."""
+        """With probability style_prob, restyle the content images after the style images. coin: uniform."""
         if self.style_transfer is None or coin >= self.settings.style_prob:
             return content
         with self.autocast():
             return self.style_transfer(content, style, alpha).float()
 
-    def view_source(self, random, source_batch):
-        """A source batch in random views: images, views, keypoints, label maps, their weight (B, K)."""
+    def view_source(self, source_batch, random):
+        """A labelled batch -> SourceView."""
         s = self.settings
-        images, keypoints, visible = (t.to(self.device, non_blocking=True) for t in source_batch)
-        view = compose_views(self.affine(random.source_affine), self.crop(random.source_crop))
+        images, keypoints, visible = (tensor.to(self.device, non_blocking=True) for tensor in source_batch)
+        view = compose_views(random.source_crop_to_view, random.image_to_source_crop)
         keypoints = map_keypoints(keypoints, view)
         labels, weight = render_heatmaps(keypoints, visible, self.cells, self.stride, s.sigma, s.subcell)
-        return self.augment(images, view, random.source_jitter), view, keypoints, labels, weight
+        return SourceView(self.augment(images, view, random.source_jitter), view, keypoints, labels, weight)
 
     def descend(self, loss, *parts):
-        """A step of Adam on the parameters of these parts of the student; the others stay."""
+        """A step of Adam on the parameters of these parts of the student. The others stay."""
+        parameters = [parameter for part in parts for parameter in part.parameters()]
         self.optimiser.zero_grad()
-        loss.backward(inputs=[parameter for part in parts for parameter in part.parameters()])
+        loss.backward(inputs=parameters)
         average_gradients(self.student)
         self.optimiser.step()
 
-    def step(self, step, source_batch, target_batch):
+    def step(self, step, source_batch, target_images):
         """One iteration on this process's share of a batch: Fig. 4.
 
-        source_batch: uint8 images (B, 3, S, S), keypoints (B, K, 2) in pixels, visible (B, K); target_batch:
-        the same, of which only the images are used, or None where nothing needs it. Returns scalars by name,
-        the terms of Eq. 8 among them, on the device, and the mean confidence of each source sample (B,).
+        source_batch: uint8 images (B, 3, S, S), keypoints (B, K, 2) in pixels, visible (B, K). target_images:
+        uint8 (B, 3, S, S), or None where `uses_target` is False. Returns scalars by name, the terms of Eq. 8
+        among them, on the device; and the mean confidence of each source sample of all processes.
         """
         s = self.settings
-        random = draw_step(s.seed, step, s.batch_size, len(self.skeleton), self.device)
+        random = draw_step(s, step, len(self.skeleton), self.device)
         self.student.train()
 
-        # Both domains in random views. One crop serves both views of a target image; they meet in its frame.
-        source_images, source_view, keypoints, labels, weight = self.view_source(random, source_batch)
-        styled_source = source_images
-        if target_batch is not None:
-            target_images = target_batch[0].to(self.device, non_blocking=True)
-            common, teacher_view = self.crop(random.target_crop), self.affine(random.teacher_affine)
-            view = compose_views(teacher_view, common)
-            teacher_images = self.augment(target_images, view, random.teacher_jitter)
-            styled_source = self.restyle(source_images, teacher_images, random.restyle_source,
+        # Both domains in random views. One crop serves both views of a target image: they meet in its frame.
+        source = self.view_source(source_batch, random)
+        styled_source = source.images
+        if target_images is not None:
+            target_images = target_images.to(self.device, non_blocking=True)
+            image_to_teacher_view = compose_views(random.crop_to_teacher_view, random.image_to_crop)
+            teacher_images = self.augment(target_images, image_to_teacher_view, random.teacher_jitter)
+            styled_source = self.restyle(source.images, teacher_images, random.restyle_source,
                                          random.alpha_source)
 
-        # The student learns from the source's labels. Keypoints outside the view do not count as unsure.
-        predicted, features = self.forward(self.student, styled_source)
-        mse = self.map_cells * actupose.heatmap_mse(predicted, labels, weight)
-        cells, confidence, mean_confidence = kernels.heatmap_argmax_mean(predicted, weight)
+        # The student learns from the source's labels.
+        source_maps, source_features = self.forward(self.student, styled_source)
+        mse = self.map_cells * actupose.heatmap_mse(source_maps, source.labels, source.weight)
+        # Keypoints outside the view are left out of the mean confidence.
+        source_cells, confidence, mean_confidence = kernels.heatmap_argmax_mean(source_maps, source.weight)
         terms = dict(mse=mse, confidence=mean_confidence.mean())
-        udape, evalpose, cross = mse, 0.0, 0.0
+        udape = mse
+        evalpose = 0.0
+        cross_domain = 0.0
 
         if self.teacher is not None:
             with torch.no_grad():
-                # The teacher labels the target images; its maps are taken back into the common frame.
+                # The teacher labels the target images. Its maps are taken back into the crop's frame.
                 self.teacher.train()                            # batch statistics, as in the base method
-                styled_target = self.restyle(teacher_images, source_images, random.restyle_target,
+                styled_target = self.restyle(teacher_images, source.images, random.restyle_target,
                                              random.alpha_target)
-                maps, teacher_features = self.forward(self.teacher, styled_target)
-                maps = warp(maps, invert_view(teacher_view), self.stride)
-                pseudo_maps, pseudo_cells, pseudo_confidence = actupose.rectify(maps, s.sigma, s.subcell)
+                teacher_maps, teacher_features = self.forward(self.teacher, styled_target)
+                teacher_maps = warp(teacher_maps, invert_view(random.crop_to_teacher_view), self.stride)
+                pseudo_maps, pseudo_cells, pseudo_confidence = kernels.rectify(teacher_maps, s.sigma, s.subcell)
                 confident = actupose.confidence_mask(gather(pseudo_confidence), s.mask_ratio)
+
                 # The student gets another view of the same images, a confident keypoint hidden.
-                student_view = self.affine(random.student_affine)
-                view = compose_views(student_view, common)
-                student_images = self.augment(target_images, view, random.student_jitter)
-                in_view = map_keypoints(pseudo_cells * self.stride, student_view)
+                image_to_student_view = compose_views(random.crop_to_student_view, random.image_to_crop)
+                student_images = self.augment(target_images, image_to_student_view, random.student_jitter)
+                in_view = map_keypoints(pseudo_cells * self.stride, random.crop_to_student_view)
                 student_images, hidden = actupose.occlude_keypoints(
                     student_images, in_view, pseudo_confidence, random.occlusion,
                     half=s.image_size * 10 / 256, probability=s.occlusion, minimum=s.occlusion_confidence)
                 # Decision: what the student's view does not show, it is not asked to predict.
-                mask = shard(confident) & ((in_view >= 0) & (in_view <= s.image_size - 1)).all(-1)
+                shown = ((in_view >= 0) & (in_view <= s.image_size - 1)).all(-1)
+                mask = shard(confident) & shown
 
-            # It has to agree with the pseudo-labels, in place and in the directions of the limbs.
-            target_maps, _ = self.forward(self.student, student_images)
-            target_maps = warp(target_maps, invert_view(student_view), self.stride)
-            consistency = self.map_cells * actupose.consistency_loss(target_maps, pseudo_maps, mask)
+            # It has to agree with the pseudo-labels.
+            student_maps, _ = self.forward(self.student, student_images)
+            student_maps = warp(student_maps, invert_view(random.crop_to_student_view), self.stride)
+            consistency = self.map_cells * actupose.consistency_loss(student_maps, pseudo_maps, mask)
             udape = mse + consistency
             terms.update(consistency=consistency, teacher_confidence=pseudo_confidence.mean(),
                          kept=mask.float().mean(), hidden=(hidden >= 0).float().mean())
+
+            # Losses on poses, in cells: the student's, and what it should have predicted.
+            @functools.cache
+            def poses():
+                """Differentiable poses of source and target (B, K, 2), computed if a loss asks for them."""
+                return kernels.soft_argmax(source_maps, s.beta), kernels.soft_argmax(student_maps, s.beta)
+
             if s.w_evalpose:
-                source_pose, target_pose = (kernels.soft_argmax(m, s.beta) for m in (predicted, target_maps))
-                evalpose = (actupose.evalpose(source_pose, keypoints / self.stride, self.limbs, weight)
+                source_pose, target_pose = poses()
+                labelled_pose = source.keypoints / self.stride
+                evalpose = (actupose.evalpose(source_pose, labelled_pose, self.limbs, source.weight)
                             + actupose.evalpose(target_pose, pseudo_cells, self.limbs, mask))
                 terms["evalpose"] = evalpose
+
             if s.w_cross:
                 # Poses are compared (Eq. 7) as they stand in the image: a sheared view has other angles.
                 if s.subcell:
-                    cells = cells + actupose.subcell_offset(predicted.detach(), cells, confidence)
-                pose = map_keypoints(cells * self.stride, invert_view(source_view))
-                distance = kernels.triplet_angle_distance(pose, gather(pseudo_cells), self.triplets,
-                                                          weight > 0, confident, min_triplets=4)      # Eq. 7
+                    source_cells = source_cells + actupose.subcell_offset(source_maps.detach(), source_cells,
+                                                                          confidence)
+                image_pose = map_keypoints(source_cells * self.stride, invert_view(source.view))
+                distance = kernels.triplet_angle_distance(
+                    image_pose, gather(pseudo_cells), self.triplets, source.weight > 0, confident,
+                    min_triplets=4)                                                                   # Eq. 7
                 similar = distance < s.gamma
                 # Eq. 6 sums over all pairs, while gradients are averaged over the processes.
-                cross = world_size() * actupose.cross_domain_loss(features, gather(teacher_features), similar,
-                                                                  s.centred)
-                terms.update(cross_domain=cross, pairs=world_size() * similar.float().sum())
+                cross_domain = world_size() * actupose.cross_domain_loss(
+                    source_features, gather(teacher_features), similar, s.centred)
+                terms.update(cross_domain=cross_domain, pairs=world_size() * similar.float().sum())
 
-        loss = actupose.total_loss(udape, evalpose, cross, (s.w_udape, s.w_evalpose, s.w_cross))      # Eq. 8
+        loss = actupose.total_loss(udape, evalpose, cross_domain,
+                                   (s.w_udape, s.w_evalpose, s.w_cross))                              # Eq. 8
+        terms["loss"] = loss
         self.descend(loss, self.student)
         if self.teacher is not None:
             actupose.update_teacher(self.teacher, self.student, s.ema)
-        return {name: value.detach() for name, value in dict(terms, loss=loss).items()}, mean_confidence
+        terms = {name: value.detach() for name, value in terms.items()}
+        return terms, gather(mean_confidence)
 
-    def regda_step(self, step, source_batch, target_batch):
-        """One iteration of the baseline RegDA after pretraining; arguments and results as of `step`.
 
-        The published optimisers of psi, f and f' are one here, as Adam's state is per parameter.
+# --- The steps of the baseline RegDA ------------------------------------------------------------------------
+
+
+class RegDATrainer(Trainer):
+    """RegDA: the supervised step, then, on two regressors, three steps per pair of batches."""
+
+    def __init__(self, settings, skeleton, device):
+        super().__init__(settings, skeleton, device)
+        if settings.pretrain_epochs == 0:
+            self.begin_adaptation()                             # weights of both regressors then load whole
+
+    @property
+    def adapting(self):
+        """Whether the network has its two regressors."""
+        return self.student.head_adv is not None
+
+    @property
+    def uses_target(self):
+        """Only adaptation needs target images."""
+        return self.adapting
+
+    def begin_adaptation(self):
+        """Two new regressors on psi and a new optimiser, unless weights with both were loaded."""
+        if not self.adapting:
+            torch.manual_seed(self.settings.seed)
+            actupose.make_regressors(self.student)
+            self.set_student(self.student)
+
+    def step(self, step, source_batch, target_images):
+        """Supervised before adaptation; `adversarial_step` in it. Arguments and results: `Trainer.step`."""
+        if self.adapting:
+            return self.adversarial_step(step, source_batch, target_images)
+        return super().step(step, source_batch, target_images)
+
+    def adversarial_step(self, step, source_batch, target_images):
+        """One iteration of RegDA's adaptation.
+
+        The published optimisers of psi, f and f' are one here: Adam's state is per parameter.
         """
-        s, network = self.settings, self.student.train()
-        random = draw_step(s.seed, step, s.batch_size, len(self.skeleton), self.device)
-        source_images, _, _, labels, weight = self.view_source(random, source_batch)
-        view = compose_views(self.affine(random.student_affine), self.crop(random.target_crop))
-        target_images = target_batch[0].to(self.device, non_blocking=True)
+        s = self.settings
+        random = draw_step(s, step, len(self.skeleton), self.device)
+        network = self.student.train()
+        source = self.view_source(source_batch, random)
+        view = compose_views(random.crop_to_student_view, random.image_to_crop)
+        target_images = target_images.to(self.device, non_blocking=True)
         target_images = self.augment(target_images, view, random.student_jitter)
-        unweighted = torch.ones_like(weight)            # published: the visibility of the target, a label
-        begin, end = s.pretrain_epochs * s.iters_per_epoch, s.epochs * s.iters_per_epoch
+        unweighted = torch.ones_like(source.weight)     # published: the visibility of the target, a label
+        begin = s.pretrain_epochs * s.iters_per_epoch
+        end = s.epochs * s.iters_per_epoch
         factor = actupose.gradient_factor(step - begin, end - begin)
-        psi, f, f_adv = (network.backbone, network.upsampling), network.head, network.head_adv
+        psi = (network.backbone, network.upsampling)
+        f = network.head
+        f_adv = network.head_adv
 
         def regress(images):
             """Heatmaps of f and f', and what f's make of f': ground truth and ground false."""
             with self.autocast():
                 maps, maps_adv = actupose.regressor_maps(network, images, factor)
-            return maps.float(), maps_adv.float(), *actupose.ground_maps(maps.float(), s.sigma, s.subcell)
+            ground_truth, ground_false = actupose.ground_maps(maps.float(), s.sigma, s.subcell)
+            return maps.float(), maps_adv.float(), ground_truth, ground_false
 
         # A: on the source all learn; f' is to agree with f, with a margin of 4.
-        maps, maps_adv, ground_truth, _ = regress(source_images)
-        kl = actupose.heatmap_kl(maps, labels, weight)
-        agreement = actupose.heatmap_kl(maps_adv, ground_truth, weight, 1e-7)
+        maps, maps_adv, ground_truth, _ = regress(source.images)
+        kl = actupose.heatmap_kl(maps, source.labels, source.weight)
+        agreement = actupose.heatmap_kl(maps_adv, ground_truth, source.weight, 1e-7)
         self.descend(kl + 4 * agreement, *psi, f, f_adv)
         # B: on the target f' learns to disagree.
         _, maps_adv, _, ground_false = regress(target_images)
@@ -496,10 +627,19 @@ class Trainer:
         target_agreement = actupose.heatmap_kl(maps_adv, ground_truth, unweighted, 1e-7)
         self.descend(target_agreement, *psi)
 
-        confidence = kernels.heatmap_argmax_mean(maps.flatten(2).softmax(-1).view_as(maps), weight)[2]
+        probabilities = maps.flatten(2).softmax(-1).view_as(maps)
+        _, _, mean_confidence = kernels.heatmap_argmax_mean(probabilities, source.weight)
         terms = dict(kl=kl, agreement=agreement, disagreement=disagreement, target_agreement=target_agreement,
-                     confidence=confidence.mean(), loss=kl + 4 * agreement + disagreement + target_agreement)
-        return {name: value.detach() for name, value in terms.items()}, confidence
+                     confidence=mean_confidence.mean(),
+                     loss=kl + 4 * agreement + disagreement + target_agreement)
+        terms = {name: value.detach() for name, value in terms.items()}
+        return terms, gather(mean_confidence)
+
+
+def make_trainer(settings, skeleton, device):
+    """The trainer of a method."""
+    kind = RegDATrainer if settings.method == "regda" else Trainer
+    return kind(settings, skeleton, device)
 
 
 # --- The loop -----------------------------------------------------------------------------------------------
@@ -508,111 +648,154 @@ class Trainer:
 def train(settings, out, device="auto", resume=False):
     """One run: data, epochs, result.json and figures/ in the directory `out`. Returns the result.
 
-    Killed at any moment and called again with `resume`, it goes on from its last finished epoch to the same
-    result, bit for bit on a CPU with as many threads. Raises UserError for what the user can mend.
+    Killed at any moment and called again with `resume`, it goes on from its last finished epoch. On a CPU with
+    as many threads, a resumed run is bit-identical. Raises UserError for what the user can mend.
     """
-    out, device, started = Path(out), choose_device(device), time.time()
+    out = Path(out)
+    device = choose_device(device)
+    started = time.time()
     s = settings = resolve_amp(settings, device)
     checkpoint = starting_point(out, resume)
     run = set_up(settings, device, checkpoint)
-    trainer, curriculum, log, progress = run.trainer, run.curriculum, run.log, Progress(s.method)
+    trainer = run.trainer
+    curriculum = run.curriculum
+    progress = Progress(s.method)
     if checkpoint is None and rank() == 0:
         write_config(out, settings, trainer.skeleton, device)
 
-    for epoch in range(len(log), s.epochs):
-        if s.method in TAUGHT and epoch == s.pretrain_epochs:
-            trainer.teacher = actupose.make_teacher(trainer.student)
-        if s.method == "regda" and epoch == s.pretrain_epochs and trainer.student.head_adv is None:
-            trainer.start_regda()
-        one_step = trainer.step if trainer.student.head_adv is None else trainer.regda_step
-        begun, lr = time.time(), s.lr * s.lr_factor ** sum(epoch >= drop for drop in s.lr_drops)
+    for epoch in range(len(run.log), s.epochs):
+        if epoch == s.pretrain_epochs:
+            trainer.begin_adaptation()
+        lr = s.lr * s.lr_factor ** sum(epoch >= drop for drop in s.lr_drops)
         trainer.optimiser.param_groups[0]["lr"] = lr
 
-        # The source samples of this epoch.
-        if s.curriculum in DRAWN:
-            pool = curriculum.sample(epoch)                                                           # Eq. 3
-            run.drawn.append(curriculum.drawn_per_bin.tolist())
-        elif s.curriculum == "hardest":
-            pool = curriculum.hardest(s.hard_bins)
-        else:
-            pool = np.arange(len(run.labelled))
-
-        # A step per batch.
+        # The source samples of this epoch, then a step per batch of them.
+        begun = time.time()
+        samples, pool = curriculum.samples(epoch, s.iters_per_epoch * s.batch_size)                   # Eq. 3
         steps = range(epoch * s.iters_per_epoch, (epoch + 1) * s.iters_per_epoch)
-        sums, seen, confidences, unchecked = {}, [], [], []
-        for step, (indices, source, target) in zip(steps, prefetch(batches(run, pool, steps), s.workers)):
-            terms, confidence = one_step(step, source, target)
-            for name, value in terms.items():
-                sums[name] = sums.get(name, 0) + value
-            seen.append(indices)
-            confidences.append(confidence)
-            unchecked.append((step, indices, terms))
-            if device.type == "cpu" or len(unchecked) == 50 or step == steps[-1]:   # on a GPU each look waits
-                check_finite(unchecked, run, out)
-                unchecked = []
+        stats = EpochStats(run, out)
+        for step, batch in zip(steps, prefetch(batches(run, samples, steps), s.workers)):
+            indices, source_batch, target_images = batch
+            terms, confidence = trainer.step(step, source_batch, target_images)
+            stats.add(step, indices, terms, confidence)
             progress(step + 1, s.epochs * s.iters_per_epoch, f"epoch {epoch + 1}/{s.epochs}")
+        stats.check_finite()
         seconds = time.time() - begun
 
         # The ranking for the next epoch, by what the student was sure of in this one.
-        if s.curriculum == "active":
-            curriculum.observe(torch.cat(seen), gather(torch.stack(confidences, 1)).T.flatten().cpu())
-            curriculum.rerank()                                                                       # Eq. 4
+        curriculum.observe(samples, torch.cat(stats.confidences).cpu())
+        curriculum.rerank()                                                                           # Eq. 4
 
         # Log, validate, save.
-        means = gather(torch.stack(list(sums.values()))[None]).mean(0).tolist()
-        log.append({"epoch": epoch, "lr": lr, "pool": len(pool),
-                    **{name: value / s.iters_per_epoch for name, value in zip(sums, means)}})
-        for network in filter(None, (trainer.student, trainer.teacher)):
-            broadcast(network.buffers())                        # BatchNorm's, where each process has its own
+        row = {"epoch": epoch, "lr": lr, "pool": pool, **stats.means()}
+        broadcast_buffers(trainer)
         if (epoch + 1) % 10 == 0 or epoch + 1 == s.epochs:
             scores, _ = evaluate(run, run.domains.val)
-            log[-1].update((f"val_{name}", score["pck"]["all"]) for name, score in scores.items())
+            for name, score in scores.items():
+                row[f"val_{name}"] = score["pck"]["all"]
+        run.log.append(row)
         if rank() == 0:
+            say(epoch_line(row, s.epochs, seconds))
             # The log first: a run killed between the two writes the same line again.
-            write_text(out / "log.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in log))
+            write_lines(out / "log.jsonl", run.log)
             save_checkpoint(out / "last.pt", state_of(run))
             write_speed(out / "speed.jsonl", epoch, seconds, trainer, started)
 
     scores, predictions = evaluate(run, run.domains.test)
     result = {"method": s.method, "source": s.source, "target": s.target, "seed": s.seed, **scores["student"],
-              "teacher": scores.get("teacher"), "val": log[-1]["val_student"], "epochs": s.epochs}
+              "teacher": scores.get("teacher"), "val": run.log[-1]["val_student"], "epochs": s.epochs}
     if rank() == 0:
         draw_figures(run, scores, predictions, out / "figures")
         write_json(out / "result.json", result)                 # last: with it the run is finished
     return result
 
 
-def check_finite(steps, run, out):
-    """UserError that names the first of the steps (step, indices, terms) with a loss that is not finite."""
-    losses = gather(torch.stack([terms["loss"] for _, _, terms in steps])[None])
-    finite = torch.isfinite(losses).all(0).tolist()
-    if all(finite) and torch.stack([p.isfinite().all() for p in run.trainer.student.parameters()]).all():
-        return
-    step, indices, terms = steps[-1 if all(finite) else finite.index(False)]
-    found = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
-    kept = f"; {out / 'last.pt'} keeps the last good state" if (out / "last.pt").exists() else ""
-    raise UserError(f"step {step}: loss or weights are not finite ({found}); source samples "
-                    f"{', '.join(run.labelled.names(indices))}. Lower --lr, --w-evalpose or --w-cross{kept}")
+class EpochStats:
+    """What the steps of an epoch report: sums of the terms, and the confidence of each source sample."""
+
+    def __init__(self, run, out):
+        self.run = run
+        self.out = out
+        self.steps = 0
+        self.sums = {}
+        self.confidences = []           # (B,) per step, in the order of the samples
+        self.unchecked = []             # (step, indices, terms) whose losses have not been looked at
+
+    def add(self, step, indices, terms, confidence):
+        """Take in a step. UserError where a loss or weight is not finite."""
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.steps += 1
+        self.confidences.append(confidence)
+        self.unchecked.append((step, indices, terms))
+        # On a GPU each look waits for it.
+        if self.run.trainer.device.type == "cpu" or len(self.unchecked) == 50:
+            self.check_finite()
+
+    def check_finite(self):
+        """UserError that names the first step since the last call with a loss that is not finite."""
+        steps = self.unchecked
+        self.unchecked = []
+        if not steps:
+            return
+        losses = torch.stack([terms["loss"] for _, _, terms in steps])
+        finite = torch.isfinite(gather(losses[None])).all(0).tolist()
+        weights = torch.stack([p.isfinite().all() for p in self.run.trainer.student.parameters()])
+        if all(finite) and weights.all():
+            return
+        step, indices, terms = steps[-1] if all(finite) else steps[finite.index(False)]
+        found = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+        names = ", ".join(self.run.labelled.names(indices))
+        kept = ""
+        if (self.out / "last.pt").exists():
+            kept = f"; {self.out / 'last.pt'} keeps the last good state"
+        raise UserError(f"step {step}: loss or weights are not finite ({found}); source samples {names}. Lower "
+                        f"--lr, --w-evalpose or --w-cross{kept}")
+
+    def means(self):
+        """{term: mean over the steps and processes}."""
+        sums = gather(torch.stack(list(self.sums.values()))[None]).mean(0).tolist()
+        return {name: value / self.steps for name, value in zip(self.sums, sums)}
+
+
+def epoch_line(row, epochs, seconds):
+    """A row of log.jsonl as a line to read."""
+    words = [f"epoch {row['epoch'] + 1}/{epochs}", f"{seconds:.1f} s"]
+    for name, value in row.items():
+        if name.startswith("val_"):
+            words.append(f"{name} {fmt(value)}")
+        elif name not in ("epoch", "pool"):
+            words.append(f"{name} {value:.4g}")
+    return "  ".join(words)
+
+
+def say(line):
+    """A line on standard output, in place of a progress line that stands on the terminal."""
+    if Progress.unfinished:
+        print("\r" + " " * 79, end="\r", file=sys.stderr, flush=True)
+        Progress.unfinished = False
+    print(line, flush=True)
 
 
 def set_up(settings, device, checkpoint=None):
-    """Data, Pose-VAE, curriculum, networks and style transfer of a run; from a checkpoint where one is given.
+    """Data, Pose-VAE, curriculum, networks and style transfer of a run, from a checkpoint where one is given.
 
-    Returns a namespace: settings, domains, labelled (the dataset whose labels are used), vae, curriculum,
-    trainer, log (a row per finished epoch) and drawn (per epoch, the samples drawn from each bin: Fig. 5).
+    Returns a namespace: settings, domains, labelled (the dataset whose labels are used), vae, complexity (N,)
+    of the source's poses, curriculum, trainer, and log (a row per finished epoch).
     """
-    s, where = settings, "the checkpoint"
+    s = settings
+    where = "the checkpoint"
     if checkpoint is None and s.style_weights and not Path(s.style_weights, "vgg_normalised.pth").exists():
         raise UserError(f"--style-weights: {s.style_weights} holds no vgg_normalised.pth; give its directory")
     domains = open_domains(s)
+    source = domains.source
+    skeleton = source.skeleton
     weights = read_weights(s) if s.weights and checkpoint is None else None
-    source, skeleton = domains.source, domains.source.skeleton
-    trainer = Trainer(s, skeleton, device)
-    if s.method == "regda" and not s.pretrain_epochs:           # a checkpoint of RegDA then loads whole
-        trainer.start_regda()
+    trainer = make_trainer(s, skeleton, device)
     if weights is not None:
         load_initial_weights(trainer.student, *weights)
-    poses = source.keypoints, source.visible, skeleton.root
+
+    poses = (source.keypoints, source.visible, skeleton.root)
     if checkpoint is None:
         vae = actupose.train_pose_vae(*poses, s.vae_steps, s.vae_kl, s.vae_latent, s.vae_width, s.seed)
     else:
@@ -623,26 +806,29 @@ def set_up(settings, device, checkpoint=None):
     broadcast([complexity])
     if not complexity.isfinite().all():
         raise UserError("--vae-kl: the Pose-VAE diverged, its scores are not finite; lower it")
-    curriculum = actupose.ActiveCurriculum(complexity.numpy(), s.epochs, s.bins, s.pace, s.spread, s.scale,
-                                           s.rescoring, s.seed, s.curriculum == "static")
-    if s.curriculum == "hardest" and len(curriculum.hardest(s.hard_bins)) < s.batch_size:
-        raise UserError(f"--hard-bins: {s.hard_bins} bins hold fewer samples than a batch ({s.batch_size})")
+    labelled = domains.target if s.method == "oracle" else source
+    try:
+        curriculum = actupose.CURRICULA[s.curriculum](s, complexity.numpy(), len(labelled))
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+
     if checkpoint is None:
-        trainer.style_transfer = prepare_style(s, domains, trainer)            # last: it can take an hour
-        broadcast(trainer.style_transfer.state_dict().values() if trainer.style_transfer else [])
+        trainer.style_transfer = prepare_style(s, domains, trainer)             # last: it can take an hour
+        if trainer.style_transfer is not None:
+            broadcast(trainer.style_transfer.state_dict().values())
     elif checkpoint["style"] is not None:
         trainer.style_transfer = actupose.StyleTransfer(s.style).to(device).requires_grad_(False).eval()
         load_weights(trainer.style_transfer, checkpoint["style"], where)
-    run = SimpleNamespace(settings=s, domains=domains, vae=vae, curriculum=curriculum, trainer=trainer,
-                          labelled=domains.target if s.method == "oracle" else source, log=[], drawn=[])
+    run = SimpleNamespace(settings=s, domains=domains, labelled=labelled, vae=vae, complexity=complexity.numpy(),
+                          curriculum=curriculum, trainer=trainer, log=[])
     if checkpoint is not None:
         load_networks(trainer, checkpoint, where)
         try:
             trainer.optimiser.load_state_dict(checkpoint["optimiser"])
             curriculum.load_state_dict(checkpoint["curriculum"])
-        except ValueError as e:
-            raise UserError(f"{where}: {e}; go on with the data that the run was started on") from None
-        run.log, run.drawn = checkpoint["log"], checkpoint["drawn"]
+        except ValueError as error:
+            raise UserError(f"{where}: {error}; go on with the data that the run was started on") from None
+        run.log = checkpoint["log"]
     return run
 
 
@@ -652,7 +838,8 @@ def prepare_style(settings, domains, trainer):
     if s.style == "off":
         return None
     torch.manual_seed(s.seed)
-    transfer, folder = actupose.StyleTransfer(s.style).to(trainer.device), Path(s.style_weights)
+    transfer = actupose.StyleTransfer(s.style).to(trainer.device)
+    folder = Path(s.style_weights)
     if s.style_weights:
         load_style_weights(transfer.encoder, folder / "vgg_normalised.pth")
         if (folder / "decoder.pth").exists():
@@ -660,12 +847,14 @@ def prepare_style(settings, domains, trainer):
             return transfer.requires_grad_(False).eval()
     size = min(16, s.batch_size)
 
-    def images(i):
-        batch = (dataset[shuffled_batch(len(dataset), size, i, s.seed)][0].to(trainer.device)
-                 for dataset in (domains.source, domains.target))
-        return tuple(normalise(unit_range(images)) for images in batch)
+    def images(dataset, i):
+        batch, _, _ = dataset[shuffled_batch(len(dataset), size, i, s.seed)]
+        return normalise(unit_range(batch.to(trainer.device)))
 
-    return actupose.train_style_transfer(transfer, images, s.style_iters, train_encoder=not s.style_weights,
+    def pair(i):
+        return images(domains.source, i), images(domains.target, i)
+
+    return actupose.train_style_transfer(transfer, pair, s.style_iters, train_encoder=not s.style_weights,
                                          lr=2e-3 if s.style == "small" else 1e-4,       # AdaIN's own for VGG
                                          autocast=trainer.autocast, progress=Progress("style transfer"))
 
@@ -677,36 +866,46 @@ def prepare_style(settings, domains, trainer):
 def decode(network, images, settings, device):
     """uint8 images (B, 3, S, S) -> keypoints (B, K, 2) in their pixels and confidences (B, K), on the CPU."""
     images = normalise(unit_range(images.to(device))).contiguous(memory_format=torch.channels_last)
-    maps = network.eval()(images)[0]
+    maps, _ = network.eval()(images)
     cells, confidence = actupose.decode_keypoints(maps, settings.subcell)
-    if network.head_adv is not None:                          # RegDA's maps are logits
+    if network.head_adv is not None:                            # RegDA's maps are logits
         confidence = maps.flatten(2).softmax(-1).amax(-1)
     return cells.cpu() * network.stride, confidence.cpu()
 
 
 def predict(trainer, network, dataset, batch_size=64):
     """Keypoints (N, K, 2) in pixels and confidences (N, K) of a whole dataset, on the CPU."""
-    parts = [decode(network, dataset[indices][0], trainer.settings, trainer.device)
-             for indices in torch.arange(len(dataset)).split(batch_size)]
-    return tuple(map(torch.cat, zip(*parts)))
+    keypoints = []
+    confidences = []
+    for indices in torch.arange(len(dataset)).split(batch_size):
+        images, _, _ = dataset[indices]
+        found, confidence = decode(network, images, trainer.settings, trainer.device)
+        keypoints.append(found)
+        confidences.append(confidence)
+    return torch.cat(keypoints), torch.cat(confidences)
 
 
 def evaluate(run, dataset):
     """Scores of the present weights, {"student": ..., "teacher": ...}, and the student's predictions."""
-    trainer, s, predictions, scores = run.trainer, run.settings, {}, {}
-    complexity = actupose.pose_complexity(run.vae, dataset.keypoints, dataset.visible, dataset.skeleton.root)
+    s = run.settings
+    trainer = run.trainer
+    skeleton = dataset.skeleton
+    complexity = actupose.pose_complexity(run.vae, dataset.keypoints, dataset.visible, skeleton.root)
     bins = actupose.assign_bins(complexity, min(s.bins, len(dataset)))
-    networks = {"student": trainer.student}
+
+    def score(predictions):
+        return actupose.score(predictions[0], dataset, trainer.stride, s.subcell, bins, s.bins)
+
+    predictions = predict(trainer, trainer.student, dataset)
+    scores = {"student": score(predictions)}
     if trainer.teacher is not None:
-        # Decision: the teacher is scored with the student's BatchNorm statistics; its own, of augmented
+        # Decision: the teacher is scored with the student's BatchNorm statistics. Its own, of augmented
         # views, fit clean images badly.
-        networks["teacher"] = actupose.make_teacher(trainer.teacher)
-        for own, students in zip(networks["teacher"].buffers(), trainer.student.buffers()):
+        teacher = actupose.make_teacher(trainer.teacher)
+        for own, students in zip(teacher.buffers(), trainer.student.buffers()):
             own.copy_(students)
-    for name, network in networks.items():
-        found = predictions[name] = predict(trainer, network, dataset)
-        scores[name] = actupose.score(found[0], dataset, trainer.stride, s.subcell, bins, s.bins)
-    return scores, predictions["student"]
+        scores["teacher"] = score(predict(trainer, teacher, dataset))
+    return scores, predictions
 
 
 def evaluate_run(out, device):
@@ -714,16 +913,40 @@ def evaluate_run(out, device):
     run = set_up(saved_settings(out), device, load_run(out / "last.pt"))
     scores, _ = evaluate(run, run.domains.test)
     result = {**scores["student"], "teacher": scores.get("teacher")}
-    print(actupose.run_summary(result))
-    if not (out / "result.json").exists():
+    print(run_summary(result))
+    path = out / "result.json"
+    if not path.exists():
         print(f"after {len(run.log)} of {run.settings.epochs} epochs; --resume --out {out} goes on")
-    elif result != {key: value for key, value in read_json(out / "result.json").items() if key in result}:
-        raise UserError(f"{out / 'result.json'}: holds other scores than this machine and these threads give")
-    else:
-        print(f"the same as {out / 'result.json'}")
+        return
+    saved = read_json(path)
+    if any(saved.get(key) != value for key, value in result.items()):
+        raise UserError(f"{path}: holds other scores than this machine and these threads give")
+    print(f"the same as {path}")
 
 
-# --- Processes: `torchrun --nproc-per-node N train.py ...` -------------------------------------------------
+def fmt(value, digits=1):
+    """A score as text, a dash where nothing is labelled."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def run_summary(result):
+    """What a run prints at its end: PCK by group of student and teacher, EvalPose, PCK by complexity bin."""
+    header = "PCK@0.05  "
+    for name in result["pck"]:
+        header += f"{name:>11}"
+    lines = [header + f"{'EvalPose':>11}"]
+    for name, scores in (("student", result), ("teacher", result["teacher"])):
+        if scores is not None:
+            line = f"{name:10}"
+            for value in scores["pck"].values():
+                line += f"{fmt(value):>11}"
+            lines.append(line + f"{fmt(scores['evalpose']):>11}")
+    bins = " ".join(fmt(value, 0) for value in result["bins"])
+    lines.append(f"student by complexity bin, simple to complex: {bins}")
+    return "\n".join(lines)
+
+
+# --- Processes: `torchrun --nproc-per-node N train.py ...` --------------------------------------------------
 #
 # All draw the same epoch and random numbers, compute their share of each batch, and average gradients. What
 # looks at the whole batch (confidence mask, pairs of Eq. 6, BatchNorm on GPUs) is gathered.
@@ -735,12 +958,12 @@ def world_size():
 
 
 def rank():
-    """The number of this process; process 0 writes the files."""
+    """The number of this process. Process 0 writes the files and speaks."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def shard(rows):
-    """This process's slice of a batch that all processes hold; world_size() divides its length."""
+    """This rank's slice of a replicated batch. world_size() divides its length."""
     count = len(rows) // world_size()
     return rows[rank() * count:(rank() + 1) * count]
 
@@ -755,27 +978,43 @@ def gather(rows):
 
 
 def broadcast(tensors):
-    """Give all processes the values of process 0, in place: each computes its own last bits."""
-    for tensor in tensors if world_size() > 1 else ():
+    """Copy rank 0's values to all ranks, in place."""
+    if world_size() == 1:
+        return
+    for tensor in tensors:
         whole = tensor.contiguous()
         dist.broadcast(whole, 0)
         tensor.copy_(whole)
 
 
+def broadcast_buffers(trainer):
+    """Copy rank 0's BatchNorm statistics to all ranks: on CPUs each has its own."""
+    broadcast(trainer.student.buffers())
+    if trainer.teacher is not None:
+        broadcast(trainer.teacher.buffers())
+
+
 def average_gradients(network):
     """Replace the gradients by their mean over the processes."""
-    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-    for gradient in gradients if world_size() > 1 else ():
-        dist.all_reduce(gradient)
-        gradient /= world_size()
+    if world_size() == 1:
+        return
+    for parameter in network.parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world_size()
 
 
 # --- Files of a run, checkpoints, weights -------------------------------------------------------------------
 
 
 def write_json(path, value):
-    """JSON, replaced atomically; ValueError for NaN, which JSON does not have."""
+    """JSON, replaced atomically. ValueError for NaN, which JSON does not have."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_lines(path, rows):
+    """A line of JSON per row, replaced atomically."""
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 def read_json(path):
@@ -804,22 +1043,24 @@ def write_config(out, settings, skeleton, device):
 def saved_settings(out):
     """The settings in a run's config.json."""
     known = {f.name for f in dataclasses.fields(Settings)}
-    values = {name: value for name, value in read_json(out / "config.json").items() if name in known}
+    config = read_json(out / "config.json")
     try:
-        return Settings(**values)
-    except (UserError, ValueError, TypeError) as e:
-        raise UserError(f"{out / 'config.json'}: {e}; mend it, or give another run") from None
+        return Settings(**{name: value for name, value in config.items() if name in known})
+    except (UserError, TypeError) as error:
+        raise UserError(f"{out / 'config.json'}: {error}; mend it, or give another run") from None
 
 
 def write_speed(path, epoch, seconds, trainer, started):
     """Append a line to speed.jsonl: what depends on the clock and so cannot stand in log.jsonl."""
-    images = trainer.settings.iters_per_epoch * trainer.settings.batch_size * (1 + trainer.uses_target)
+    images = trainer.settings.iters_per_epoch * trainer.settings.batch_size
+    if trainer.uses_target:
+        images *= 2
     row = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(images / seconds, 1),
            "total_seconds": round(time.time() - started, 1), "memory_gb": peak_memory_gb()}
     if trainer.device.type == "cuda":
         row["gpu_memory_gb"] = round(torch.cuda.max_memory_allocated(trainer.device) / 1e9, 2)
-    with open(path, "a") as f:
-        f.write(json.dumps(row) + "\n")
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def peak_memory_gb():
@@ -833,11 +1074,13 @@ def state_of(run):
 
     Random numbers need no state: each is a function of the seed, the step and the sample.
     """
+    def state(part):
+        return None if part is None else part.state_dict()
+
     trainer = run.trainer
-    parts = dict(student=trainer.student, teacher=trainer.teacher, style=trainer.style_transfer, vae=run.vae,
-                 optimiser=trainer.optimiser, curriculum=run.curriculum)
-    return {"log": run.log, "drawn": run.drawn,
-            **{name: part and part.state_dict() for name, part in parts.items()}}
+    return {"log": run.log, "student": state(trainer.student), "teacher": state(trainer.teacher),
+            "style": state(trainer.style_transfer), "vae": state(run.vae),
+            "optimiser": state(trainer.optimiser), "curriculum": state(run.curriculum)}
 
 
 def save_checkpoint(path, state):
@@ -847,13 +1090,13 @@ def save_checkpoint(path, state):
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    with replacing(path, keep=path.with_name("previous.pt")) as f:
-        f.write(buffer.getbuffer())
-        f.write(hashlib.sha256(buffer.getbuffer()).digest())
+    with replacing(path, keep=path.with_name("previous.pt")) as file:
+        file.write(buffer.getbuffer())
+        file.write(hashlib.sha256(buffer.getbuffer()).digest())
 
 
 def load_run(path):
-    """A checkpoint that `save_checkpoint` wrote. Its digest is verified before anything is parsed."""
+    """A checkpoint that `save_checkpoint` wrote. Verifies the checksum before loading."""
     try:
         content = memoryview(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -870,8 +1113,12 @@ def load_torch(file, path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(file, map_location="cpu", weights_only=True)
         reason = f"it holds a {type(state).__name__}"
-    except Exception as e:                                      # of many kinds, where the file is damaged
-        state, reason = None, "no such file" if isinstance(e, FileNotFoundError) else type(e).__name__
+    except FileNotFoundError:
+        state = None
+        reason = "no such file"
+    except Exception as error:                                  # of many kinds, where the file is damaged
+        state = None
+        reason = type(error).__name__
     if not isinstance(state, dict):
         raise UserError(f"{path}: no readable dictionary of tensors and plain values ({reason}); replace it")
     return state
@@ -879,7 +1126,8 @@ def load_torch(file, path):
 
 def starting_point(out, resume):
     """The checkpoint to go on from, previous.pt where last.pt is damaged; None to start anew."""
-    last, previous = out / "last.pt", out / "previous.pt"
+    last = out / "last.pt"
+    previous = out / "previous.pt"
     saved = last.exists() or previous.exists()
     parent = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -887,7 +1135,7 @@ def starting_point(out, resume):
     if not resume and (saved or (out / "result.json").exists()):
         raise UserError(f"--out: {out} holds a run; give another, add --resume, or `evaluate {out}`")
     if rank() == 0:                                             # of a run that was killed while it wrote
-        for stale in (*out.glob("*.json*.tmp"), *out.glob("*.pt.*.tmp"), *out.glob("figures/*.png.*.tmp")):
+        for stale in (*out.glob("*.tmp"), *out.glob("figures/*.tmp")):
             stale.unlink()
     if not resume:
         return None
@@ -907,20 +1155,18 @@ def starting_point(out, resume):
 
 
 def load_weights(module, state, path):
-    """module.load_state_dict; UserError names the file and the first thing that does not fit."""
-    own = module.state_dict()
-    for name in sorted(own.keys() | state.keys()):
-        mine, theirs = (getattr(d.get(name), "shape", "missing") for d in (own, state))
-        if mine != theirs:
-            raise UserError(f"{path}: {name} is {theirs} there and {mine} in this network; is it of another "
-                            f"--architecture or skeleton?")
-    module.load_state_dict(state)
+    """module.load_state_dict, strict. UserError names the file and what does not fit."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).split("\n\t")[1]                     # after torch's headline
+        raise UserError(f"{path}: {first.strip()} Is it of another --architecture or skeleton?") from None
 
 
 def load_networks(trainer, checkpoint, path):
-    """Restore student, with RegDA's regressors where it has them, and teacher (None before it joins)."""
-    if "head_adv.0.weight" in checkpoint["student"] and trainer.student.head_adv is None:
-        trainer.start_regda()
+    """Restore the student, with RegDA's regressors where it has them, and the teacher, if it has joined."""
+    if "head_adv.0.weight" in checkpoint["student"]:
+        trainer.begin_adaptation()
     load_weights(trainer.student, checkpoint["student"], path)
     if checkpoint["teacher"] is not None:
         trainer.teacher = actupose.make_teacher(trainer.student)
@@ -928,8 +1174,9 @@ def load_networks(trainer, checkpoint, path):
 
 
 def load_style_weights(network, path):
-    """Published AdaIN weights into an encoder or decoder, by name; layers beyond relu4_1 are ignored."""
-    own, state = network.state_dict(), load_torch(path, path)
+    """Published AdaIN weights into an encoder or decoder, by name. Layers beyond relu4_1 are ignored."""
+    own = network.state_dict()
+    state = load_torch(path, path)
     load_weights(network, {name: value for name, value in state.items() if name in own}, path)
 
 
@@ -942,34 +1189,46 @@ def read_weights(settings):
     """What --weights names: a dictionary for `actupose.load_pose_weights`, and where it is from."""
     if settings.weights != "imagenet":
         path = Path(settings.weights)
-        return (load_run(path / "last.pt"), path) if path.is_dir() else (load_torch(path, path), path)
+        if path.is_dir():
+            return load_run(path / "last.pt"), path
+        return load_torch(path, path), path
     url = f"https://download.pytorch.org/models/{IMAGENET_FILES[settings.architecture]}"
     try:
-        load = torch.hub.load_state_dict_from_url
-        return load(url, map_location="cpu", check_hash=True, weights_only=True), url
-    except Exception as e:                                      # no network, a wrong hash, a damaged file
-        raise UserError(f"--weights imagenet: {url} cannot be had ({e}); give the file, fetched by other "
+        weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except Exception as error:                                  # no network, a wrong hash, a damaged file
+        raise UserError(f"--weights imagenet: {url} cannot be had ({error}); give the file, fetched by other "
                         f"means, or remove a damaged one from {torch.hub.get_dir()}") from None
+    return weights, url
 
 
 def load_initial_weights(network, weights, path):
-    """Weights from `read_weights` into the pose network; prints what was loaded, what was not, and why."""
+    """Weights from `read_weights` into the pose network. Prints what was loaded, what was not, and why."""
     try:
         loaded, ignored, left = actupose.load_pose_weights(network, weights)
-    except ValueError as e:
-        raise UserError(f"--weights: {path}: {e}; give its --architecture, or other weights") from None
+    except ValueError as error:
+        raise UserError(f"--weights: {path}: {error}; give its --architecture, or other weights") from None
     if rank() == 0:
         print(f"weights from {path}: {len(loaded)} tensors; ignored: {', '.join(ignored) or 'none'}; left at "
               f"the initialisation: {', '.join(left) or 'none'}")
 
 
-# --- Pictures, drawn at twice their size and reduced when saved: smooth lines. Coordinates are the drawing's.
+# --- Pictures -----------------------------------------------------------------------------------------------
+#
+# Drawn at twice their size and reduced when saved, for smooth lines. Coordinates are the drawing's.
 
-INK, GREY, GRID, WHITE = (34, 40, 49), (112, 122, 136), (228, 232, 238), (255, 255, 255)
-BLUE, RED, GREEN, YELLOW = (38, 132, 230), (240, 78, 88), (32, 164, 118), (250, 178, 40)
-PURPLE, SLATE = (136, 84, 208), (96, 108, 122)
+INK = (34, 40, 49)
+GREY = (112, 122, 136)
+GRID = (228, 232, 238)
+WHITE = (255, 255, 255)
+BLUE = (38, 132, 230)
+RED = (240, 78, 88)
+GREEN = (32, 164, 118)
+YELLOW = (250, 178, 40)
+PURPLE = (136, 84, 208)
+SLATE = (96, 108, 122)
+PALE_BLUE = (206, 226, 250)
 PALETTE = (BLUE, RED, GREEN, YELLOW, PURPLE, SLATE)
-# Colours of joints by the beginning of their names; others are yellow.
+# Colours of joints by the beginning of their names. Others are yellow.
 JOINT_COLOURS = {"r-": RED, "l-": BLUE, "thumb": RED, "index": PURPLE, "middle": GREEN, "ring": BLUE,
                  "little": SLATE}
 BINS_LABEL = "complexity bin, simple to complex"
@@ -982,71 +1241,166 @@ def blank(width, height):
 
 
 def write(draw, x, y, text, size=24, colour=GREY, anchor="ls"):
-    """Text at (x, y) with one of Pillow's anchors; returns where it ends if it starts at x."""
+    """Text at (x, y) with one of Pillow's anchors. Returns where it ends if it starts at x."""
     font = ImageFont.load_default(size=size)
     draw.text((x, y), str(text), colour, font, anchor)
     return x + font.getlength(str(text))
 
 
 def save_picture(image, path):
-    """PNG at half the size, replaced atomically; makes the directory."""
+    """PNG at half the size, replaced atomically. Makes the directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as f:
-        image.reduce(2).save(f, format="PNG", optimize=True)
+    with replacing(path) as file:
+        image.reduce(2).save(file, format="PNG", optimize=True)
 
 
-def chart(draw, box, series, title, xlabel, kind="line", labels=None):
-    """A chart in box (x0, y0, x1, y1), with a legend where there are several series.
+class Chart:
+    """Axes in a box (x0, y0, x1, y1) of a drawing, for x in [left, right] and y in [low, high].
 
-    series: label -> (x (n,), y), y NaN where there is nothing. y: (n,) of a "line" or "bar"; (n, 6) of a
-    "box": end of a whisker, quartiles, end of the other, mean. labels: text at x = 0, 1, ... in place of
-    numbers, for lines whose y (n, seeds) are dots, each joined with its neighbours' mean; no zero is needed.
+    labels: text at x = 0, 1, ... in place of numbers.
     """
-    x0, y0, x1, y1 = box
-    series = {label: [np.asarray(values, float) for values in xy] for label, xy in series.items()}
-    xs, ys = (np.concatenate([xy[i].ravel() for xy in series.values()]) for i in (0, 1))
-    margin, ys = 0.0 if kind == "line" and not labels else 0.6, ys[np.isfinite(ys)]
-    left, right = xs.min() - margin, max(xs.max() + margin, xs.min() + 1)
-    low, high = min(ys.min(initial=0), 0), ys.max(initial=0)
-    high += 0.05 * max(high - low, 1e-9)
-    if labels:
-        low, high = ys.min(initial=high) - 1, ys.max(initial=0) + 1
 
-    def place(x, y):
-        return x0 + (x - left) / (right - left) * (x1 - x0), y1 - (y - low) / (high - low) * (y1 - y0)
+    def __init__(self, draw, box, x_range, y_range, title, xlabel, labels=None):
+        self.draw = draw
+        self.box = box
+        self.left, self.right = x_range
+        self.low, self.high = y_range
+        x0, y0, x1, y1 = box
+        if labels is None:
+            labels = {value: f"{value:,.6g}" for value in ticks(self.left, self.right)}
+        else:
+            labels = dict(enumerate(labels))
+        for value, text in labels.items():
+            x, _ = self.place(value, self.low)
+            write(draw, x, y1 + 32, text, 22, anchor="ms")
+        for value in ticks(self.low, self.high):
+            _, y = self.place(self.left, value)
+            draw.line([x0, y, x1, y], GRID if value else GREY, 2)
+            write(draw, x0 - 12, y, f"{value:,.6g}", 22, anchor="rm")
+        write(draw, (x0 + x1) / 2, y1 + 68, xlabel, anchor="ms")
+        self.end_of_title = write(draw, x0, y0 - 24, title, 28, INK)
 
-    def ticks(start, end):
-        power = 10.0 ** math.floor(math.log10((end - start) / 6))
-        step = next(m * power for m in (1, 2, 5, 10) if m * power >= (end - start) / 6)
-        return np.arange(math.ceil(start / step), math.floor(end / step) + 1) * step
+    def place(self, x, y):
+        """Values -> coordinates of the drawing."""
+        x0, y0, x1, y1 = self.box
+        return (x0 + (x - self.left) / (self.right - self.left) * (x1 - x0),
+                y1 - (y - self.low) / (self.high - self.low) * (y1 - y0))
 
-    for value, text in enumerate(labels) if labels else ((v, f"{v:,.6g}") for v in ticks(left, right)):
-        write(draw, place(value, low)[0], y1 + 32, text, 22, anchor="ms")
-    for value in ticks(low, high):
-        y = place(left, value)[1]
-        draw.line([x0, y, x1, y], GRID if value else GREY, 2)
-        write(draw, x0 - 12, y, f"{value:,.6g}", 22, anchor="rm")
-    write(draw, (x0 + x1) / 2, y1 + 68, xlabel, anchor="ms")
-    end = write(draw, x0, y0 - 24, title, 28, INK) + 40
-    for i, (label, (x, y)) in enumerate(series.items()):
-        colour = PALETTE[i % len(PALETTE)]
-        if len(series) > 1:
-            draw.rectangle([end, y0 - 44, end + 20, y0 - 24], colour)
-            end = write(draw, end + 28, y0 - 24, label) + 28
-        points = [(at, value) for at, value in zip(x, y) if np.isfinite(value).all()]
-        if kind == "line":
-            draw.line([place(at, np.mean(value)) for at, value in points], colour, 4, joint="curve")
-            for spot in (place(at, value) for at, values in points if labels for value in values):
-                draw.circle(spot, 7, colour, WHITE)
-        for at, value in points if kind == "bar" else ():
-            start, width = at - 0.4 + 0.8 * i / len(series), 0.72 / len(series)
-            draw.rectangle([*place(start, max(value, 0)), *place(start + width, min(value, 0))], colour)
-        for at, (lowest, lower, median, upper, highest, mean) in points if kind == "box" else ():
-            draw.line([place(at, lowest), place(at, highest)], colour, 2)
-            draw.rectangle([*place(at - 0.3, upper), *place(at + 0.3, lower)], (206, 226, 250), colour, 2)
-            for y, half in ((lowest, 0.15), (median, 0.3), (highest, 0.15)):
-                draw.line([place(at - half, y), place(at + half, y)], colour, 4 if y == median else 2)
-            draw.circle(place(at, mean), 6, RED, WHITE)
+    def legend(self, names):
+        """Names in the colours of PALETTE, after the title."""
+        y = self.box[1] - 24
+        end = self.end_of_title + 40
+        for name, colour in zip(names, PALETTE * len(names)):
+            self.draw.rectangle([end, y - 20, end + 20, y], colour)
+            end = write(self.draw, end + 28, y, name) + 28
+
+    def line(self, x, y, colour):
+        """A line through the points. NaN leaves a gap."""
+        points = [self.place(*point) for point in zip(x, y) if np.isfinite(point[1])]
+        self.draw.line(points, colour, 4, joint="curve")
+
+    def mark(self, x, text):
+        """A vertical line with a word beside it."""
+        at, _ = self.place(x, self.low)
+        self.draw.line([at, self.box[1], at, self.box[3]], GREY, 2)
+        write(self.draw, at + 8, self.box[1] + 20, text, 20)
+
+
+def ticks(start, end):
+    """Round numbers between start and end, about six."""
+    power = 10.0 ** math.floor(math.log10((end - start) / 6))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= (end - start) / 6)
+    return np.arange(math.ceil(start / step), math.floor(end / step) + 1) * step
+
+
+def value_range(values):
+    """Where an axis begins and ends that has 0 and these numbers on it, NaN left out."""
+    values = np.asarray(values, float).ravel()
+    values = values[np.isfinite(values)]
+    low = min(values.min(initial=0), 0)
+    high = values.max(initial=0)
+    return low, high + 0.05 * max(high - low, 1e-9)
+
+
+def draw_lines(path, series, title, xlabel=BINS_LABEL):
+    """A picture of lines over x = 0, 1, ...: Fig. 5. series: {label: y (n,)}."""
+    canvas, draw = blank(1800, 720)
+    values = list(series.values())
+    longest = max(len(y) for y in values)
+    chart = Chart(draw, (110, 80, 1780, 600), (0, max(longest - 1, 1)), value_range(np.concatenate(values)), title,
+                  xlabel)
+    for y, colour in zip(values, PALETTE * len(values)):
+        chart.line(range(len(y)), y, colour)
+    if len(series) > 1:
+        chart.legend(series)
+    save_picture(canvas, path)
+
+
+def draw_bars(path, series, title, xlabel=BINS_LABEL):
+    """A picture of bars at x = 0, 1, ..., those of the series side by side: Fig. 9. series: {label: y (n,)}."""
+    count = max(len(y) for y in series.values())
+    canvas, draw = blank(max(1800, 30 * count * len(series)), 720)
+    values = [np.asarray(y, float) for y in series.values()]
+    chart = Chart(draw, (110, 80, canvas.width - 20, 600), (-0.6, count - 0.4),
+                  value_range(np.concatenate(values)), title, xlabel)
+    for i, y in enumerate(values):
+        for at in np.flatnonzero(np.isfinite(y)):
+            start = at - 0.4 + 0.8 * i / len(series)
+            end = start + 0.72 / len(series)
+            x0, y0 = chart.place(start, max(y[at], 0))
+            x1, y1 = chart.place(end, min(y[at], 0))
+            draw.rectangle([x0, y0, x1, y1], PALETTE[i % len(PALETTE)])
+    if len(series) > 1:
+        chart.legend(series)
+    save_picture(canvas, path)
+
+
+def draw_boxes(draw, box, boxes, title, xlabel=BINS_LABEL):
+    """A box plot in a part of a drawing: Fig. 3.
+
+    boxes: (n, 6), each the end of a whisker, three quartiles, the end of the other whisker, the mean. NaN
+    leaves a gap.
+    """
+    chart = Chart(draw, box, (-0.6, len(boxes) - 0.4), value_range(boxes), title, xlabel)
+    for at, (lowest, lower, median, upper, highest, mean) in enumerate(boxes):
+        if not np.isfinite(mean):
+            continue
+        draw.line([chart.place(at, lowest), chart.place(at, highest)], BLUE, 2)
+        draw.rectangle([*chart.place(at - 0.3, upper), *chart.place(at + 0.3, lower)], PALE_BLUE, BLUE, 2)
+        for y, half, width in ((lowest, 0.15, 2), (median, 0.3, 4), (highest, 0.15, 2)):
+            draw.line([chart.place(at - half, y), chart.place(at + half, y)], BLUE, width)
+        draw.circle(chart.place(at, mean), 6, RED, WHITE)
+
+
+def draw_curves(path, log, begin):
+    """The terms and validation PCK of a run over its epochs, a small chart each.
+
+    log: rows of log.jsonl; begin: the epoch in which adaptation begins, None where there is none.
+    """
+    names = []
+    for row in log:
+        for name in row:
+            if name not in names and name not in ("epoch", "pool", "val_teacher"):
+                names.append(name)
+    if "val_student" in names:                                  # first
+        names.remove("val_student")
+        names.insert(0, "val_student")
+    columns = 3
+    rows = math.ceil(len(names) / columns)
+    canvas, draw = blank(columns * 720, rows * 440)
+    for i, name in enumerate(names):
+        x0 = i % columns * 720 + 110
+        y0 = i // columns * 440 + 70
+        points = [(row["epoch"], row[name]) for row in log if row.get(name) is not None]
+        if not points:
+            continue
+        epochs, values = zip(*points)
+        chart = Chart(draw, (x0, y0, x0 + 570, y0 + 270), (0, max(len(log) - 1, 1)), value_range(values), name,
+                      "epoch")
+        chart.line(epochs, values, BLUE)
+        if begin is not None:
+            chart.mark(begin, "adaptation")
+    save_picture(canvas, path)
 
 
 def draw_skeleton(draw, keypoints, visible, skeleton, width, confidence=None):
@@ -1055,87 +1409,191 @@ def draw_skeleton(draw, keypoints, visible, skeleton, width, confidence=None):
     draw: ImageDraw.Draw(image, "RGBA"); keypoints: (K, 2) in pixels of that image; visible: (K,), 0 leaves
     one out; width: of a limb in pixels; confidence: (K,) in [0, 1], fades what is unsure.
     """
-    points, shown = [tuple(p) for p in np.asarray(keypoints, float).tolist()], np.asarray(visible) > 0
-    sure = np.ones(len(points)) if confidence is None else np.nan_to_num(confidence.numpy()).clip(0, 1)
-    alpha = (255 * (0.2 + 0.8 * sure)).round().astype(int)
-    colours = [next((c for start, c in JOINT_COLOURS.items() if name.startswith(start)), YELLOW)
-               for name in skeleton.names]
-    neighbours, limbs = [set() for _ in points], []
+    points = [tuple(point) for point in np.asarray(keypoints, float).tolist()]
+    shown = np.asarray(visible) > 0
+    sure = np.ones(len(points)) if confidence is None else np.nan_to_num(np.asarray(confidence)).clip(0, 1)
+    opacity = (255 * (0.2 + 0.8 * sure)).round().astype(int)
+    colours = [joint_colour(name) for name in skeleton.names]
+    limbs = limbs_to_draw(skeleton, shown)
+    for a, b in limbs:
+        draw.line([points[a], points[b]], (*WHITE, min(opacity[a], opacity[b]) * 4 // 5), round(width * 1.7))
+    for a, b in limbs:
+        sides = {colours[a], colours[b]} - {YELLOW}
+        colour = sides.pop() if len(sides) == 1 else YELLOW
+        draw.line([points[a], points[b]], (*colour, min(opacity[a], opacity[b])), round(width))
+    for k in np.flatnonzero(shown):
+        draw.circle(points[k], width * 1.35, (*WHITE, opacity[k]))
+        draw.circle(points[k], width * 0.95, (*colours[k], opacity[k]))
+
+
+def joint_colour(name):
+    """The colour of a keypoint, by the beginning of its name."""
+    for start, colour in JOINT_COLOURS.items():
+        if name.startswith(start):
+            return colour
+    return YELLOW
+
+
+def limbs_to_draw(skeleton, shown):
+    """The limbs (a, b) whose ends are shown, without those that shortcut two others.
+
+    The line from hip to hip repeats those from the hips to the pelvis, where that is labelled.
+    """
+    neighbours = [set() for _ in skeleton.names]
+    limbs = []
     for a, b in skeleton.limbs:
-        # The line from hip to hip repeats the two from the hips to the pelvis, where that is labelled.
         if shown[a] and shown[b] and not neighbours[a] & neighbours[b]:
             neighbours[a].add(b)
             neighbours[b].add(a)
-            sides = {colours[a], colours[b]} - {YELLOW}
-            colour = sides.pop() if len(sides) == 1 else YELLOW
-            limbs.append(([points[a], points[b]], min(alpha[a], alpha[b]), colour))
-    for ends, opacity, _ in limbs:
-        draw.line(ends, (*WHITE, opacity * 4 // 5), round(width * 1.7))
-    for ends, opacity, colour in limbs:
-        draw.line(ends, (*colour, opacity), round(width))
-    for k in np.flatnonzero(shown):
-        draw.circle(points[k], width * 1.35, (*WHITE, alpha[k]))
-        draw.circle(points[k], width * 0.95, (*colours[k], alpha[k]))
+            limbs.append((a, b))
+    return limbs
 
 
-def draw_panels(path, panels, columns, skeleton, titles=(), side=320):
-    """Images in rows of `columns`, each with a caption above and, where given, a skeleton.
+class Panel(NamedTuple):
+    """An image with a caption above it and, where there are keypoints, a skeleton on it."""
+    caption: str
+    image: torch.Tensor                 # uint8 (3, S, S)
+    keypoints: torch.Tensor = None      # (K, 2) in pixels of the image
+    visible: torch.Tensor = None        # (K,)
+    confidence: torch.Tensor = None     # (K,), fades what is unsure
 
-    panels: list of (caption, uint8 image (3, S, S), pose); pose: None or (keypoints (K, 2) in pixels of the
-    image, visible (K,), confidence (K,) or None). titles: of the columns.
-    """
-    wide, high, top = side + 12, side + 52, 44 * bool(titles)
-    canvas, draw = blank(12 + min(columns, len(panels)) * wide, top + 8 + -(-len(panels) // columns) * high)
+
+def draw_panels(path, rows, skeleton, titles=(), side=320):
+    """A picture of Panels. rows: lists of Panels; titles: of the columns; side: of a panel."""
+    wide = side + 12
+    high = side + 52
+    top = 44 if titles else 0
+    columns = max(len(row) for row in rows)
+    canvas, draw = blank(12 + columns * wide, top + 8 + len(rows) * high)
     for c, title in enumerate(titles):
         write(draw, 10 + c * wide, 36, title, 30, INK)
-    for i, (caption, image, pose) in enumerate(panels):
-        x, y = 10 + i % columns * wide, top + i // columns * high
-        panel = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-        panel = panel.resize((side, side), Image.Resampling.BICUBIC)
-        if pose is not None:                                    # pixel centres stay centres
-            keypoints = (pose[0] + 0.5) * (side / image.shape[-1]) - 0.5
-            draw_skeleton(ImageDraw.Draw(panel, "RGBA"), keypoints, pose[1], skeleton, side / 56, pose[2])
-        write(draw, x, y + 32, caption, 26, GREY if titles else INK)
-        canvas.paste(panel, (x, y + 44))
+    for r, row in enumerate(rows):
+        for c, panel in enumerate(row):
+            x = 10 + c * wide
+            y = top + r * high
+            picture = Image.fromarray(panel.image.permute(1, 2, 0).contiguous().numpy())
+            picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+            if panel.keypoints is not None:                     # pixel centres stay centres
+                keypoints = (panel.keypoints + 0.5) * (side / panel.image.shape[-1]) - 0.5
+                draw_skeleton(ImageDraw.Draw(picture, "RGBA"), keypoints, panel.visible, skeleton, side / 56,
+                              panel.confidence)
+            write(draw, x, y + 32, panel.caption, 26, GREY if titles else INK)
+            canvas.paste(picture, (x, y + 44))
     save_picture(canvas, path)
 
 
-def prediction_panel(trainer, dataset, i, image, keypoints, confidence):
-    """A panel of `draw_panels`: sample i with its predicted pose, under its own PCK and EvalPose score."""
+def truth_panel(caption, dataset, i):
+    """Sample i of a dataset with its labels."""
+    images, keypoints, visible = dataset[torch.tensor([int(i)])]
+    return Panel(caption, images[0], keypoints[0], visible[0])
+
+
+def prediction_panel(trainer, dataset, i, keypoints, confidence):
+    """Sample i with a predicted pose (K, 2), under its own PCK and EvalPose score."""
     one = SimpleNamespace(skeleton=dataset.skeleton, size=dataset.size, keypoints=dataset.keypoints[[i]],
                           visible=dataset.visible[[i]])
     scored = actupose.score(keypoints[None], one, trainer.stride, trainer.settings.subcell)
-    caption = f"PCK {actupose.fmt(scored['pck']['all'], 0)}  EvalPose {actupose.fmt(scored['evalpose'], 0)}"
-    return caption, image, (keypoints, torch.ones(len(keypoints)), confidence)
+    caption = f"PCK {fmt(scored['pck']['all'], 0)}  EvalPose {fmt(scored['evalpose'], 0)}"
+    images, _, _ = dataset[torch.tensor([i])]
+    return Panel(caption, images[0], keypoints, torch.ones(len(keypoints)), confidence)
+
+
+def draw_figures(run, scores, predictions, folder):
+    """All pictures of a finished run. The samples shown are the first of each split, not chosen."""
+    s = run.settings
+    curriculum = run.curriculum
+    source = run.domains.source
+    skeleton = source.skeleton
+    draw_curves(folder / "curves.png", run.log, s.pretrain_epochs if s.method in ADAPTING else None)
+    draw_predictions(folder / "predictions.png", run, predictions)                                    # Fig. 8
+    if run.labelled is source:
+        draw_similar(folder / "similar.png", run, predictions)                                        # Fig. 1
+    if s.w_cross:
+        draw_pairs(folder / "pairs.png", run.trainer, source, run.domains.target)                     # Fig. 7
+    bins = actupose.assign_bins(run.complexity, s.bins)
+    draw_complexity(folder / "complexity.png", source, bins, s.bins)                               # Fig. 2-3
+    if curriculum.drawn:                                                                              # Fig. 5
+        arrival = min(math.ceil(s.epochs / s.pace), s.epochs - 1)               # of the peak at the last bin
+        series = {}
+        for epoch in np.unique(np.linspace(0, arrival, 5).round().astype(int)).tolist():
+            drawn = curriculum.drawn[epoch]
+            series[f"epoch {epoch}: {sum(drawn):,}"] = drawn
+        draw_lines(folder / "curriculum.png", series, "samples drawn")
+    if curriculum.reranks:
+        draw_reranked(folder / "reranked.png", source, bins, actupose.assign_bins(curriculum.score, s.bins))
+    series = {name: found["bins"] for name, found in scores.items()}
+    draw_bars(folder / "bins.png", series, "PCK@0.05")                                                # Fig. 9
+
+
+def draw_predictions(path, run, predictions):
+    """The first test images, three to a row, each alone, with its labels, and with the student's prediction."""
+    test = run.domains.test
+    panels = []
+    for i in range(min(12, len(test))):
+        truth = truth_panel("ground truth", test, i)
+        panels += [Panel("", truth.image), truth,
+                   prediction_panel(run.trainer, test, i, predictions[0][i], predictions[1][i])]
+    rows = [panels[start:start + 9] for start in range(0, len(panels), 9)]
+    draw_panels(path, rows, run.trainer.skeleton)
+
+
+def draw_similar(path, run, predictions):
+    """The first test images as in `draw_predictions`, and the source poses nearest to the ground truth."""
+    source = run.domains.source
+    test = run.domains.test
+    shown = slice(0, 6)
+    first = slice(0, 10_000)
+    distance = kernels.triplet_angle_distance(
+        test.keypoints[shown], source.keypoints[first], run.trainer.triplets.cpu(), test.visible[shown] > 0,
+        source.visible[first] > 0, min_triplets=4)
+    rows = []
+    for i, nearest in enumerate(distance.argsort()[:, :3]):
+        truth = truth_panel("ground truth", test, i)
+        row = [Panel("", truth.image), truth,
+               prediction_panel(run.trainer, test, i, predictions[0][i], predictions[1][i])]
+        for n in nearest.tolist():
+            row.append(truth_panel(f"Eq. 7: {distance[i, n]:.3f} rad", source, n))
+        rows.append(row)
+    draw_panels(path, rows, run.trainer.skeleton)
 
 
 def draw_pairs(path, trainer, source, target):
-    """Fig. 7: the nearest pairs by Eq. 7, nearest first, no image twice; the student's poses on the first 64
-    training images of both domains. Pruned are, as in a step, unlabelled source keypoints and the target's
-    less confident half, drawn faint."""
-    s, panels = trainer.settings, []
+    """The nearest pairs by Eq. 7, nearest first, no image twice, of the first 64 training images of both.
+
+    As in a step, unlabelled source keypoints and the target's less confident half are pruned; the latter are
+    drawn faint. No picture where there is no pair.
+    """
+    s = trainer.settings
     images, _, visible = source[torch.arange(min(64, len(source)))]
     others, _, _ = target[torch.arange(min(64, len(target)))]
-    (poses, _), (found, sure) = (decode(trainer.student, i, s, trainer.device) for i in (images, others))
-    sure, triplets = actupose.confidence_mask(sure, s.mask_ratio), trainer.triplets.cpu()
-    distance = kernels.triplet_angle_distance(poses, found, triplets, visible > 0, sure, min_triplets=4)
+    poses, _ = decode(trainer.student, images, s, trainer.device)
+    found, confidence = decode(trainer.student, others, s, trainer.device)
+    sure = actupose.confidence_mask(confidence, s.mask_ratio)
+    distance = kernels.triplet_angle_distance(poses, found, trainer.triplets.cpu(), visible > 0, sure,
+                                              min_triplets=4)
+    panels = []
     while len(panels) < 24 and distance.isfinite().any():
         m, n = divmod(distance.argmin().item(), len(others))
         remark = "" if distance[m, n] < s.gamma else f"not below {show(s.gamma)}"
-        panels += [(f"Eq. 7: {distance[m, n]:.3f} rad", images[m], (poses[m], visible[m], None)),
-                   (remark, others[n], (found[n], torch.ones(len(found[n])), sure[n].float()))]
-        distance[m] = distance[:, n] = math.inf
-    if panels:
-        draw_panels(path, panels, 8, trainer.skeleton)
+        panels.append(Panel(f"Eq. 7: {distance[m, n]:.3f} rad", images[m], poses[m], visible[m]))
+        panels.append(Panel(remark, others[n], found[n], torch.ones(len(found[n])), sure[n].float()))
+        distance[m] = math.inf
+        distance[:, n] = math.inf
+    rows = [panels[start:start + 8] for start in range(0, len(panels), 8)]
+    if rows:
+        draw_panels(path, rows, trainer.skeleton)
 
 
-def draw_chart(path, series, title, kind, xlabel=BINS_LABEL, labels=None):
-    """A picture of one chart, label -> values at 0, 1, ...: Fig. 5 (lines), Fig. 9 (bars), Fig. 10."""
-    width = max(1800, 30 * max(map(len, series.values())) * len(series) * (kind == "bar"))
-    canvas, draw = blank(width, 720)
-    series = {label: (range(len(values)), values) for label, values in series.items()}
-    chart(draw, (110, 80, width - 20, 600), series, title, xlabel, kind, labels)
-    save_picture(canvas, path)
+def draw_reranked(path, source, before, now):
+    """Fig. 6: the samples that moved farthest since the Pose-VAE ranked them, up and then down.
+
+    before, now: (N,) bins by the Pose-VAE's scores and by the present ones.
+    """
+    order = np.argsort(before - now, kind="stable")
+    rows = []
+    for chosen in (order[:8], order[-8:]):
+        rows.append([truth_panel(f"bin {before[i]} to {now[i]}", source, i) for i in chosen])
+    draw_panels(path, rows, source.skeleton)
 
 
 def draw_complexity(path, dataset, bins, num_bins):
@@ -1144,7 +1602,7 @@ def draw_complexity(path, dataset, bins, num_bins):
     bins: (N,) the bin of each pose of the dataset. A box has the quartiles of the distances between the first
     hundred poses of its bin, whiskers to the last within 1.5 heights of the box, and their mean as a dot.
     """
-    skeleton, triplets, boxes = dataset.skeleton, torch.tensor(dataset.skeleton.triplets), []
+    skeleton = dataset.skeleton
     canvas, draw = blank(2800, 1120)
     for r, j in enumerate(np.unique(np.linspace(0, num_bins - 1, 5).astype(int))):
         write(draw, 40, 170 + r * 190, f"bin {j}")
@@ -1152,53 +1610,27 @@ def draw_complexity(path, dataset, bins, num_bins):
             pose, seen = actupose.normalise_poses(dataset.keypoints[[i]], dataset.visible[[i]], skeleton.root)
             place = pose.view(-1, 2).numpy() * 160 + (250 + n * 190, 170 + r * 190)
             draw_skeleton(draw, place, seen.view(-1, 2)[:, 0], skeleton, 120 / len(skeleton))
-    for j in range(num_bins):
-        of_bin = torch.from_numpy(np.flatnonzero(bins == j)[:100])
-        poses, valid = dataset.keypoints[of_bin], dataset.visible[of_bin] > 0
-        distance = kernels.triplet_angle_distance(poses, poses, triplets, valid, valid)
-        pairs = distance[torch.ones_like(distance).triu(1) > 0]
-        pairs = pairs[pairs.isfinite()].numpy() if pairs.isfinite().any() else np.array([math.nan])
-        low, median, high = np.quantile(pairs, (0.25, 0.5, 0.75))
-        inside = pairs[~(np.abs(pairs - (low + high) / 2) > 2 * (high - low))]       # of the whiskers
-        boxes.append([inside.min(), low, median, high, inside.max(), pairs.mean()])
-    chart(draw, (1700, 80, 2760, 1000), {"": (range(num_bins), boxes)},
-          "mean angular difference (Eq. 7) between the poses of a bin, rad", BINS_LABEL, "box")
+    boxes = [box_of_bin(dataset, np.flatnonzero(bins == j)[:100]) for j in range(num_bins)]
+    draw_boxes(draw, (1700, 80, 2760, 1000), boxes,
+               "mean angular difference (Eq. 7) between the poses of a bin, rad")
     save_picture(canvas, path)
 
 
-def draw_figures(run, scores, predictions, folder):
-    """All pictures of a finished run. The samples shown are the first of each split, not chosen."""
-    s, trainer, curriculum, skeleton = run.settings, run.trainer, run.curriculum, run.trainer.skeleton
-    source, test, panels, similar = run.domains.source, run.domains.test, [], []
-    for i, (image, *found) in enumerate(zip(test[torch.arange(min(12, len(test)))][0], *predictions)):
-        panels += [("", image, None), ("ground truth", image, (test.keypoints[i], test.visible[i], None)),
-                   prediction_panel(trainer, test, i, image, *found)]
-    draw_panels(folder / "predictions.png", panels, 9, skeleton)                                      # Fig. 8
-    if run.labelled is source:         # Fig. 1: beside them, the source poses nearest to the ground truth
-        distance = kernels.triplet_angle_distance(
-            test.keypoints[:6], source.keypoints[:10_000], trainer.triplets.cpu(), test.visible[:6] > 0,
-            source.visible[:10_000] > 0, min_triplets=4)
-        for i, nearest in enumerate(distance.argsort()[:, :3]):
-            similar += panels[3 * i:3 * i + 3] + [(f"Eq. 7: {distance[i, n]:.3f} rad", image, (*pose, None))
-                                                  for n, image, *pose in zip(nearest, *source[nearest])]
-        draw_panels(folder / "similar.png", similar, 6, skeleton)
-    if s.w_cross:
-        draw_pairs(folder / "pairs.png", trainer, source, run.domains.target)                         # Fig. 7
-    bins = actupose.assign_bins(curriculum.complexity, s.bins)
-    draw_complexity(folder / "complexity.png", source, bins, s.bins)                               # Fig. 2-3
-    if s.curriculum == "active":
-        arrival = min(math.ceil(s.epochs / s.pace), s.epochs - 1)               # of the peak at the last bin
-        epochs = np.unique(np.linspace(0, arrival, 5).round().astype(int))
-        drawn = {f"epoch {e}: {sum(run.drawn[e]):,}": run.drawn[e] for e in epochs}
-        draw_chart(folder / "curriculum.png", drawn, "samples drawn", "line")                         # Fig. 5
-    if s.curriculum == "active" and s.rescoring != "off":
-        # Fig. 6: the samples that moved farthest since the Pose-VAE ranked them, up and then down.
-        now = actupose.assign_bins(curriculum.score, s.bins)
-        order = torch.from_numpy(np.argsort(bins - now, kind="stable"))
-        moved = [(f"bin {bins[i]} to {now[i]}", image, (*pose, None)) for chosen in (order[:8], order[-8:])
-                 for i, image, *pose in zip(chosen, *source[chosen])]
-        draw_panels(folder / "reranked.png", moved, 8, skeleton)
-    draw_chart(folder / "bins.png", {k: found["bins"] for k, found in scores.items()}, "PCK@0.05", "bar")
+def box_of_bin(dataset, indices):
+    """A row of `draw_boxes`: Eq. 7 between all pairs of these poses. NaN where there is none."""
+    indices = torch.from_numpy(indices)
+    poses = dataset.keypoints[indices]
+    valid = dataset.visible[indices] > 0
+    triplets = torch.tensor(dataset.skeleton.triplets)
+    distance = kernels.triplet_angle_distance(poses, poses, triplets, valid, valid)
+    pairs = distance[torch.ones_like(distance).triu(1) > 0]
+    pairs = pairs[pairs.isfinite()].numpy()
+    if len(pairs) == 0:
+        return [math.nan] * 6
+    lower, median, upper = np.quantile(pairs, (0.25, 0.5, 0.75))
+    reach = 1.5 * (upper - lower)
+    inside = pairs[(pairs >= lower - reach) & (pairs <= upper + reach)]
+    return [inside.min(), lower, median, upper, inside.max(), pairs.mean()]
 
 
 # --- Photographs --------------------------------------------------------------------------------------------
@@ -1210,9 +1642,10 @@ def find_photographs(inputs, out):
     """Files and folders -> {name: file}. UserError for what is missing, or would be overwritten."""
     files = {}
     for path in map(Path, inputs):
-        found = [path]
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
+            found = [file for file in sorted(path.iterdir()) if is_photograph(file)]
+        else:
+            found = [path]
         if not found or not path.exists():
             raise UserError(f"{path}: no such picture, or a folder without any ({' '.join(SUFFIXES)})")
         for file in found:
@@ -1223,334 +1656,229 @@ def find_photographs(inputs, out):
     return files
 
 
+def is_photograph(path):
+    """Whether a file in a folder is taken for a photograph."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
 def predict_run(run, inputs, out, box, device):
-    """Draw each photograph FILE with its skeleton (FILE.jpg, FILE.json). Returns 1 if one failed, else 0."""
-    settings, checkpoint = saved_settings(run), load_run(run / "last.pt")
+    """`predict RUN IMAGE...`: draw each photograph FILE with its skeleton (FILE.jpg, FILE.json).
+
+    box: (x, y, width, height), the part of each picture that is looked at, or None. Returns the exit status:
+    1 if a photograph failed, else 0.
+    """
+    settings = saved_settings(run)
     skeleton = data.Skeleton(**read_json(run / "config.json")["skeleton"])
     files = find_photographs(inputs, out)
-    trainer, size = Trainer(settings, skeleton, device), settings.image_size
-    load_networks(trainer, checkpoint, run / "last.pt")
+    trainer = make_trainer(settings, skeleton, device)
+    load_networks(trainer, load_run(run / "last.pt"), run / "last.pt")
     out.mkdir(parents=True, exist_ok=True)
-    progress, failed = Progress("photographs"), 0
+    progress = Progress("photographs")
+    failed = 0
     for done, (name, file) in enumerate(files.items(), 1):
         try:
-            with Image.open(file) as image:
-                image = ImageOps.exif_transpose(image).convert("RGB")
-            x, y, w, h = box or (0, 0, *image.size)
-            region = max(x, 0), max(y, 0), min(x + w, image.width), min(y + h, image.height)
-            crop = letterbox(image, region, size)
-        except Exception as e:                                  # a damaged file, or a box outside of it
+            predict_photograph(trainer, name, file, out, box)
+        except Exception as error:                              # a damaged file, or a box outside of it
             failed += 1
-            warn(f"{file}: {e}" + (f" (is --box {show(box)} within its pixels?)" if box else ""))
-            continue
-        keypoints, confidence = (t[0] for t in decode(trainer.student, crop[None], settings, device))
-        to_picture = invert_view(torch.from_numpy(letterbox_view(region, size)[2]))
-        keypoints = map_keypoints(keypoints.double(), to_picture)
-        width, seen = max(region[2] - region[0], region[3] - region[1], 150) / 100, torch.ones(len(skeleton))
-        draw_skeleton(ImageDraw.Draw(image, "RGBA"), keypoints, seen, skeleton, width, confidence)
-        with replacing(out / f"{name}.jpg") as f:
-            image.save(f, format="JPEG", quality=92)
-        rows = zip(skeleton.names, keypoints.tolist(), confidence.tolist())
-        write_json(out / f"{name}.json", {
-            "image": str(file), "width": image.width, "height": image.height, "box": box,
-            "keypoints": [{"name": joint, "x": round(x, 3), "y": round(y, 3), "confidence": round(c, 4)}
-                          for joint, (x, y), c in rows]})
+            hint = f" (is --box {show(box)} within its pixels?)" if box else ""
+            warn(f"{file}: {error}{hint}")
         progress(done, len(files))
     print(f"{len(files) - failed} of {len(files)} photographs done by {run}, in {out}")
     return 1 if failed else 0
 
 
-# --- Many runs, one table -----------------------------------------------------------------------------------
-
-
-def compare(methods, sweep, tasks, seeds, out, jobs, preset, device, **given):
-    """Run what is missing of rows x seeds in `out`, `jobs` at a time; print the table, draw the pictures.
-
-    sweep: (NAME, values) of settings; each value is a row of ACTUPose.
-    """
-    if tasks and (given or methods or sweep or seeds or out or preset != "demo"):
-        raise UserError("--tasks: shows finished comparisons as they are; leave the other options out")
-    if tasks:
-        print(actupose.tasks_table(finished_tasks(map(Path, tasks.split(",")))))
-        return
-    root, rows, runs, waiting = out or Path("runs/compare"), {}, {}, {}
-    seeds = list(dict.fromkeys(int(seed) if seed % 1 == 0 else seed for seed in seeds or (0, 1, 2)))
-    for name in methods.split(",") if methods is not None else () if sweep else METHODS:
-        if name not in METHODS and name not in ABLATIONS:
-            raise UserError(f"--methods: use {' or '.join((*METHODS, *ABLATIONS))}, got {name}")
-        rows[name] = dict(METHODS[name], method=name) if name in METHODS else ABLATIONS[name]
-    swept = {}
-    for name, values in sweep:
-        swept[name] = list(dict.fromkeys([*swept.get(name, ()), *values]))
-        rows.update((f"actupose {name}={show(value)}", {name: value}) for value in values)
-    for name, changes in rows.items():
-        for seed in seeds:
-            values = {**given, "seed": seed, **changes}
-            settings = make_settings(preset, **values)
-            # A value of a sweep that is the default's, or an ablation's, is that row's run.
-            same = (row for row in ("actupose", *ABLATIONS) if " " in name and settings == make_settings(
-                preset, **{**given, "seed": seed, **ABLATIONS.get(row, {})}))
-            run = runs[name, seed] = root / f"{next(same, name).replace(' ', '-')}-s{seed}"
-            if (run / "config.json").exists():
-                check_same_settings(run, dataclasses.asdict(settings))
-            if not (run / "result.json").exists():
-                words = [f"--{key.replace('_', '-')}={show(value)}" for key, value in values.items()]
-                words += ["--resume"] * (run / "config.json").exists()
-                waiting[run] = [sys.executable, __file__, f"--preset={preset}", f"--device={device}",
-                                f"--out={run}", *words]
-    failed = run_commands(waiting, jobs)
-    results = {name: [read_json(runs[name, seed] / "result.json") for seed in seeds
-                      if (runs[name, seed] / "result.json").exists()] for name in rows}
-    results = {name: found for name, found in results.items() if found}
-    if results:
-        ours = (name for name in results if runs[name, seeds[0]].name == f"actupose-s{seeds[0]}")
-        print(actupose.comparison_table(results, next(ours, ""), bool(sweep)), flush=True)
-    first = {name: runs[name, seeds[0]] for name in results if " " not in name}
-    if len(first) > 1:
-        bins = {name: np.array([r["bins"] for r in results[name]], float).mean(0) for name in first}
-        draw_chart(root / "bins.png", bins, "PCK@0.05", "bar")                                        # Fig. 9
-        draw_comparison(root / "panel.png", first, choose_device(device))                             # Fig. 8
-    for name, values in swept.items() if not failed else ():                                         # Fig. 10
-        found = [results[f"actupose {name}={show(value)}"] for value in sorted(values)]
-        scores = {"validation": [[r["val"] for r in rows] for rows in found],
-                  "test": [[r["pck"]["all"] for r in rows] for rows in found]}
-        label, ticks = Settings.__dataclass_fields__[name].metadata["help"], [*map(show, sorted(values))]
-        draw_chart(root / f"sweep-{name}.png", scores, "PCK@0.05", "line", f"{name}: {label}", ticks)
-    if failed:
-        raise UserError("; ".join(failed))
-
-
-def run_commands(commands, jobs):
-    """Run {directory: command}, `jobs` at a time, their output to output.txt there. Returns what failed."""
-    waiting, running, failed, progress = dict(commands), {}, [], Progress("runs")
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                out = next(iter(waiting))
-                out.mkdir(parents=True, exist_ok=True)
-                with open(out / "output.txt", "a") as f:
-                    running[out] = subprocess.Popen(waiting.pop(out), stdout=f, stderr=f, env=threads)
-            time.sleep(0.5)
-            for out in [out for out, process in running.items() if process.poll() is not None]:
-                if status := running.pop(out).returncode:
-                    failed.append(f"{out}: exit status {status}, see {out / 'output.txt'}")
-                progress(len(commands) - len(waiting) - len(running), len(commands), out.name)
-    finally:
-        for process in running.values():                        # after Ctrl-C
-            process.terminate()
-            process.wait()
-    return failed
-
-
-def finished_tasks(folders):
-    """For `actupose.tasks_table`: the results of finished comparisons, {title: {method: [result, ...]}}."""
-    tasks = {}
-    for folder in folders:
-        runs = {name: [read_json(path) for path in sorted(folder.glob(f"{name}-s[0-9]*/result.json"))]
-                for name in (*METHODS, *ABLATIONS)}
-        titles = {f"{folder}: {r['source']} → {r['target']}" for found in runs.values() for r in found}
-        if len(titles) != 1:
-            raise UserError(f"--tasks: {folder} holds finished runs of {len(titles)} tasks; give directories "
-                            f"in which `compare` ran one task each")
-        tasks[titles.pop()] = runs
-    return tasks
-
-
-def draw_comparison(path, runs, device):
-    """Fig. 8: the first test images in rows, the ground truth and each method's predictions in columns.
-
-    runs: {method: directory}. One without a readable last.pt is left out.
-    """
-    columns = {}
-    for name, out in runs.items():
-        try:
-            settings, checkpoint = saved_settings(out), load_run(out / "last.pt")
-            if not columns:                                     # the data of all runs
-                test = open_domains(settings).test
-                images = test[torch.arange(min(6, len(test)))][0]
-                truth = zip(images, test.keypoints, test.visible)
-                columns["ground truth"] = [("", image, (*pose, None)) for image, *pose in truth]
-            trainer = Trainer(settings, test.skeleton, device)
-            load_networks(trainer, checkpoint, out / "last.pt")
-        except (UserError, data.DataError) as e:
-            warn(f"{e}; {path} is without {name}")
-            continue
-        found = zip(images, *decode(trainer.student, images, settings, device))
-        columns[name] = [prediction_panel(trainer, test, i, *row) for i, row in enumerate(found)]
-    if columns:
-        panels = [panel for row in zip(*columns.values()) for panel in row]
-        draw_panels(path, panels, len(columns), test.skeleton, list(columns))
+def predict_photograph(trainer, name, file, out, box):
+    """Draw one photograph with its skeleton, and write its keypoints."""
+    size = trainer.settings.image_size
+    skeleton = trainer.skeleton
+    with Image.open(file) as image:
+        image = ImageOps.exif_transpose(image).convert("RGB")
+    x, y, w, h = box or (0, 0, *image.size)
+    left, top, right, bottom = region = (max(x, 0), max(y, 0), min(x + w, image.width), min(y + h, image.height))
+    crop = letterbox(image, region, size)
+    keypoints, confidence = decode(trainer.student, crop[None], trainer.settings, trainer.device)
+    _, _, view = letterbox_view(region, size)
+    keypoints = map_keypoints(keypoints[0].double(), invert_view(torch.from_numpy(view)))
+    confidence = confidence[0]
+    width = max(right - left, bottom - top, 150) / 100
+    draw_skeleton(ImageDraw.Draw(image, "RGBA"), keypoints, torch.ones(len(skeleton)), skeleton, width, confidence)
+    with replacing(out / f"{name}.jpg") as picture:
+        image.save(picture, format="JPEG", quality=92)
+    rows = []
+    for joint, (x, y), c in zip(skeleton.names, keypoints.tolist(), confidence.tolist()):
+        rows.append({"name": joint, "x": round(x, 3), "y": round(y, 3), "confidence": round(c, 4)})
+    write_json(out / f"{name}.json", {"image": str(file), "width": image.width, "height": image.height,
+                                      "box": box, "keypoints": rows})
 
 
 # --- Command line -------------------------------------------------------------------------------------------
 
-HELP = {
-    "train": """Train ACTUPose or a baseline. With no option: ACTUPose on the built-in benchmark, in minutes.
+TRAIN_HELP = """Train ACTUPose or a baseline. With no option: ACTUPose on the built-in benchmark, in minutes.
 
   python train.py --source mannequin-hand      the demo with hands
   python train.py --resume --out RUN           go on with a run that was stopped
-  python train.py evaluate RUN | predict RUN IMAGE... --out DIR | compare      (each has its --help)""",
-    "evaluate": "Score a run's last checkpoint again.",
-    "predict": """Find the keypoints of photographs with a run's network: for each a picture and a JSON file.
+  python train.py evaluate RUN                 score its last checkpoint again
+  python train.py predict RUN IMAGE... --out DIR
+
+Tables, sweeps and ablations: python -m docs.reproduce --help"""
+PREDICT_HELP = """Find the keypoints of photographs with a run's network: for each a picture and a JSON file.
 
 Keypoints are in pixels of the upright picture, the centre of its first pixel at (0, 0). Confidence is the
-height of the heatmap's peak (RegDA: of its softmax). A file that cannot be read is named, others go on.""",
-    "compare": f"""Run what is missing of methods x seeds, skip what is finished, print the table in Markdown.
-
-  python train.py compare --jobs 2                         Table 1, Fig. 8 (panel.png), Fig. 9 (bins.png)
-  python train.py compare --sweep pace=1,2,3,4,6           Fig. 10 b; likewise bins, spread, w_evalpose, ...
-  python train.py compare --tasks runs/compare,runs/hands  Table 2, of finished comparisons
-
-methods:   {', '.join(METHODS)}
-ablations: {', '.join(ABLATIONS)} (ACTUPose with one thing changed)""",
-}
+height of the heatmap's peak (RegDA: of its softmax). A file that cannot be read is named, others go on."""
 # The field of Settings that begins a group of options in --help.
 GROUPS = {"method": "task", "architecture": "network", "epochs": "schedule", "curriculum": "curriculum",
           "mask_ratio": "adaptation", "rotation": "augmentation", "w_udape": "losses", "amp": "speed"}
+
+
+class Parser(argparse.ArgumentParser):
+    """Says on one line what is wrong, with the nearest option for a typo."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
+
+    def add_settings(self, skip=()):
+        """An option per field of Settings, in groups, with its default and the paper's value in the help."""
+        group = self
+        for f in dataclasses.fields(Settings):
+            if f.name in GROUPS:
+                group = self.add_argument_group(GROUPS[f.name])
+            if f.name in skip:
+                continue
+            kind = type(f.default)
+            choices = f.metadata["choices"]
+            paper = f"; paper {show(PAPER[f.name])}" if f.name in PAPER else ""
+            text = f"{f.metadata['help']} [{show(f.default) or 'none'}{paper}]"
+            metavar = {bool: "on|off", tuple: "A,B"}.get(kind, kind.__name__)
+            group.add_argument(option_of(f.name), default=argparse.SUPPRESS, choices=choices,
+                               type=PARSERS.get(kind, kind), help=text.replace("%", "%%"),
+                               metavar=None if choices else metavar)
+
+    def parse_args(self, words):
+        """argparse's, which remembers the words for `error`."""
+        Parser.words = words
+        return super().parse_args(words)
+
+    def error(self, message):
+        """UserError instead of argparse's exit."""
+        known = list(self._option_string_actions)
+        for word in Parser.words:
+            word = word.partition("=")[0]
+            if word.startswith("--") and word not in known:
+                for near in difflib.get_close_matches(word, known, 1, 0.75):
+                    message += f"; did you mean {near}?"
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def parse_switch(text):
+    """argparse's type of an on|off option."""
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"use on or off, got {text!r}")
+    return text == "on"
+
+
+def parse_numbers(text):
+    """argparse's type of an option with several numbers: "0.6,1.3" -> (0.6, 1.3)."""
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"use numbers with commas, got {text!r}") from None
+
+
+PARSERS = {bool: parse_switch, tuple: parse_numbers}
 
 
 def choose_device(name):
     """auto, cpu, cuda, ... -> torch.device; a GPU each under torchrun. UserError when it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and world_size() > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        name = f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and world_size() > 1 else name
         device = torch.zeros(1, device=torch.device(name)).device
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        return device
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device: {name!r} cannot be used here; use cpu, cuda or cuda:1") from None
+        raise UserError(f"--device: unknown device {name!r}; use cpu, cuda or cuda:1") from None
+    return device
 
 
 def resolve_amp(settings, device):
     """The settings with --amp auto resolved: bf16 where the device computes in it, else off."""
-    native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
-              torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    auto = "bf16" if native else "off"
-    return dataclasses.replace(settings, amp=auto if settings.amp == "auto" else settings.amp)
-
-
-def parse(kind):
-    """argparse's type of an option: on or off for a bool, numbers with commas for a tuple, else itself."""
-    def switch_or_numbers(text):
-        try:
-            return {"on": True, "off": False}[text] if kind is bool else tuple(map(float, text.split(",")))
-        except (KeyError, ValueError):
-            rule = "on or off" if kind is bool else "numbers with commas"
-            raise argparse.ArgumentTypeError(f"use {rule}, got {text!r}") from None
-    return switch_or_numbers if kind in (bool, tuple) else kind
-
-
-def sweep_setting(text):
-    """argparse's type of --sweep: NAME=V1,V2,... -> (NAME, values)."""
-    name, values = text.partition("=")[0].replace("-", "_"), text.partition("=")[2]
-    kinds = {f.name: type(f.default) for f in dataclasses.fields(Settings)
-             if f.name != "seed" and not isinstance(f.default, (str, tuple))}
-    if name not in kinds:
-        raise argparse.ArgumentTypeError(f"{name!r} is no setting to sweep")
-    try:
-        return name, [parse(kinds[name])(value) for value in values.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"use NAME=V1,V2,... with numbers, got {text!r}") from None
-
-
-class Parser(argparse.ArgumentParser):
-    """Says on one line what is wrong, with the nearest option for a typo."""
-
-    def __init__(self, verb):
-        super().__init__(prog=f"train.py {verb}".removesuffix(" train"), description=HELP[verb],
-                         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
-
-    def add_settings(self, skip=()):
-        """An option per field of Settings, in groups, with its default and the paper's value in the help."""
-        group = None
-        for f in dataclasses.fields(Settings):
-            kind, choices = type(f.default), f.metadata["choices"]
-            group = self.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
-            paper = f"; paper {show(PAPER[f.name])}" if f.name in PAPER else ""
-            if f.name not in skip:
-                group.add_argument(
-                    "--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, choices=choices,
-                    type=parse(kind),
-                    help=f"{f.metadata['help']} [{show(f.default) or 'none'}{paper}]".replace("%", "%%"),
-                    metavar=None if choices else {bool: "on|off", tuple: "A,B"}.get(kind, kind.__name__))
-
-    def error(self, message):
-        known = [name for action in self._actions for name in action.option_strings]
-        for word in (w.split("=")[0] for w in self.words if w.startswith("--")):
-            near = difflib.get_close_matches(word, known, 1, 0.75)
-            if near and word not in known:
-                message += f"; did you mean {near[0]}?"
-        raise UserError(f"{message} (--help lists the options)")
+    if settings.amp != "auto":
+        return settings
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return dataclasses.replace(settings, amp="bf16" if native else "off")
 
 
 def check_same_settings(out, given):
-    """The settings of the run in `out`; UserError where others are given."""
+    """The settings of the run in `out`. UserError where others are given."""
     saved = saved_settings(out)
     for name, value in given.items():
         was = getattr(saved, name)
         if was != value and name not in ("cache", "workers") and (name, value) != ("amp", "auto"):
-            raise UserError(f"--{name.replace('_', '-')}: the run in {out} was started with {show(was)}, not "
+            raise UserError(f"{option_of(name)}: the run in {out} was started with {show(was)}, not "
                             f"{show(value)}; give {show(was) or 'nothing'}, or another --out")
     return saved
 
 
+def make_parser():
+    """The command line: train with no word, evaluate RUN, predict RUN IMAGE..."""
+    parser = Parser(prog="train.py", description=TRAIN_HELP)
+    parser.add_argument("--out", type=Path, help="directory of the run [runs/METHOD-TARGET-sSEED]")
+    parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
+    parser.add_argument("--preset", choices=("demo", "paper"), default="demo",
+                        help="values of options that are not given [demo]")
+    parser.add_settings()
+    words = parser.add_subparsers(dest="word", metavar="evaluate | predict", title="other commands")
+
+    evaluate = words.add_parser("evaluate", description="Score a run's last checkpoint again.")
+    evaluate.add_argument("run", type=Path, help="directory of the run")
+
+    predict = words.add_parser("predict", description=PREDICT_HELP)
+    predict.add_argument("run", type=Path, help="directory of the run")
+    predict.add_argument("inputs", nargs="+", metavar="image", help=f"a picture or a folder ({' '.join(SUFFIXES)})")
+    predict.add_argument("--out", type=Path, required=True, help="directory of the results")
+    predict.add_argument("--box", type=parse_numbers, metavar="X,Y,W,H",
+                         help="the part of each picture that shows the person or hand: corner, width and height "
+                              "in its pixels [all of it]")
+    return parser
+
+
 def command(arguments):
-    """train (with no word), evaluate RUN, predict RUN IMAGE..., compare. Returns the exit status."""
-    verb = arguments[0] if arguments and not arguments[0].startswith("-") else "train"
-    rest = arguments[1:] if arguments[:1] == [verb] else arguments
-    if verb not in HELP:
-        raise UserError(f"unknown command {verb!r}; use {', '.join(HELP)}")
-    if verb != "train" and world_size() > 1:
-        raise UserError(f"{verb}: takes one process; run it without torchrun")
-    parser = Parser(verb)
-    parser.words, add = rest, parser.add_argument
-    if verb in ("evaluate", "predict"):
-        add("run", type=Path, help="directory of the run")
-    else:
-        add("--out", type=Path, help="directory of the results [runs/METHOD-TARGET-sSEED or runs/compare]")
-        add("--preset", choices=("demo", "paper"), default="demo", help="values of options not given [demo]")
-        parser.add_settings(skip=("method", "seed") if verb == "compare" else ())
-    if verb == "train":
-        add("--resume", action="store_true", help="go on with the unfinished run in --out")
-    elif verb == "predict":
-        add("inputs", nargs="+", metavar="image", help=f"a picture or a folder ({' '.join(SUFFIXES)})")
-        add("--out", type=Path, required=True, help="directory of the results")
-        add("--box", type=parse(tuple), metavar="X,Y,W,H", help="the part of each picture that shows the "
-            "person or hand: corner, width and height in its pixels [all of it]")
-    elif verb == "compare":
-        add("--methods", help="rows of the table [all methods; with --sweep none]")
-        add("--sweep", action="append", default=[], type=sweep_setting, metavar="NAME=V1,V2,...",
-            help="a row of actupose per value of a setting, and a plot; can be given again")
-        add("--tasks", metavar="DIR,DIR,...", help="put the tables of these finished comparisons together")
-        add("--seeds", type=parse(tuple), help="seeds of each row [0,1,2]")
-        add("--jobs", type=int, default=1, help="runs at a time, which share the cores [1]")
-    options = vars(parser.parse_args(rest))
-    if verb == "train":
-        train_command(**options)
-    elif verb == "evaluate":
+    """What the words of the command line ask for. Returns the exit status."""
+    if arguments[:1] == ["compare"]:
+        raise UserError("compare is now a program of its own: python -m docs.reproduce (see its --help)")
+    options = vars(make_parser().parse_args(arguments))
+    word = options.pop("word")
+    if word and world_size() > 1:
+        raise UserError(f"{word}: takes one process; run it without torchrun")
+    if word == "evaluate":
         evaluate_run(options["run"], choose_device(options["device"]))
-    elif verb == "predict":
+        return 0
+    if word == "predict":
         box = options["box"]
-        if box and not (len(box) == 4 and min(box[2:]) > 0):
+        if box and (len(box) != 4 or min(box[2:]) <= 0):
             raise UserError(f"--box: use x,y,w,h in pixels with w and h above 0, got {show(box)}")
-        return predict_run(**{**options, "device": choose_device(options["device"])})
-    elif options["jobs"] < 1:
-        raise UserError(f"--jobs: must be at least 1, got {options['jobs']}")
-    else:
-        compare(**options)
+        return predict_run(options["run"], options["inputs"], options["out"], box,
+                           choose_device(options["device"]))
+    train_command(**options)
     return 0
 
 
 def train_command(preset, out, device, resume, **given):
     """`train` with the options of the command line."""
     started = time.time()
-    settings = None if resume and out else make_settings(preset, **given)
-    out = out or Path(f"runs/{settings.method}-{settings.target}-s{settings.seed}")
-    settings = check_same_settings(out, given) if resume else settings
+    if resume and out:
+        settings = check_same_settings(out, given)
+    else:
+        settings = make_settings(preset, **given)
+        out = out or Path(f"runs/{settings.method}-{settings.target}-s{settings.seed}")
+        if resume:
+            settings = check_same_settings(out, given)
     if settings.batch_size % world_size():
         raise UserError(f"--batch-size: {settings.batch_size} is no multiple of the {world_size()} processes")
     if resume and (out / "result.json").exists():
@@ -1558,29 +1886,33 @@ def train_command(preset, out, device, resume, **given):
         return
     result = train(settings, out, device, resume)
     if rank() == 0:
-        print(actupose.run_summary(result))
+        say(run_summary(result))
         print(f"{time.time() - started:.0f} s, {peak_memory_gb()} GB; pictures in {out / 'figures'}")
 
 
 def warn(message):
     """One line on stderr, below a progress line that may stand there."""
-    print(("\n" if Progress.unfinished else "") + f"train.py: {message}", file=sys.stderr, flush=True)
-    Progress.unfinished = False
+    if Progress.unfinished:
+        print(file=sys.stderr)
+        Progress.unfinished = False
+    print(f"train.py: {message}", file=sys.stderr, flush=True)
 
 
 def main(arguments):
-    """`command`, expected errors on one line. Status 1: a photo failed, a bug; 2: a mistake; 130: Ctrl-C."""
-    status, processes = 2, int(os.environ.get("WORLD_SIZE", 1))
-    advice = {"evaluate": "", "predict": "", "compare": "; the same command goes on"}.get(
-        " ".join(arguments[:1]), "; --resume goes on from the last saved epoch")
+    """`command`, with expected errors on one line. Status 1: a photograph failed, a bug; 2: a mistake; 130: Ctrl-C."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    advice = "; --resume goes on from the last saved epoch"
+    if arguments[:1] in (["evaluate"], ["predict"]):
+        advice = ""
+    status = 2
     try:
         if processes > 1:
             dist.init_process_group()                           # gloo for CPU tensors, NCCL for GPUs
         status = command(arguments)
-    except (UserError, data.DataError) as e:
-        warn(e)
-    except OSError as e:                                        # a full disk, say
-        warn(f"{e.filename}: {e.strerror}{advice}" if e.filename else e)
+    except (UserError, data.DataError) as error:
+        warn(error)
+    except OSError as error:                                    # a full disk, say
+        warn(f"{error.filename}: {error.strerror}{advice}" if error.filename else error)
     except KeyboardInterrupt:
         warn(f"interrupted{advice}")
         status = 130
