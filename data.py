@@ -767,12 +767,21 @@ class Mannequin:
         image = canvas.reduce(SUPERSAMPLING)
         return np.asarray(photograph(rng, image) if look is WILD else image).transpose(2, 0, 1)
 
+    @staticmethod
+    def version():
+        """A text that changes with the benchmark's pictures and poses."""
+        return repr((RENDERER_VERSION, Mannequin.tables()))
+
+    @staticmethod
+    def tables():
+        """The numbers that make them."""
+        return (WILD, PLAIN, TONES, PATTERNS, POSES, STANDING, JOINT_LIMITS, SEGMENTS, PROPORTION, WIDER,
+                GESTURES, HAND_LIMITS, HAND_OPEN, HAND_VIEW, HAND_BONES)
+
     @functools.cached_property
     def _images(self):
         """All images (N, 3, S, S): from the cache if it holds them, else rendered and stored there."""
-        tables = (WILD, PLAIN, TONES, PATTERNS, POSES, STANDING, JOINT_LIMITS, SEGMENTS, PROPORTION, WIDER,
-                  GESTURES, HAND_LIMITS, HAND_OPEN, HAND_VIEW, HAND_BONES)
-        digest = hashlib.sha256(repr((RENDERER_VERSION, self.seed, tables)).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(repr((RENDERER_VERSION, self.seed, self.tables())).encode()).hexdigest()[:16]
         name = f"mannequin-{self.names([len(self)])[0]}-{self.size}px-{digest}.u8"
         shape, path = (len(self), 3, self.size, self.size), Path(self.cache or ".") / name
         if self.cache and path.exists() and path.stat().st_size == math.prod(shape):    # else cut off

@@ -1,0 +1,689 @@
+"""Tables, sweeps and plots of docs/results.md: `python -m docs.reproduce NAME`.
+
+A comparison is rows x seeds. A row is a method, an ablation, or ACTUPose with one value of a setting. What is
+missing is trained by train.py, what was interrupted goes on, and each finished run becomes a line of
+docs/runs.jsonl. A run whose line is there is not trained again. `--tables` prints every table of README.md
+and docs/results.md from that file into them, and draws the plots, without training.
+"""
+import argparse
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import data
+import train
+from train import UserError, fmt, make_settings, option_of, show
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "docs" / "runs.jsonl"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+
+# ACTUPose with one thing changed.
+ABLATIONS = {
+    "no-curriculum": dict(curriculum="off"),
+    "static": dict(curriculum="static"),            # the same dose of hard poses, without order
+    "no-eq4": dict(rescoring="off"),
+    "literal-eq4": dict(rescoring="literal"),
+    "min-max": dict(scale="minmax"),
+    "no-evalpose": dict(w_evalpose=0.0),
+    "no-cross-domain": dict(w_cross=0.0),
+    "centred-cross-domain": dict(centred=True),
+    "literal-eq8": dict(map_sums=False),
+    "no-style": dict(style="off"),
+    "no-occlusion": dict(occlusion=0.0),
+}
+# PoseDA has no public code: its figures in the paper's Tables 1 and 2.
+QUOTED = {
+    ("surreal", "lsp"): dict(shoulder=82.3, elbow=78.4, wrist=73.2, hip=74.8, knee=79.7, ankle=78.7, all=77.9),
+    ("surreal", "human36m"): dict(all=79.6),
+}
+POSEDA = "PoseDA (quoted from the paper)"
+REMARKS = {("oracle", "lsp"): " (trained on its test images, unless this is LSP Extended)"}
+# 97.5 % quantiles of Student's t for 3, 4, ... 10 seeds (NIST/SEMATECH e-Handbook, section 1.3.6.7.2).
+T95 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+# --- Rows and comparisons -----------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A row of a table."""
+    name: str
+    changes: dict       # settings, on top of the comparison's
+    swept: str = ""     # in a sweep: the setting whose value is the row
+
+
+class Comparison(NamedTuple):
+    """Rows x seeds."""
+    rows: tuple
+    seeds: tuple = (0, 1, 2)
+    given: dict = {}    # settings of all rows
+    preset: str = "demo"
+
+
+def named_row(name):
+    """The row of a method or an ablation. UserError for an unknown name."""
+    if name in train.METHODS:
+        return Row(name, dict(method=name))
+    if name in ABLATIONS:
+        return Row(name, ABLATIONS[name])
+    raise UserError(f"--methods: use {' or '.join([*train.METHODS, *ABLATIONS])}, got {name}")
+
+
+def named_rows(names):
+    """Rows of methods and ablations, by names with commas between them."""
+    return tuple(named_row(name) for name in names.split(","))
+
+
+def sweep_rows(name, values):
+    """A row of ACTUPose per value of a setting."""
+    return tuple(Row(f"actupose {name}={show(value)}", {name: value}, name) for value in values)
+
+
+SIX = named_rows("source-only,regda,udape,udape+vae-hm,actupose,oracle")
+# The comparisons of docs/results.md.
+COMPARISONS = {
+    "bodies": Comparison(SIX, (0, 1, 2, 3, 4)),
+    "hands": Comparison(SIX, given=dict(source="mannequin-hand")),
+    "ablations": Comparison(named_rows(",".join(["actupose", *ABLATIONS]))),
+    "pace-spread": Comparison(sweep_rows("pace", (1.0, 2.0, 3.0, 4.0, 6.0))
+                              + sweep_rows("spread", (0.12, 0.18, 0.25, 0.5))),
+}
+
+
+def run_settings(comparison, row, seed):
+    """The Settings of one run."""
+    return make_settings(comparison.preset, **run_options(comparison, row, seed))
+
+
+def run_options(comparison, row, seed):
+    """What train.py is given for one run: settings by name."""
+    return {**comparison.given, **row.changes, "seed": seed}
+
+
+# --- Kept runs: a line of JSON each -------------------------------------------------------------------------
+
+PLACES = ("cache", "workers", "source_root", "target_root")     # what decides no result, and paths
+
+
+def differences(settings):
+    """The settings that differ from the demo's, places left out."""
+    differing = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if value != field.default and field.name not in PLACES:
+            differing[field.name] = value
+    return json.loads(json.dumps(differing))                    # tuples as lists, as in the file
+
+
+@functools.cache
+def demo_version():
+    """A digest of the demo's settings and of the built-in benchmark. Lines with another one do not count."""
+    demo = json.dumps(dataclasses.asdict(train.Settings()), sort_keys=True)
+    return hashlib.sha256((demo + data.Mannequin.version()).encode()).hexdigest()[:12]
+
+
+def read_kept(path):
+    """The lines of a file of kept runs that are of this version of the demo: {key: line}."""
+    kept = {}
+    if path.exists():
+        for text in path.read_text().splitlines():
+            line = json.loads(text)
+            if line["demo"] == demo_version():
+                kept[key_of(line["settings"])] = line
+    return kept
+
+
+def key_of(differing):
+    """Settings as they are looked up."""
+    return json.dumps(differing, sort_keys=True)
+
+
+def keep(path, settings, out, commit):
+    """Write the finished run in `out` as a line of the file."""
+    config = train.read_json(out / "config.json")
+    speed = [json.loads(text) for text in (out / "speed.jsonl").read_text().splitlines()]
+    seconds = {row["epoch"]: row["seconds"] for row in speed}   # of the last time that an epoch ran
+    line = {"demo": demo_version(), "settings": differences(settings), "commit": commit,
+            "processor": config["device"], "threads": config["threads"], "amp": config["amp"],
+            "torch": config["torch"], "seconds": round(sum(seconds.values())),
+            "result": train.read_json(out / "result.json")}
+    kept = read_kept(path)
+    kept[key_of(line["settings"])] = line
+    train.write_lines(path, [kept[key] for key in sorted(kept)])
+    return line
+
+
+# --- Running what is missing --------------------------------------------------------------------------------
+
+
+def collect(comparison, kept_in, out=None, jobs=1, device="auto"):
+    """Results of a comparison: {row name: [result per seed]}, rows without one left out; and what failed.
+
+    kept_in: file of kept runs; out: directory of new runs, None where nothing is to be trained.
+    """
+    failed = []
+    if out is not None:
+        failed = run_missing(comparison, kept_in, out, jobs, device)
+    kept = read_kept(kept_in)
+    results = {}
+    for row in comparison.rows:
+        found = []
+        for seed in comparison.seeds:
+            key = key_of(differences(run_settings(comparison, row, seed)))
+            if key in kept:
+                found.append(kept[key]["result"])
+        if found:
+            results[row.name] = found
+    return results, failed
+
+
+def run_missing(comparison, kept_in, out, jobs, device):
+    """Train what has no line yet, and keep it. Returns what failed."""
+    commit = subprocess.getoutput(f"git -C '{ROOT}' describe --always --dirty --exclude='*'")
+    kept = read_kept(kept_in)
+    commands = {}
+    settings_of = {}
+    for row in comparison.rows:
+        for seed in comparison.seeds:
+            settings = run_settings(comparison, row, seed)
+            run = run_directory(out, row, seed)
+            if key_of(differences(settings)) in kept or settings in settings_of.values():
+                continue
+            if (run / "config.json").exists():
+                train.check_same_settings(run, dataclasses.asdict(settings))
+            if (run / "result.json").exists():
+                keep(kept_in, settings, run, commit)
+                continue
+            settings_of[run] = settings
+            commands[run] = command_of(comparison, row, seed, run, device)
+    return run_all(commands, jobs, lambda run: keep(kept_in, settings_of[run], run, commit))
+
+
+def run_directory(out, row, seed):
+    """Where one run lies."""
+    return out / f"{row.name.replace(' ', '-')}-s{show(seed)}"
+
+
+def command_of(comparison, row, seed, run, device):
+    """The command line of one run, which goes on where it was interrupted."""
+    words = [sys.executable, str(ROOT / "train.py"), f"--preset={comparison.preset}", f"--device={device}",
+             f"--out={run}"]
+    for name, value in run_options(comparison, row, seed).items():
+        words.append(f"{option_of(name)}={show(value)}")
+    if (run / "config.json").exists():
+        words.append("--resume")
+    return words
+
+
+def run_all(commands, jobs, finished):
+    """Run {directory: command}, `jobs` at a time, their output to output.txt there. Returns what failed.
+
+    finished: called with the directory of each run that ended well.
+    """
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    progress = train.Progress("runs")
+    waiting = list(commands)
+    running = {}
+    failed = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                run = waiting.pop(0)
+                run.mkdir(parents=True, exist_ok=True)
+                with open(run / "output.txt", "a") as output:
+                    running[run] = subprocess.Popen(commands[run], stdout=output, stderr=output, env=environment)
+            time.sleep(0.5)
+            for run, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[run]
+                if process.returncode == 0:
+                    finished(run)
+                else:
+                    failed.append(f"{run}: exit status {process.returncode}, see {run / 'output.txt'}")
+                progress(len(commands) - len(waiting) - len(running), len(commands), run.name)
+    finally:
+        for process in running.values():                        # after Ctrl-C
+            process.terminate()
+            process.wait()
+    return failed
+
+
+# --- Tables -------------------------------------------------------------------------------------------------
+
+
+def average(values):
+    """The mean of the values that are not None; None where there is none."""
+    values = [value for value in values if value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def deviation(values):
+    """The sample deviation as text, where there are several values that are not None."""
+    values = [value for value in values if value is not None]
+    return f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+
+
+def interval(differences):
+    """The 95 % t-interval of the mean of n >= 3 differences as text: mean -+ t s / sqrt(n)."""
+    n = len(differences)
+    if n < 3:
+        return ""
+    t = T95[min(n, 10) - 3]                                     # beyond 10 seeds a little too wide
+    half = t * np.std(differences, ddof=1) / math.sqrt(n)
+    mean = average(differences)
+    return f" [{mean - half:+.1f}, {mean + half:+.1f}]"
+
+
+def by_seed(results):
+    """{seed: overall PCK} of a row, unlabelled test sets left out."""
+    return {r["seed"]: r["pck"]["all"] for r in results if r["pck"]["all"] is not None}
+
+
+def markdown(rows):
+    """Rows of cells, the header first, as a table in Markdown."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    lines.insert(1, "|---" * len(rows[0]) + "|")
+    return "\n".join(lines)
+
+
+def comparison_table(results, ours="actupose", joints=True, val=False):
+    """Table 1, of {row: [result, ...]}: means over seeds, overall PCK ± its sample deviation.
+
+    joints: with a column per group of joints; val: with the validation PCK. With source-only and oracle there:
+    the share of the gap between them that is closed, over the seeds that all three have. With the row `ours`
+    there: the row minus `ours`, seed by seed (on the built-in benchmarks every seed has its own data): mean ±
+    sample deviation of the differences, and the 95 % t-interval of their mean.
+    """
+    first = next(iter(results.values()))[0]
+    groups = [group for group in first["pck"] if group != "all"] if joints else []
+    gap = "source-only" in results and "oracle" in results
+    header = ["method", "seeds", *groups, "all"]
+    if val:
+        header.append("val")
+    header += ["teacher", "EvalPose"]
+    if gap:
+        header.append("gap closed")
+    if ours in results:
+        header.append(f"to {ours}")
+    table = [header]
+    for name, runs in results.items():
+        own = by_seed(runs)
+        cells = [name + REMARKS.get((name, first["target"]), ""), len(runs)]
+        for group in groups:
+            cells.append(fmt(average(r["pck"][group] for r in runs)))
+        cells.append(f"**{fmt(average(own.values()))}**{deviation(own.values())}")
+        if val:
+            cells.append(fmt(average(r["val"] for r in runs)) + deviation(r["val"] for r in runs))
+        cells.append(fmt(average(r["teacher"]["pck"]["all"] for r in runs if r["teacher"])))
+        cells.append(fmt(average(r["evalpose"] for r in runs)))
+        if gap:
+            cells.append(gap_closed(own, by_seed(results["source-only"]), by_seed(results["oracle"])))
+        if ours in results:
+            cells.append(paired(own, by_seed(results[ours])) if runs != results[ours] else "-")
+        table.append(cells)
+    quoted = QUOTED.get((first["source"], first["target"]))
+    if quoted:
+        cells = [POSEDA, "-"]
+        for group in (*groups, "all"):
+            cells.append(fmt(quoted.get(group)))
+        table.append(cells + ["-"] * (len(header) - len(cells)))
+    return markdown(table)
+
+
+def gap_closed(own, low, high):
+    """The share of the way from source-only to the oracle, over the seeds that all have."""
+    shared = [seed for seed in own if seed in low and seed in high]
+    if not shared:
+        return "-"
+    start = average(low[seed] for seed in shared)
+    end = average(high[seed] for seed in shared)
+    if start == end:
+        return "-"
+    return f"{100 * (average(own[seed] for seed in shared) - start) / (end - start):.0f} %"
+
+
+def paired(own, reference):
+    """Differences to another row, seed by seed: mean ± sample deviation [95 % interval]."""
+    differences = [own[seed] - reference[seed] for seed in own if seed in reference]
+    if not differences:
+        return "-"
+    return f"{average(differences):+.1f}{deviation(differences)}{interval(differences)}"
+
+
+def seeds_table(results, ours="actupose"):
+    """Overall PCK seed by seed, and each row minus `ours`."""
+    seeds = sorted({r["seed"] for runs in results.values() for r in runs})
+    reference = by_seed(results.get(ours, []))
+    table = [["method", *(f"seed {seed}" for seed in seeds)]]
+    for name, runs in results.items():
+        own = by_seed(runs)
+        cells = [name]
+        for seed in seeds:
+            text = fmt(own.get(seed))
+            if seed in own and seed in reference and name != ours:
+                text += f" ({own[seed] - reference[seed]:+.1f})"
+            cells.append(text)
+        table.append(cells)
+    return markdown(table)
+
+
+def bins_table(results, parts=5):
+    """PCK by complexity bin of the target's pose, means over seeds and of neighbouring bins."""
+    count = len(next(iter(results.values()))[0]["bins"])
+    edges = np.linspace(0, count, parts + 1).round().astype(int)
+    header = ["method"]
+    for start, end in zip(edges, edges[1:]):
+        header.append(f"bins {start}-{end - 1}")
+    table = [header]
+    for name, runs in results.items():
+        cells = [name]
+        for start, end in zip(edges, edges[1:]):
+            values = [value for r in runs for value in r["bins"][start:end]]
+            cells.append(fmt(average(values)))
+        table.append(cells)
+    return markdown(table)
+
+
+def tasks_table(tasks):
+    """Table 2, of {title: {row: [result, ...]}}: overall PCK ± its sample deviation (number of seeds)."""
+    names = [name for results in tasks.values() for name in results]
+    table = [["method", *tasks]]
+    for name in (*dict.fromkeys(names), POSEDA):
+        cells = [name]
+        for results in tasks.values():
+            first = next(iter(results.values()))[0]
+            task = (first["source"], first["target"])
+            if name == POSEDA:
+                cells.append(fmt(QUOTED.get(task, {}).get("all")))
+            elif name in results:
+                scores = by_seed(results[name]).values()
+                remark = REMARKS.get((name, first["target"]), "")
+                cells.append(f"{fmt(average(scores))}{deviation(scores)} ({len(scores)}){remark}")
+            else:
+                cells.append("-")
+        if set(cells[1:]) != {"-"}:
+            table.append(cells)
+    return markdown(table)
+
+
+# --- Pictures -----------------------------------------------------------------------------------------------
+
+
+def draw_sweep(path, name, rows, results):
+    """Fig. 10: PCK over the values of a setting, a dot per seed, lines through the means."""
+    rows = sorted((row for row in rows if row.name in results), key=lambda row: row.changes[name])
+    series = {
+        "validation": [[r["val"] for r in results[row.name]] for row in rows],
+        "test": [[r["pck"]["all"] for r in results[row.name]] for row in rows],
+    }
+    every = np.concatenate([scores for row in series.values() for scores in row])
+    help_text = train.Settings.__dataclass_fields__[name].metadata["help"]
+    canvas, draw = train.blank(1800, 720)
+    chart = train.Chart(draw, (110, 80, 1780, 600), (-0.6, len(rows) - 0.4), (every.min() - 1, every.max() + 1),
+                        "PCK@0.05", f"{name}: {help_text}", [show(row.changes[name]) for row in rows])
+    for scores, colour in zip(series.values(), train.PALETTE):
+        chart.line(range(len(rows)), [np.mean(seeds) for seeds in scores], colour)
+        for at, seeds in enumerate(scores):
+            for value in seeds:
+                draw.circle(chart.place(at, value), 7, colour, train.WHITE)
+    chart.legend(series)
+    train.save_picture(canvas, path)
+
+
+def draw_bins(path, results):
+    """Fig. 9: PCK by complexity bin, means over seeds."""
+    series = {}
+    for name, runs in results.items():
+        series[name] = np.array([r["bins"] for r in runs], float).mean(0)
+    train.draw_bars(path, series, "PCK@0.05")
+
+
+def draw_panel(path, runs, device):
+    """Fig. 8: the first test images in rows; the ground truth and each method's prediction in columns.
+
+    runs: {method: directory}. One without a readable last.pt is left out.
+    """
+    titles = []
+    columns = []
+    for name, run in runs.items():
+        try:
+            settings = train.saved_settings(run)
+            checkpoint = train.load_run(run / "last.pt")
+            if not columns:                                     # the data of all runs
+                test = train.open_domains(settings).test
+                shown = range(min(6, len(test)))
+                titles.append("ground truth")
+                columns.append([train.truth_panel("", test, i) for i in shown])
+            trainer = train.make_trainer(settings, test.skeleton, device)
+            train.load_networks(trainer, checkpoint, run / "last.pt")
+        except (UserError, data.DataError) as error:
+            train.warn(f"{error}; {path} is without {name}")
+            continue
+        keypoints, confidence = train.decode(trainer.student, test[torch.tensor(shown)][0], settings, device)
+        titles.append(name)
+        columns.append([train.prediction_panel(trainer, test, i, keypoints[i], confidence[i]) for i in shown])
+    if columns:
+        train.draw_panels(path, list(zip(*columns)), test.skeleton, titles)
+
+
+# --- Documents ----------------------------------------------------------------------------------------------
+
+BLOCK = re.compile(r"(<!-- python -m docs\.reproduce (.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def fill(text):
+    """A document with every block between `<!-- python -m docs.reproduce ... -->` and `<!-- end -->` printed
+    anew from the kept runs."""
+    def printed(match):
+        begin, words, _, end = match.groups()
+        options = make_parser().parse_args(shlex.split(words))
+        return f"{begin}\n{table_of(options)}\n\n{end}"
+
+    return BLOCK.sub(printed, text)
+
+
+def fill_documents():
+    """`--tables`: the tables of the documents, and the plots beside them."""
+    for path in DOCUMENTS:
+        train.write_text(path, fill(path.read_text()))
+    for comparison in COMPARISONS.values():
+        results, _ = collect(comparison, KEPT)
+        draw_sweeps(ROOT / "docs", comparison, results)
+
+
+def draw_sweeps(folder, comparison, results):
+    """sweep-NAME.png of each swept setting of a comparison."""
+    for name in dict.fromkeys(row.swept for row in comparison.rows if row.swept):
+        rows = [row for row in comparison.rows if row.swept == name]
+        if any(row.name in results for row in rows):
+            draw_sweep(folder / f"sweep-{name}.png", name, rows, results)
+
+
+# --- Command line -------------------------------------------------------------------------------------------
+
+HELP = f"""Tables, sweeps and plots, of the comparisons of docs/results.md or of your own.
+
+  python -m docs.reproduce bodies                          Table 1 from docs/runs.jsonl, missing runs trained
+  python -m docs.reproduce bodies --seeds 0 --out mine     train again what the table's seed 0 rests on
+  python -m docs.reproduce --methods udape,actupose --out mine --lr 0.003
+  python -m docs.reproduce --sweep pace=1,2,3,4,6 --out mine         Fig. 10 b
+  python -m docs.reproduce --tasks bodies,hands,mine       Table 2
+  python -m docs.reproduce --tables                        README.md and docs/results.md, without training
+
+Pictures lie beside the new runs: panel.png (Fig. 8), bins.png (Fig. 9), sweep-NAME.png (Fig. 10). Finished runs
+are reused: after editing code give a new --out.
+
+names:     {', '.join(COMPARISONS)}
+methods:   {', '.join(train.METHODS)}
+ablations: {', '.join(ABLATIONS)} (ACTUPose with one thing changed)"""
+
+
+def parse_sweep(text):
+    """argparse's type of --sweep: NAME=V1,V2,... -> rows."""
+    name, _, values = text.partition("=")
+    name = name.replace("-", "_")
+    kinds = {f.name: type(f.default) for f in dataclasses.fields(train.Settings)}
+    if name == "seed" or kinds.get(name) not in (int, float, bool):
+        raise argparse.ArgumentTypeError(f"{name!r} is no setting to sweep")
+    convert = train.PARSERS.get(kinds[name], kinds[name])
+    try:
+        return sweep_rows(name, [convert(value) for value in values.split(",")])
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"use NAME=V1,V2,... with numbers, got {text!r}") from None
+
+
+def parse_seeds(text):
+    """argparse's type of --seeds: "0,1,2"."""
+    try:
+        return tuple(int(seed) for seed in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"use whole numbers with commas, got {text!r}") from None
+
+
+def make_parser():
+    """The command line."""
+    parser = train.Parser(prog="python -m docs.reproduce", description=HELP)
+    add = parser.add_argument
+    add("name", nargs="?", choices=COMPARISONS, metavar="NAME", help="a comparison of docs/results.md")
+    add("--methods", help="rows: methods and ablations, with commas [all methods; with --sweep none]")
+    add("--sweep", action="append", default=[], type=parse_sweep, metavar="NAME=V1,V2,...",
+        help="a row of actupose per value of a setting, and a plot; can be given again")
+    add("--seeds", type=parse_seeds, help="seeds of each row [0,1,2, or those of NAME]")
+    add("--show", choices=("all", "short", "bins", "seeds"), default="all",
+        help="the table: all columns, without joints, PCK by complexity bin, or seed by seed")
+    add("--tasks", metavar="NAME,DIR,...", help="Table 2, of comparisons by name or directory")
+    add("--tables", action="store_true", help="print the tables of README.md and docs/results.md into them")
+    add("--out", type=Path, help="directory of new runs and of their runs.jsonl [runs/NAME, docs/runs.jsonl]")
+    add("--jobs", type=int, default=1, help="runs at a time, which share the cores [1]")
+    add("--preset", choices=("demo", "paper"), default="demo", help="values of options that are not given")
+    parser.add_settings(skip=("method", "seed"))
+    return parser
+
+
+def chosen(options):
+    """The comparison that the options ask for."""
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(train.Settings)
+             if hasattr(options, f.name)}
+    if options.name:
+        comparison = COMPARISONS[options.name]
+        if options.methods is not None or options.sweep:
+            raise UserError(f"--methods, --sweep: {options.name} has its own rows; leave one of them out")
+    else:
+        rows = named_rows(options.methods) if options.methods is not None else ()
+        for swept in options.sweep:
+            rows += swept
+        comparison = Comparison(rows or SIX, preset=options.preset)
+    comparison = comparison._replace(given={**comparison.given, **given})
+    if options.seeds:
+        comparison = comparison._replace(seeds=tuple(dict.fromkeys(options.seeds)))
+    return comparison
+
+
+def our_row(comparison):
+    """The row that is ACTUPose itself, with which the others are compared; "" where there is none."""
+    ours = run_settings(comparison, named_row("actupose"), 0)
+    for row in comparison.rows:
+        if run_settings(comparison, row, 0) == ours:
+            return row.name
+    return ""
+
+
+def results_of(task):
+    """Finished runs of a comparison by name, or of a directory: {row: [result, ...]}, of one task."""
+    if task in COMPARISONS:
+        results, _ = collect(COMPARISONS[task], KEPT)
+    else:
+        results = {}
+        for name in (*train.METHODS, *ABLATIONS):
+            paths = sorted(Path(task).glob(f"{name}-s[0-9]*/result.json"))
+            if paths:
+                results[name] = [train.read_json(path) for path in paths]
+    tasks = {(r["source"], r["target"]) for runs in results.values() for r in runs}
+    if len(tasks) != 1:
+        raise UserError(f"--tasks: {task} has finished runs of {len(tasks)} tasks; give names or directories of "
+                        f"comparisons of one task each ({', '.join(COMPARISONS)})")
+    return results
+
+
+def table_of(options, out=None):
+    """The table that the options ask for. out: directory of new runs, None where nothing is to be trained."""
+    if options.tasks:
+        return tasks_table({task: results_of(task) for task in options.tasks.split(",")})
+    comparison = chosen(options)
+    kept_in = KEPT if options.name and not options.out else options.out / "runs.jsonl"
+    results, failed = collect(comparison, kept_in, out, options.jobs, options.device)
+    if out is not None:
+        draw_pictures(out, comparison, results, options.device)
+    if failed:
+        raise UserError("; ".join(failed))
+    if not results:
+        return "(no finished run yet)"
+    ours = our_row(comparison)
+    if options.show == "bins":
+        return bins_table(results)
+    if options.show == "seeds":
+        return seeds_table(results, ours)
+    swept = any(row.swept for row in comparison.rows)
+    return comparison_table(results, ours, joints=options.show == "all", val=swept)
+
+
+def draw_pictures(out, comparison, results, device):
+    """Fig. 8, 9 and 10 of a comparison, beside its runs."""
+    draw_sweeps(out, comparison, results)
+    if any(row.swept for row in comparison.rows) or len(results) < 2:
+        return
+    paper = ("udape", "udape+vae-hm", "actupose")               # the rows of the paper's Fig. 9
+    shown = {name: results[name] for name in paper if name in results}
+    draw_bins(out / "bins.png", shown if len(shown) > 1 else results)
+    runs = {}
+    for row in comparison.rows:
+        run = run_directory(out, row, comparison.seeds[0])
+        if run.exists():
+            runs[row.name] = run
+    draw_panel(out / "panel.png", runs, train.choose_device(device))
+
+
+def command(arguments):
+    """What the command line asks for."""
+    options = make_parser().parse_args(arguments)
+    if options.tables:
+        fill_documents()
+        return
+    if options.jobs < 1:
+        raise UserError(f"--jobs: must be at least 1, got {options.jobs}")
+    if not options.name and not options.out and not options.tasks:
+        raise UserError(f"give the NAME of a comparison ({', '.join(COMPARISONS)}), or the --out of your own")
+    print(table_of(options, options.out or Path("runs") / str(options.name)), flush=True)
+
+
+def main(arguments):
+    """`command`, with expected errors on one line. Returns the exit status."""
+    try:
+        command(arguments)
+    except (UserError, data.DataError) as error:
+        print(f"docs.reproduce: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("docs.reproduce: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
