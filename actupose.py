@@ -29,11 +29,11 @@ from kernels.reference import subcell_offset
 # --- §3.1.1 Pose-VAE: how hard is a pose for a model of the source's poses? --------------------------------
 
 
-def normalise_poses(keypoints, visible, root):
+def normalise_poses(keypoints, visible, stand_ins):
     """Poses as the VAE sees them: the shape of a pose without its place and size.
 
-    keypoints: (N, K, 2), any unit; visible: (N, K), 0 where the coordinates mean nothing; root: indices of
-    the keypoints (both hips, say) whose mean stands in for a missing keypoint.
+    keypoints: (N, K, 2), any unit; visible: (N, K), 0 where the coordinates mean nothing; stand_ins: K tuples
+    of keypoints, `Skeleton.stand_in_rows`, or one tuple for all: a missing keypoint lies at their mean.
     Returns poses (N, 2K) within -1/2 ... 1/2, and weight (N, 2K), 0 for missing keypoints.
     """
     # Decision: centred on the box of the visible keypoints and divided by its larger side, so that Eq. 2
@@ -43,9 +43,18 @@ def normalise_poses(keypoints, visible, root):
     high = torch.where(seen, keypoints, -torch.inf).amax(1)
     side = (high - low).amax(1).clamp(min=1e-6)
     poses = (keypoints - ((low + high) / 2)[:, None]) / side[:, None, None]
-    root_seen = seen[:, list(root)].float()
-    centre = (torch.where(root_seen > 0, poses[:, list(root)], 0.0)).sum(1) / root_seen.sum(1).clamp(min=1)
-    poses = torch.where(seen, poses, centre[:, None])
+    # Decision: a missing keypoint lies where it would be about: a thorax between the shoulders. With the hips
+    # for all, LSP's poses, which label neither pelvis nor thorax, would look harder than they are.
+    num_keypoints = keypoints.shape[1]
+    if not isinstance(stand_ins[0], (tuple, list)):
+        stand_ins = [stand_ins] * num_keypoints
+    stands_in = torch.zeros(num_keypoints, num_keypoints, dtype=poses.dtype)
+    for k, others in enumerate(stand_ins):
+        stands_in[k, list(others)] = 1
+    share = stands_in * seen[..., 0][:, None, :]                                              # (N, K, K)
+    known = torch.where(seen, poses, 0.0)
+    middle = share @ known / share.sum(-1, keepdim=True).clamp(min=1)
+    poses = torch.where(seen, poses, middle)
     return poses.flatten(1), seen.expand_as(keypoints).flatten(1).float()
 
 
@@ -90,11 +99,11 @@ def vae_loss(poses, reconstruction, mean, log_var, kl_weight, weight=None):
     return (reconstruction_error(poses, reconstruction, weight) + kl_weight * kl).mean()             # Eq. 1
 
 
-def train_pose_vae(keypoints, visible, root, steps=1500, kl_weight=1e-3, latent=8, hidden=128, seed=0,
+def train_pose_vae(keypoints, visible, stand_ins, steps=1500, kl_weight=1e-3, latent=8, hidden=128, seed=0,
                    batch_size=256, lr=2e-3):
     """Fit a PoseVAE to poses (N, K, 2) with `visible` (N, K); deterministic by seed. Returns it in eval mode.
 
-    kl_weight: lambda of Eq. 1; latent, hidden: its sizes.
+    stand_ins: see `normalise_poses`; kl_weight: lambda of Eq. 1; latent, hidden: its sizes.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -104,7 +113,7 @@ def train_pose_vae(keypoints, visible, root, steps=1500, kl_weight=1e-3, latent=
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(steps):
         index = torch.randint(len(keypoints), (min(batch_size, len(keypoints)),), generator=generator)
-        poses, weight = normalise_poses(keypoints[index], visible[index], root)       # of millions only these
+        poses, weight = normalise_poses(keypoints[index], visible[index], stand_ins)  # of millions only these
         loss = vae_loss(poses, *vae(poses, generator), kl_weight, weight)
         optimiser.zero_grad()
         loss.backward()
@@ -114,14 +123,15 @@ def train_pose_vae(keypoints, visible, root, steps=1500, kl_weight=1e-3, latent=
 
 
 @torch.no_grad()
-def pose_complexity(vae, keypoints, visible, root, chunk=65536):
+def pose_complexity(vae, keypoints, visible, stand_ins, chunk=65536):
     """Eq. 2: how badly the VAE reconstructs each pose. keypoints (N, K, 2), visible (N, K) -> score (N,).
 
     Decision: decodes the mean of the posterior, without a draw, so that a score is a function of the pose.
     """
     scores = []
     for start in range(0, len(keypoints), chunk):
-        poses, weight = normalise_poses(keypoints[start:start + chunk], visible[start:start + chunk], root)
+        part = slice(start, start + chunk)
+        poses, weight = normalise_poses(keypoints[part], visible[part], stand_ins)
         scores.append(reconstruction_error(poses, vae.decoder(vae.encode(poses)[0]), weight))        # Eq. 2
     return torch.cat(scores) if scores else torch.zeros(0)
 
@@ -143,6 +153,10 @@ def assign_bins(scores, num_bins):
 # --- §3.1.2 Active curriculum: which source samples an epoch trains on -------------------------------------
 
 
+# What Eq. 4 does: re-score by relative confidence, as printed, by the confidence on all samples, or nothing.
+RESCORING = ("relative", "literal", "full", "off")
+
+
 class FixedCurriculum:
     """The same samples in every epoch, passed over again and again, each time in a new order.
 
@@ -150,6 +164,7 @@ class FixedCurriculum:
     """
     drawn = {}              # nothing is drawn, and nothing moves: see `ActiveCurriculum`
     reranks = False
+    observes_all = False
 
     def __init__(self, pool, seed):
         self.pool = pool
@@ -179,8 +194,8 @@ class ActiveCurriculum:
 
     complexity: (N,) the VAE's scores (Eq. 2). epochs: e runs over 0 ... epochs - 1. num_bins: N_b.
     pace: lambda, how fast the peak moves to the hard bins. spread: sigma of Eq. 3.
-    scale: "rank" or "minmax", what s_j of Eq. 3 is. rescoring: "relative", "literal" or "off", what Eq. 4
-    does. All state is a few arrays of length N: six million samples take about 100 MB.
+    scale: "rank" or "minmax", what s_j of Eq. 3 is. rescoring: one of RESCORING.
+    All state is a few arrays of length N: six million samples take about 100 MB.
 
     An epoch is `samples(epoch, count)`, training with `observe(indices, confidence)`, and `rerank()`.
     """
@@ -195,8 +210,8 @@ class ActiveCurriculum:
             raise ValueError("complexity: scores must be finite; check the poses given to the Pose-VAE")
         if scale not in ("rank", "minmax"):
             raise ValueError(f"scale: must be 'rank' or 'minmax', got {scale!r}")
-        if rescoring not in ("relative", "literal", "off"):
-            raise ValueError(f"rescoring: must be 'relative', 'literal' or 'off', got {rescoring!r}")
+        if rescoring not in RESCORING:
+            raise ValueError(f"rescoring: must be one of {', '.join(RESCORING)}, got {rescoring!r}")
         if not (pace > 0 and spread > 0 and epochs > 0):
             raise ValueError(f"pace, spread and epochs must be positive, got {pace}, {spread}, {epochs}")
         self.complexity = complexity
@@ -224,6 +239,11 @@ class ActiveCurriculum:
     def reranks(self):
         """Whether Eq. 4 is on."""
         return self.rescoring != "off"
+
+    @property
+    def observes_all(self):
+        """Whether `observe` wants the confidence on all samples at an epoch's end, not that of training."""
+        return self.rescoring == "full"
 
     def _sort(self):
         self.order = np.argsort(self.score).astype(np.int32 if len(self.score) < 2 ** 31 else np.int64)
@@ -276,8 +296,9 @@ class ActiveCurriculum:
     def observe(self, indices, confidence):
         """Confidences seen in training: indices (n,), confidence (n,), a sample's mean heatmap maximum.
 
-        Decision: taken from the training passes themselves, so Eq. 4 costs no extra pass over the source. All
-        calls between two `rerank`s are one epoch. Of a sample seen twice in it, the last confidence counts.
+        Decision: taken from the training passes themselves, so Eq. 4 costs no extra pass over the source; with
+        rescoring "full" from a pass over all samples. All calls between two `rerank`s are one epoch. Of a
+        sample seen twice in it, the last confidence counts.
         A confidence of 0 is that of a view without a labelled keypoint, and says nothing.
         """
         indices = np.asarray(indices)
@@ -332,6 +353,7 @@ class StaticCurriculum(ActiveCurriculum):
     In every epoch p_j is the mean over the epochs of p_j / sum p_j, scaled so that the largest is 1.
     """
     reranks = False
+    observes_all = False
 
     def probabilities(self, epoch):
         """The same shares (N_b,) in every epoch."""
@@ -639,35 +661,40 @@ class StyleTransfer(nn.Module):
 
 def train_style_transfer(style_transfer, batches, iterations, train_encoder, lr=2e-3, style_weight=0.1,
                          autocast=nullcontext, progress=None):
-    """Fit the decoder on both domains' images, in both directions.
+    """Fit the decoder on both domains' images, in both directions, in place.
 
     batches: function of the iteration -> (source, target) normalised image batches (B, 3, H, W).
     train_encoder: an encoder without published weights is first trained with the decoder to reproduce the
-    images (the first half of the iterations), then frozen. autocast: context in which the networks compute.
-    progress: called with (done, iterations).
+    images (the first half of the iterations), then frozen; reproducing them stays a term of the loss. For a
+    given encoder the loss is the published one, content + 0.1 style. autocast: context in which the networks
+    compute. progress: called with (done, iterations).
     """
-    encoder, decoder = style_transfer.encoder, style_transfer.decoder
-    optimiser = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()] if train_encoder
-                                 else decoder.parameters(), lr=lr)
+    encoder = style_transfer.encoder
+    decoder = style_transfer.decoder
+    trained = [*encoder.parameters(), *decoder.parameters()] if train_encoder else decoder.parameters()
+    optimiser = torch.optim.Adam(trained, lr=lr)
     encoder.requires_grad_(train_encoder)
     for i in range(iterations):
         source, target = batches(i)
+        loss = 0
         with autocast():
             if train_encoder and i < iterations // 2:
-                loss = sum(F.mse_loss(decoder(style_transfer.encode(images)[-1]).float(), images)
-                           for images in (source, target))
+                for images in (source, target):
+                    reproduced = decoder(style_transfer.encode(images)[-1]).float()
+                    loss = loss + F.mse_loss(reproduced, images)
             else:
                 encoder.requires_grad_(False)
-                loss = 0
                 for content, style in ((source, target), (target, source)):
                     reconstruction, content_loss, style_loss = style_transfer.losses(content, style)
-                    loss = loss + reconstruction + content_loss + style_weight * style_loss
+                    if train_encoder:
+                        loss = loss + reconstruction
+                    loss = loss + content_loss + style_weight * style_loss
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         if progress:
             progress(i + 1, iterations)
-    return style_transfer.requires_grad_(False).eval()
+    style_transfer.requires_grad_(False).eval()
 
 
 # --- §3.2 The base method: mean teacher, pseudo-labels, consistency ----------------------------------------

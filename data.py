@@ -139,6 +139,11 @@ class Skeleton:
     triplets: tuple
     groups: dict
     root: tuple
+    stand_ins: dict = None
+
+    @property
+    def stand_in_rows(self):
+        return [(self.stand_ins or {}).get(k, self.root) for k in range(len(self))]
 
     def __post_init__(self):
         for name in ("names", "limbs", "triplets", "root"):       # lists, where they come from JSON
@@ -154,6 +159,16 @@ class Skeleton:
 
     def __len__(self):
         return len(self.names)
+
+
+def check_pictures(dataset, progress):
+    pass
+
+
+def open_picture(path):
+    from PIL import ImageOps
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def check_dataset(dataset, name):
@@ -190,7 +205,7 @@ BODY16 = Skeleton(
               (12, 8, 9), (13, 8, 9), (7, 8, 9), (6, 7, 8)),   # neck, spine
     groups={"shoulder": (12, 13), "elbow": (11, 14), "wrist": (10, 15), "hip": (2, 3), "knee": (1, 4),
             "ankle": (0, 5), "all": (0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15)},
-    root=(2, 3))
+    root=(2, 3), stand_ins={7: (12, 13)})
 
 _MCP = tuple(range(1, 21, 4))                                  # of thumb, index, middle, ring, little
 HAND21 = Skeleton(

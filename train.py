@@ -7,16 +7,18 @@ The tables and sweeps of docs/results.md are made by `python -m docs.reproduce`.
 import argparse
 import dataclasses
 import difflib
+import fcntl
 import functools
 import hashlib
 import io
 import json
 import math
 import os
+import re
 import resource
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +28,7 @@ import numpy as np
 import PIL
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 import actupose
 import data
@@ -78,6 +80,11 @@ SOURCES = {"surreal": data.SURREAL, "rhd": data.RenderedHandPose}
 TARGETS = {"lsp": data.LSP, "human36m": data.Human36M, "h3d": data.Hand3DStudio}
 
 
+# Settings that are paths, and those that may differ when a run goes on: its data may have been moved.
+PATHS = ("source_root", "target_root", "cache", "weights", "style_weights", "style_decoder")
+PLACES = ("source_root", "target_root", "cache", "workers")
+
+
 def option(default, text, choices=None, low=-math.inf, above=-math.inf, high=math.inf):
     """A field of Settings: default, help, and the values it takes (low <= or above < value <= high)."""
     return field(default=default, metadata=dict(help=text, choices=choices, low=low, above=above, high=high))
@@ -85,7 +92,7 @@ def option(default, text, choices=None, low=-math.inf, above=-math.inf, high=mat
 
 @dataclass
 class Settings:
-    """What a run is told. The defaults are the demo's. All but cache and workers decide its result."""
+    """What a run is told. The defaults are the demo's. All but PLACES decide its result."""
     method: str = option("actupose", "which of the paper's rows to train", tuple(METHODS))
     source: str = option("mannequin", "labelled source domain", (*RENDERED, *SOURCES))
     source_root: str = option("", "directory of the source dataset, for a source on disk")
@@ -121,7 +128,7 @@ class Settings:
     pace: float = option(6.0, "lambda of Eq. 3: how fast the peak moves to hard bins", above=0)
     spread: float = option(0.25, "sigma of Eq. 3", above=0)
     scale: str = option("rank", "s_j of Eq. 3: a bin's rank or its scaled mean score", ("rank", "minmax"))
-    rescoring: str = option("relative", "re-scoring by confidence", ("relative", "literal", "off"))
+    rescoring: str = option("relative", "re-scoring by confidence", actupose.RESCORING)
     vae_steps: int = option(1500, "training steps of the Pose-VAE", low=1)
     vae_kl: float = option(1e-3, "lambda of Eq. 1", low=0)
     vae_latent: int = option(8, "latent dimensions of the Pose-VAE", low=1)
@@ -131,7 +138,8 @@ class Settings:
     occlusion: float = option(0.5, "probability of hiding a confident keypoint", low=0, high=1)
     occlusion_confidence: float = option(0.5, "confidence from which a keypoint may be hidden", low=0)
     style: str = option("small", "networks of the style transfer", ("small", "vgg", "off"))
-    style_weights: str = option("", "directory of vgg_normalised.pth, and of decoder.pth or it is trained")
+    style_weights: str = option("", "directory of AdaIN's vgg_normalised.pth, the encoder")
+    style_decoder: str = option("", "file of a decoder for normalised images, such as UDAPE's [it is trained]")
     style_prob: float = option(0.5, "probability of restyling a batch, each direction", low=0, high=1)
     style_iters: int = option(300, "iterations that train the style networks", low=1)
 
@@ -161,6 +169,8 @@ class Settings:
                 value = tuple(value)
                 setattr(self, f.name, value)
             check_value(f, value)
+        for name in PATHS:
+            setattr(self, name, os.path.expanduser(getattr(self, name)))
         for name in ("zoom", "crop"):
             pair = getattr(self, name)
             if len(pair) != 2 or pair[0] > pair[1]:
@@ -176,8 +186,9 @@ class Settings:
             raise UserError(f"--source and --target must differ (both {self.source})")
         if self.weights == "imagenet" and self.architecture not in IMAGENET_FILES:
             refuse("architecture", f"--weights imagenet needs {' or '.join(IMAGENET_FILES)}", self.architecture)
-        if self.style == "small" and self.style_weights:
-            refuse("style_weights", "needs --style vgg", self.style_weights)
+        for name in ("style_weights", "style_decoder"):
+            if self.style == "small" and getattr(self, name):
+                refuse(name, "needs --style vgg", getattr(self, name))
         if self.style == "vgg" and not self.style_weights:
             raise UserError("--style-weights: --style vgg needs the directory of vgg_normalised.pth (or use "
                             "--style small)")
@@ -265,6 +276,8 @@ def open_domains(settings):
     UserError or DataError names what is missing or does not fit.
     """
     s = settings
+    if s.cache:
+        check_writable(Path(s.cache), "--cache")
     source = open_split(s, "source", "train")
     target = open_split(s, "target", "train")
     if source.skeleton.names != target.skeleton.names:
@@ -651,17 +664,21 @@ def train(settings, out, device="auto", resume=False):
     Killed at any moment and called again with `resume`, it goes on from its last finished epoch. On a CPU with
     as many threads, a resumed run is bit-identical. Raises UserError for what the user can mend.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     device = choose_device(device)
+    with claimed(out):
+        return train_claimed(resolve_amp(settings, device), out, device, resume)
+
+
+def train_claimed(settings, out, device, resume):
+    """The body of `train`, in a directory that no other process writes to."""
+    s = settings
     started = time.time()
-    s = settings = resolve_amp(settings, device)
     checkpoint = starting_point(out, resume)
-    run = set_up(settings, device, checkpoint)
+    run = set_up(settings, device, checkpoint, out)
     trainer = run.trainer
     curriculum = run.curriculum
     progress = Progress(s.method)
-    if checkpoint is None and rank() == 0:
-        write_config(out, settings, trainer.skeleton, device)
 
     for epoch in range(len(run.log), s.epochs):
         if epoch == s.pretrain_epochs:
@@ -671,7 +688,7 @@ def train(settings, out, device="auto", resume=False):
 
         # The source samples of this epoch, then a step per batch of them.
         begun = time.time()
-        samples, pool = curriculum.samples(epoch, s.iters_per_epoch * s.batch_size)                   # Eq. 3
+        samples, pool = curriculum.samples(epoch, s.iters_per_epoch * s.batch_size)         # Eq. 3
         steps = range(epoch * s.iters_per_epoch, (epoch + 1) * s.iters_per_epoch)
         stats = EpochStats(run, out)
         for step, batch in zip(steps, prefetch(batches(run, samples, steps), s.workers)):
@@ -680,15 +697,18 @@ def train(settings, out, device="auto", resume=False):
             stats.add(step, indices, terms, confidence)
             progress(step + 1, s.epochs * s.iters_per_epoch, f"epoch {epoch + 1}/{s.epochs}")
         stats.check_finite()
-        seconds = time.time() - begun
+        broadcast_buffers(trainer)
 
         # The ranking for the next epoch, by what the student was sure of in this one.
-        curriculum.observe(samples, torch.cat(stats.confidences).cpu())
-        curriculum.rerank()                                                                           # Eq. 4
+        if curriculum.observes_all:
+            curriculum.observe(np.arange(len(run.labelled)), confidence_on(run.labelled, trainer))
+        else:
+            curriculum.observe(samples, torch.cat(stats.confidences).cpu())
+        curriculum.rerank()                                                                 # Eq. 4
+        seconds = time.time() - begun
 
-        # Log, validate, save.
+        # Validate, log, save.
         row = {"epoch": epoch, "lr": lr, "pool": pool, **stats.means()}
-        broadcast_buffers(trainer)
         if (epoch + 1) % 10 == 0 or epoch + 1 == s.epochs:
             scores, _ = evaluate(run, run.domains.val)
             for name, score in scores.items():
@@ -702,11 +722,12 @@ def train(settings, out, device="auto", resume=False):
             write_speed(out / "speed.jsonl", epoch, seconds, trainer, started)
 
     scores, predictions = evaluate(run, run.domains.test)
-    result = {"method": s.method, "source": s.source, "target": s.target, "seed": s.seed, **scores["student"],
-              "teacher": scores.get("teacher"), "val": run.log[-1]["val_student"], "epochs": s.epochs}
+    result = {"method": s.method, "source": s.source, "target": s.target, "seed": s.seed,
+              **scores["student"], "teacher": scores.get("teacher"),
+              "val": run.log[-1]["val_student"], "epochs": s.epochs}
     if rank() == 0:
+        write_json(out / "result.json", result)                 # with it the run is finished
         draw_figures(run, scores, predictions, out / "figures")
-        write_json(out / "result.json", result)                 # last: with it the run is finished
     return result
 
 
@@ -770,32 +791,44 @@ def epoch_line(row, epochs, seconds):
 
 
 def say(line):
-    """A line on standard output, in place of a progress line that stands on the terminal."""
+    """A line on standard output, in place of a progress line that stands on the terminal.
+
+    A reader that went away (`| head`) does not end the run.
+    """
     if Progress.unfinished:
         print("\r" + " " * 79, end="\r", file=sys.stderr, flush=True)
         Progress.unfinished = False
-    print(line, flush=True)
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
 
 
-def set_up(settings, device, checkpoint=None):
-    """Data, Pose-VAE, curriculum, networks and style transfer of a run, from a checkpoint where one is given.
+def set_up(settings, device, checkpoint=None, out=None):
+    """Data, Pose-VAE, curriculum, networks and style transfer of a run.
 
-    Returns a namespace: settings, domains, labelled (the dataset whose labels are used), vae, complexity (N,)
-    of the source's poses, curriculum, trainer, and log (a row per finished epoch).
+    checkpoint: what to go on from, or None. out: the directory of a run to be trained; its config.json is
+    written when all that training needs is there, and before anything expensive. Returns a namespace:
+    settings, domains, labelled (the dataset whose labels are used), vae, complexity (N,) of the source's
+    poses, curriculum, trainer, and log (a row per finished epoch).
     """
     s = settings
     where = "the checkpoint"
-    if checkpoint is None and s.style_weights and not Path(s.style_weights, "vgg_normalised.pth").exists():
-        raise UserError(f"--style-weights: {s.style_weights} holds no vgg_normalised.pth; give its directory")
     domains = open_domains(s)
     source = domains.source
     skeleton = source.skeleton
-    weights = read_weights(s) if s.weights and checkpoint is None else None
     trainer = make_trainer(s, skeleton, device)
-    if weights is not None:
-        load_initial_weights(trainer.student, *weights)
+    if checkpoint is None:
+        if s.weights:
+            load_initial_weights(trainer.student, *read_weights(s))
+        trainer.style_transfer = open_style(s, device, domains)
+    if out is not None:
+        for dataset in (domains.val, domains.test):
+            data.check_pictures(dataset, Progress("looking at pictures"))
+        if rank() == 0:
+            write_config(out, settings, skeleton, device)
 
-    poses = (source.keypoints, source.visible, skeleton.root)
+    poses = (source.keypoints, source.visible, skeleton.stand_in_rows)
     if checkpoint is None:
         vae = actupose.train_pose_vae(*poses, s.vae_steps, s.vae_kl, s.vae_latent, s.vae_width, s.seed)
     else:
@@ -812,51 +845,92 @@ def set_up(settings, device, checkpoint=None):
     except ValueError as error:
         raise UserError(f"--{error}") from None
 
+    run = SimpleNamespace(settings=s, domains=domains, labelled=labelled, vae=vae,
+                          complexity=complexity.numpy(), curriculum=curriculum, trainer=trainer, log=[])
     if checkpoint is None:
-        trainer.style_transfer = prepare_style(s, domains, trainer)             # last: it can take an hour
         if trainer.style_transfer is not None:
+            train_style(run)                                    # last: it can take an hour
             broadcast(trainer.style_transfer.state_dict().values())
-    elif checkpoint["style"] is not None:
+        return run
+    if checkpoint["style"] is not None:
         trainer.style_transfer = actupose.StyleTransfer(s.style).to(device).requires_grad_(False).eval()
         load_weights(trainer.style_transfer, checkpoint["style"], where)
-    run = SimpleNamespace(settings=s, domains=domains, labelled=labelled, vae=vae, complexity=complexity.numpy(),
-                          curriculum=curriculum, trainer=trainer, log=[])
-    if checkpoint is not None:
-        load_networks(trainer, checkpoint, where)
-        try:
-            trainer.optimiser.load_state_dict(checkpoint["optimiser"])
-            curriculum.load_state_dict(checkpoint["curriculum"])
-        except ValueError as error:
-            raise UserError(f"{where}: {error}; go on with the data that the run was started on") from None
-        run.log = checkpoint["log"]
+    load_networks(trainer, checkpoint, where)
+    try:
+        trainer.optimiser.load_state_dict(checkpoint["optimiser"])
+        curriculum.load_state_dict(checkpoint["curriculum"])
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; go on with the data that the run was started on") from None
+    run.log = checkpoint["log"]
     return run
 
 
-def prepare_style(settings, domains, trainer):
-    """The style networks of a run, trained on the images of its two domains; None when off."""
+def style_images(dataset, i, settings, device):
+    """The i-th batch of images of a domain for the style networks, in [0, 1]."""
+    indices = shuffled_batch(len(dataset), min(16, settings.batch_size), i, settings.seed)
+    images, _, _ = dataset[indices]
+    return unit_range(images.to(device))
+
+
+def open_style(settings, device, domains):
+    """The style networks of a run with the weights that are given; None when off."""
     s = settings
     if s.style == "off":
         return None
     torch.manual_seed(s.seed)
-    transfer = actupose.StyleTransfer(s.style).to(trainer.device)
-    folder = Path(s.style_weights)
+    transfer = actupose.StyleTransfer(s.style).to(device)
     if s.style_weights:
-        load_style_weights(transfer.encoder, folder / "vgg_normalised.pth")
-        if (folder / "decoder.pth").exists():
-            load_style_weights(transfer.decoder, folder / "decoder.pth")
-            return transfer.requires_grad_(False).eval()
-    size = min(16, s.batch_size)
+        encoder = Path(s.style_weights, "vgg_normalised.pth")
+        if not encoder.exists():
+            raise UserError(f"--style-weights: {s.style_weights} holds no vgg_normalised.pth; give its "
+                            "directory")
+        load_style_weights(transfer.encoder, encoder)
+    if s.style_decoder:
+        load_style_weights(transfer.decoder, Path(s.style_decoder))
+        for dataset in (domains.source, domains.target):
+            check_decoder(transfer, style_images(dataset, 0, s, device), s.style_decoder)
+    return transfer
 
-    def images(dataset, i):
-        batch, _, _ = dataset[shuffled_batch(len(dataset), size, i, s.seed)]
-        return normalise(unit_range(batch.to(trainer.device)))
+
+@torch.no_grad()
+def check_decoder(transfer, unit, path):
+    """UserError where a given decoder does not reproduce images (B, 3, S, S) without a style.
+
+    unit: the images in [0, 1]. Normalised, they must come back clearly better than their mean colours would.
+    AdaIN's own decoder.pth fails: it was trained on images in 0 ... 1 and decodes to them.
+    """
+    def reproduces(given, wanted):
+        decoded = transfer.decoder(transfer.encode(given)[-1])[..., :wanted.shape[2], :wanted.shape[3]]
+        spread = (wanted - wanted.mean((2, 3), keepdim=True)).square().mean()
+        return (decoded - wanted).square().mean() < spread / 2
+
+    images = normalise(unit)
+    if reproduces(images, images):
+        return
+    why = "does not reproduce the images of this run"
+    if reproduces(unit, unit) or reproduces(images, unit):
+        why = "decodes to images in 0 ... 1, as AdaIN's own decoder.pth; the images here are normalised"
+    raise UserError(f"--style-decoder: {path} {why}; give one that was trained on normalised images of these "
+                    "domains (UDAPE's are), or leave it out: it is then trained")
+
+
+def train_style(run):
+    """Train what was not given of the style networks, on the images of both domains."""
+    s = run.settings
+    trainer = run.trainer
+    transfer = trainer.style_transfer
+    if s.style_decoder:
+        transfer.requires_grad_(False).eval()
+        return
+    domains = (run.domains.source, run.domains.target)
 
     def pair(i):
-        return images(domains.source, i), images(domains.target, i)
+        return [normalise(style_images(dataset, i, s, trainer.device)) for dataset in domains]
 
-    return actupose.train_style_transfer(transfer, pair, s.style_iters, train_encoder=not s.style_weights,
-                                         lr=2e-3 if s.style == "small" else 1e-4,       # AdaIN's own for VGG
-                                         autocast=trainer.autocast, progress=Progress("style transfer"))
+    small = s.style == "small"
+    actupose.train_style_transfer(transfer, pair, s.style_iters, train_encoder=small,
+                                  lr=2e-3 if small else 1e-4,                   # AdaIN's own for VGG
+                                  autocast=trainer.autocast, progress=Progress("style transfer"))
 
 
 # --- Evaluation ---------------------------------------------------------------------------------------------
@@ -885,12 +959,38 @@ def predict(trainer, network, dataset, batch_size=64):
     return torch.cat(keypoints), torch.cat(confidences)
 
 
+@torch.no_grad()
+def confidence_on(dataset, trainer, batch_size=64):
+    """The student's mean confidence (N,) on each labelled sample, as it is, in evaluation mode: one pass."""
+    network = trainer.student.eval()
+    parts = []
+    for indices in torch.arange(len(dataset)).split(batch_size):
+        images, _, visible = dataset[indices]
+        maps, _ = trainer.forward(network, normalise(unit_range(images.to(trainer.device))))
+        _, _, mean_confidence = kernels.heatmap_argmax_mean(maps, visible.to(trainer.device))
+        parts.append(mean_confidence)
+    confidence = torch.cat(parts).cpu()
+    broadcast([confidence])
+    return confidence
+
+
+def scored_teacher(trainer):
+    """The teacher as it is scored and shown.
+
+    Decision: with the student's BatchNorm statistics. Its own, of augmented views, fit clean images badly.
+    """
+    teacher = actupose.make_teacher(trainer.teacher)
+    for own, students in zip(teacher.buffers(), trainer.student.buffers()):
+        own.copy_(students)
+    return teacher
+
+
 def evaluate(run, dataset):
     """Scores of the present weights, {"student": ..., "teacher": ...}, and the student's predictions."""
     s = run.settings
     trainer = run.trainer
-    skeleton = dataset.skeleton
-    complexity = actupose.pose_complexity(run.vae, dataset.keypoints, dataset.visible, skeleton.root)
+    complexity = actupose.pose_complexity(run.vae, dataset.keypoints, dataset.visible,
+                                          dataset.skeleton.stand_in_rows)
     bins = actupose.assign_bins(complexity, min(s.bins, len(dataset)))
 
     def score(predictions):
@@ -899,34 +999,34 @@ def evaluate(run, dataset):
     predictions = predict(trainer, trainer.student, dataset)
     scores = {"student": score(predictions)}
     if trainer.teacher is not None:
-        # Decision: the teacher is scored with the student's BatchNorm statistics. Its own, of augmented
-        # views, fit clean images badly.
-        teacher = actupose.make_teacher(trainer.teacher)
-        for own, students in zip(teacher.buffers(), trainer.student.buffers()):
-            own.copy_(students)
-        scores["teacher"] = score(predict(trainer, teacher, dataset))
+        scores["teacher"] = score(predict(trainer, scored_teacher(trainer), dataset))
     return scores, predictions
 
 
-def evaluate_run(out, device):
-    """`evaluate RUN`: score the last checkpoint again. UserError where result.json says something else."""
-    run = set_up(saved_settings(out), device, load_run(out / "last.pt"))
-    scores, _ = evaluate(run, run.domains.test)
+def evaluate_run(out, device, places):
+    """`evaluate RUN`: score the last checkpoint and draw the pictures again.
+
+    places: {setting: path} where the run's data lie now. UserError where result.json says something else.
+    """
+    settings = dataclasses.replace(saved_settings(out), **places)
+    run = set_up(settings, device, load_run(out / "last.pt"))
+    scores, predictions = evaluate(run, run.domains.test)
     result = {**scores["student"], "teacher": scores.get("teacher")}
-    print(run_summary(result))
+    say(run_summary(result))
     path = out / "result.json"
     if not path.exists():
-        print(f"after {len(run.log)} of {run.settings.epochs} epochs; --resume --out {out} goes on")
+        say(f"after {len(run.log)} of {settings.epochs} epochs; --resume --out {out} goes on")
         return
+    draw_figures(run, scores, predictions, out / "figures")
     saved = read_json(path)
     if any(saved.get(key) != value for key, value in result.items()):
         raise UserError(f"{path}: holds other scores than this machine and these threads give")
-    print(f"the same as {path}")
+    say(f"the same as {path}")
 
 
 def fmt(value, digits=1):
     """A score as text, a dash where nothing is labelled."""
-    return "-" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
 def run_summary(result):
@@ -1031,8 +1131,7 @@ def read_json(path):
 
 
 def write_config(out, settings, skeleton, device):
-    """config.json: the settings, the skeleton, and what computed the run. Makes the directory."""
-    out.mkdir(parents=True, exist_ok=True)
+    """config.json: the settings, the skeleton, and what computes the run. With it `out` holds a run."""
     write_json(out / "config.json", {
         **dataclasses.asdict(settings), "skeleton": dataclasses.asdict(skeleton), "processes": world_size(),
         "device": kernels.common.device_name(device), "threads": torch.get_num_threads(),
@@ -1108,38 +1207,79 @@ def load_run(path):
 
 def load_torch(file, path):
     """A torch file as a dictionary of tensors and plain values. Nothing in it is executed."""
+    advice = "fetch it again"
     try:
         # UDAPE's and RegDA's files hold the options they were written with: plain values, too.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(file, map_location="cpu", weights_only=True)
         reason = f"it holds a {type(state).__name__}"
+        advice = "save the weights alone: torch.save(model.state_dict(), FILE)"
     except FileNotFoundError:
-        state = None
-        reason = "no such file"
+        raise UserError(f"{path}: no such file") from None
     except Exception as error:                                  # of many kinds, where the file is damaged
         state = None
         reason = type(error).__name__
+        refused = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
+        if refused:
+            reason = f"it holds {refused[1] or 'a TorchScript module'}, which could run code"
+            advice = "if you trust it, save its weights alone: torch.save(model.state_dict(), FILE)"
+        elif is_safetensors(path):
+            reason = "it is a safetensors file"
+            advice = "convert it: torch.save(safetensors.torch.load_file(FILE), OUT)"
     if not isinstance(state, dict):
-        raise UserError(f"{path}: no readable dictionary of tensors and plain values ({reason}); replace it")
+        raise UserError(f"{path}: no readable dictionary of tensors and plain values ({reason}); {advice}")
     return state
+
+
+def is_safetensors(path):
+    """Whether a file begins as safetensors files do: the length of a header, then the header, in JSON."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < 1 << 27
+
+
+@contextmanager
+def claimed(out):
+    """Hold the directory of a run while this process trains it. UserError where another process does."""
+    if rank() != 0:
+        yield
+        return
+    missing = [path for path in (out, *out.absolute().parents) if not path.exists()]
+    check_writable(out, "--out")
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"--out: another process is at work in {out}; give another directory") from None
+    finally:
+        os.close(handle)                                        # lets go of it
+        for path in missing:                                    # nothing was written before a mistake was found
+            if path.exists() and not any(path.iterdir()):
+                path.rmdir()
+
+
+def check_writable(path, name):
+    """UserError, for an option, where a directory is not there to be written to, or cannot be made."""
+    nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise UserError(f"{name}: {nearest} is not a directory that can be written to; give another")
 
 
 def starting_point(out, resume):
     """The checkpoint to go on from, previous.pt where last.pt is damaged; None to start anew."""
     last = out / "last.pt"
     previous = out / "previous.pt"
-    saved = last.exists() or previous.exists()
-    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"--out: {parent} is not a directory that can be written to; give another")
-    if not resume and (saved or (out / "result.json").exists()):
+    files = [out / "config.json", out / "result.json", last, previous]
+    if not resume and any(file.exists() for file in files):
         raise UserError(f"--out: {out} holds a run; give another, add --resume, or `evaluate {out}`")
     if rank() == 0:                                             # of a run that was killed while it wrote
         for stale in (*out.glob("*.tmp"), *out.glob("figures/*.tmp")):
             stale.unlink()
     if not resume:
         return None
-    if not saved and (out / "config.json").exists():
+    if not (last.exists() or previous.exists()):
         return None                                             # killed before it saved an epoch
     try:
         return load_run(last)
@@ -1149,7 +1289,8 @@ def starting_point(out, resume):
         state = load_run(previous)
         gather(torch.zeros(1))                                  # all have read it
         if rank() == 0:
-            warn(f"{damage}: going on from {previous}, {len(state['log'])} epochs done, to the same result")
+            warn(f"{damage}: going on from {previous}, {len(state['log'])} epochs done, to the same "
+                 "result")
             os.replace(previous, last)                          # or the damaged file would become previous.pt
         return state
 
@@ -1489,40 +1630,49 @@ def truth_panel(caption, dataset, i):
 
 
 def prediction_panel(trainer, dataset, i, keypoints, confidence):
-    """Sample i with a predicted pose (K, 2), under its own PCK and EvalPose score."""
-    one = SimpleNamespace(skeleton=dataset.skeleton, size=dataset.size, keypoints=dataset.keypoints[[i]],
-                          visible=dataset.visible[[i]])
-    scored = actupose.score(keypoints[None], one, trainer.stride, trainer.settings.subcell)
-    caption = f"PCK {fmt(scored['pck']['all'], 0)}  EvalPose {fmt(scored['evalpose'], 0)}"
+    """Sample i with a predicted pose (K, 2), under its own PCK and EvalPose score.
+
+    As in the paper's Fig. 8, this PCK is of all labelled keypoints; the tables' is of the scored ones.
+    """
+    one = SimpleNamespace(size=dataset.size, keypoints=dataset.keypoints[[i]], visible=dataset.visible[[i]])
+    true, weight = actupose.scoring_frame(one, trainer.stride, trainer.settings.subcell)
+    pck = actupose.pck(keypoints[None], true, weight, dataset.size)["all"]
+    evalpose = actupose.evalpose_score(keypoints[None], true, trainer.limbs.cpu(), weight)
+    caption = f"PCK {fmt(pck, 0)}  EvalPose {fmt(evalpose, 0)}"
     images, _, _ = dataset[torch.tensor([i])]
     return Panel(caption, images[0], keypoints, torch.ones(len(keypoints)), confidence)
 
 
 def draw_figures(run, scores, predictions, folder):
-    """All pictures of a finished run. The samples shown are the first of each split, not chosen."""
+    """All pictures of a finished run. The samples shown are the first of each split, not chosen.
+
+    A picture that cannot be drawn costs a line on stderr: the result is written already.
+    """
     s = run.settings
     curriculum = run.curriculum
     source = run.domains.source
-    skeleton = source.skeleton
-    draw_curves(folder / "curves.png", run.log, s.pretrain_epochs if s.method in ADAPTING else None)
-    draw_predictions(folder / "predictions.png", run, predictions)                                    # Fig. 8
-    if run.labelled is source:
-        draw_similar(folder / "similar.png", run, predictions)                                        # Fig. 1
-    if s.w_cross:
-        draw_pairs(folder / "pairs.png", run.trainer, source, run.domains.target)                     # Fig. 7
     bins = actupose.assign_bins(run.complexity, s.bins)
-    draw_complexity(folder / "complexity.png", source, bins, s.bins)                               # Fig. 2-3
-    if curriculum.drawn:                                                                              # Fig. 5
-        arrival = min(math.ceil(s.epochs / s.pace), s.epochs - 1)               # of the peak at the last bin
-        series = {}
-        for epoch in np.unique(np.linspace(0, arrival, 5).round().astype(int)).tolist():
-            drawn = curriculum.drawn[epoch]
-            series[f"epoch {epoch}: {sum(drawn):,}"] = drawn
-        draw_lines(folder / "curriculum.png", series, "samples drawn")
+    pictures = {
+        "curves.png": lambda path: draw_curves(path, run.log, s.pretrain_epochs if s.method in ADAPTING else None),
+        "predictions.png": lambda path: draw_predictions(path, run, predictions),                     # Fig. 8
+        "complexity.png": lambda path: draw_complexity(path, source, bins, s.bins),                # Fig. 2-3
+        "bins.png": lambda path: draw_bars(path, {name: found["bins"] for name, found in scores.items()},
+                                           "PCK@0.05"),                                               # Fig. 9
+    }
+    if run.labelled is source:
+        pictures["similar.png"] = lambda path: draw_similar(path, run, predictions)                   # Fig. 1
+    if s.w_cross:
+        pictures["pairs.png"] = lambda path: draw_pairs(path, run)                                    # Fig. 7
+    if curriculum.drawn:
+        pictures["curriculum.png"] = lambda path: draw_drawn(path, curriculum, s)                     # Fig. 5
     if curriculum.reranks:
-        draw_reranked(folder / "reranked.png", source, bins, actupose.assign_bins(curriculum.score, s.bins))
-    series = {name: found["bins"] for name, found in scores.items()}
-    draw_bars(folder / "bins.png", series, "PCK@0.05")                                                # Fig. 9
+        now = actupose.assign_bins(curriculum.score, s.bins)
+        pictures["reranked.png"] = lambda path: draw_reranked(path, source, bins, now)                # Fig. 6
+    for name, draw in pictures.items():
+        try:
+            draw(folder / name)
+        except Exception as error:
+            warn(f"{folder / name}: not drawn ({type(error).__name__}: {error})")
 
 
 def draw_predictions(path, run, predictions):
@@ -1557,17 +1707,18 @@ def draw_similar(path, run, predictions):
     draw_panels(path, rows, run.trainer.skeleton)
 
 
-def draw_pairs(path, trainer, source, target):
+def draw_pairs(path, run):
     """The nearest pairs by Eq. 7, nearest first, no image twice, of the first 64 training images of both.
 
-    As in a step, unlabelled source keypoints and the target's less confident half are pruned; the latter are
-    drawn faint. No picture where there is no pair.
+    The student's poses of the source, the teacher's of the target. As in a step, unlabelled source keypoints
+    and the target's less confident half are pruned; the latter are drawn faint. No picture without a pair.
     """
-    s = trainer.settings
-    images, _, visible = source[torch.arange(min(64, len(source)))]
-    others, _, _ = target[torch.arange(min(64, len(target)))]
+    s = run.settings
+    trainer = run.trainer
+    images, _, visible = run.domains.source[torch.arange(min(64, len(run.domains.source)))]
+    others, _, _ = run.domains.target[torch.arange(min(64, len(run.domains.target)))]
     poses, _ = decode(trainer.student, images, s, trainer.device)
-    found, confidence = decode(trainer.student, others, s, trainer.device)
+    found, confidence = decode(scored_teacher(trainer), others, s, trainer.device)
     sure = actupose.confidence_mask(confidence, s.mask_ratio)
     distance = kernels.triplet_angle_distance(poses, found, trainer.triplets.cpu(), visible > 0, sure,
                                               min_triplets=4)
@@ -1575,13 +1726,28 @@ def draw_pairs(path, trainer, source, target):
     while len(panels) < 24 and distance.isfinite().any():
         m, n = divmod(distance.argmin().item(), len(others))
         remark = "" if distance[m, n] < s.gamma else f"not below {show(s.gamma)}"
+        everything = torch.ones(len(found[n]))
         panels.append(Panel(f"Eq. 7: {distance[m, n]:.3f} rad", images[m], poses[m], visible[m]))
-        panels.append(Panel(remark, others[n], found[n], torch.ones(len(found[n])), sure[n].float()))
+        panels.append(Panel(remark, others[n], found[n], everything, sure[n].float()))
         distance[m] = math.inf
         distance[:, n] = math.inf
     rows = [panels[start:start + 8] for start in range(0, len(panels), 8)]
     if rows:
         draw_panels(path, rows, trainer.skeleton)
+
+
+def draw_drawn(path, curriculum, settings):
+    """How many samples of each bin made the pool of five epochs, from the first to the one in which the peak
+    arrives at the last bin; and how many of the pool were trained on."""
+    s = settings
+    arrival = min(math.ceil(s.epochs / s.pace), s.epochs - 1)
+    trained = s.iters_per_epoch * s.batch_size
+    series = {}
+    for epoch in np.unique(np.linspace(0, arrival, 5).round().astype(int)).tolist():
+        drawn = curriculum.drawn[epoch]
+        pool = sum(drawn)
+        series[f"epoch {epoch}: {pool:,}, {min(pool, trained):,} of them trained on"] = drawn
+    draw_lines(path, series, "samples drawn")
 
 
 def draw_reranked(path, source, before, now):
@@ -1599,18 +1765,22 @@ def draw_reranked(path, source, before, now):
 def draw_complexity(path, dataset, bins, num_bins):
     """Fig. 2 and 3: the first poses of five bins, and a box plot of Eq. 7 between the poses of each bin.
 
-    bins: (N,) the bin of each pose of the dataset. A box has the quartiles of the distances between the first
-    hundred poses of its bin, whiskers to the last within 1.5 heights of the box, and their mean as a dot.
+    bins: (N,) the bin of each pose of the dataset. Poses are drawn at random, by a fixed seed. A box has the
+    quartiles of the distances between a hundred poses of its bin, whiskers to the last within 1.5 heights of
+    the box, and their mean as a dot.
     """
     skeleton = dataset.skeleton
+    random = np.random.default_rng(0)
+    chosen = [random.permutation(np.flatnonzero(bins == j))[:100] for j in range(num_bins)]
     canvas, draw = blank(2800, 1120)
     for r, j in enumerate(np.unique(np.linspace(0, num_bins - 1, 5).astype(int))):
         write(draw, 40, 170 + r * 190, f"bin {j}")
-        for n, i in enumerate(np.flatnonzero(bins == j)[:7]):
-            pose, seen = actupose.normalise_poses(dataset.keypoints[[i]], dataset.visible[[i]], skeleton.root)
+        for n, i in enumerate(chosen[j][:7]):
+            pose, seen = actupose.normalise_poses(dataset.keypoints[[i]], dataset.visible[[i]],
+                                                  skeleton.stand_in_rows)
             place = pose.view(-1, 2).numpy() * 160 + (250 + n * 190, 170 + r * 190)
             draw_skeleton(draw, place, seen.view(-1, 2)[:, 0], skeleton, 120 / len(skeleton))
-    boxes = [box_of_bin(dataset, np.flatnonzero(bins == j)[:100]) for j in range(num_bins)]
+    boxes = [box_of_bin(dataset, indices) for indices in chosen]
     draw_boxes(draw, (1700, 80, 2760, 1000), boxes,
                "mean angular difference (Eq. 7) between the poses of a bin, rad")
     save_picture(canvas, path)
@@ -1641,7 +1811,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")                   # what is taken 
 def find_photographs(inputs, out):
     """Files and folders -> {name: file}. UserError for what is missing, or would be overwritten."""
     files = {}
-    for path in map(Path, inputs):
+    for path in inputs:
         if path.is_dir():
             found = [file for file in sorted(path.iterdir()) if is_photograph(file)]
         else:
@@ -1691,8 +1861,7 @@ def predict_photograph(trainer, name, file, out, box):
     """Draw one photograph with its skeleton, and write its keypoints."""
     size = trainer.settings.image_size
     skeleton = trainer.skeleton
-    with Image.open(file) as image:
-        image = ImageOps.exif_transpose(image).convert("RGB")
+    image = data.open_picture(file)
     x, y, w, h = box or (0, 0, *image.size)
     left, top, right, bottom = region = (max(x, 0), max(y, 0), min(x + w, image.width), min(y + h, image.height))
     crop = letterbox(image, region, size)
@@ -1785,6 +1954,11 @@ def parse_numbers(text):
         raise argparse.ArgumentTypeError(f"use numbers with commas, got {text!r}") from None
 
 
+def parse_path(text):
+    """argparse's type of a path; ~ is the home directory."""
+    return Path(text).expanduser()
+
+
 PARSERS = {bool: parse_switch, tuple: parse_numbers}
 
 
@@ -1815,20 +1989,23 @@ def resolve_amp(settings, device):
 
 
 def check_same_settings(out, given):
-    """The settings of the run in `out`. UserError where others are given."""
+    """The settings of the run in `out`, with the PLACES that are given. UserError where others differ."""
     saved = saved_settings(out)
+    places = {}
     for name, value in given.items():
         was = getattr(saved, name)
-        if was != value and name not in ("cache", "workers") and (name, value) != ("amp", "auto"):
+        if name in PLACES:
+            places[name] = value
+        elif was != value and (name, value) != ("amp", "auto"):
             raise UserError(f"{option_of(name)}: the run in {out} was started with {show(was)}, not "
                             f"{show(value)}; give {show(was) or 'nothing'}, or another --out")
-    return saved
+    return dataclasses.replace(saved, **places)
 
 
 def make_parser():
     """The command line: train with no word, evaluate RUN, predict RUN IMAGE..."""
     parser = Parser(prog="train.py", description=TRAIN_HELP)
-    parser.add_argument("--out", type=Path, help="directory of the run [runs/METHOD-TARGET-sSEED]")
+    parser.add_argument("--out", type=parse_path, help="directory of the run [runs/METHOD-TARGET-sSEED]")
     parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
     parser.add_argument("--preset", choices=("demo", "paper"), default="demo",
                         help="values of options that are not given [demo]")
@@ -1836,12 +2013,15 @@ def make_parser():
     words = parser.add_subparsers(dest="word", metavar="evaluate | predict", title="other commands")
 
     evaluate = words.add_parser("evaluate", description="Score a run's last checkpoint again.")
-    evaluate.add_argument("run", type=Path, help="directory of the run")
+    evaluate.add_argument("run", type=parse_path, help="directory of the run")
+    for name in PLACES[:3]:
+        evaluate.add_argument(option_of(name), default=argparse.SUPPRESS, metavar="str",
+                              help="where it lies now, if it was moved")
 
     predict = words.add_parser("predict", description=PREDICT_HELP)
-    predict.add_argument("run", type=Path, help="directory of the run")
-    predict.add_argument("inputs", nargs="+", metavar="image", help=f"a picture or a folder ({' '.join(SUFFIXES)})")
-    predict.add_argument("--out", type=Path, required=True, help="directory of the results")
+    predict.add_argument("run", type=parse_path, help="directory of the run")
+    predict.add_argument("inputs", nargs="+", type=parse_path, metavar="image", help=f"a picture or a folder ({' '.join(SUFFIXES)})")
+    predict.add_argument("--out", type=parse_path, required=True, help="directory of the results")
     predict.add_argument("--box", type=parse_numbers, metavar="X,Y,W,H",
                          help="the part of each picture that shows the person or hand: corner, width and height "
                               "in its pixels [all of it]")
@@ -1857,7 +2037,8 @@ def command(arguments):
     if word and world_size() > 1:
         raise UserError(f"{word}: takes one process; run it without torchrun")
     if word == "evaluate":
-        evaluate_run(options["run"], choose_device(options["device"]))
+        places = {name: options[name] for name in PLACES if name in options}
+        evaluate_run(options["run"], choose_device(options["device"]), places)
         return 0
     if word == "predict":
         box = options["box"]
@@ -1882,12 +2063,12 @@ def train_command(preset, out, device, resume, **given):
     if settings.batch_size % world_size():
         raise UserError(f"--batch-size: {settings.batch_size} is no multiple of the {world_size()} processes")
     if resume and (out / "result.json").exists():
-        print(f"{out}: the run is finished")
+        say(f"{out}: the run is finished; `evaluate {out}` draws its pictures again")
         return
     result = train(settings, out, device, resume)
     if rank() == 0:
         say(run_summary(result))
-        print(f"{time.time() - started:.0f} s, {peak_memory_gb()} GB; pictures in {out / 'figures'}")
+        say(f"{time.time() - started:.0f} s, {peak_memory_gb()} GB; pictures in {out / 'figures'}")
 
 
 def warn(message):
@@ -1899,8 +2080,14 @@ def warn(message):
 
 
 def main(arguments):
-    """`command`, with expected errors on one line. Status 1: a photograph failed, a bug; 2: a mistake; 130: Ctrl-C."""
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    """`command`, with expected errors on one line.
+
+    Status 1: a photograph failed, or a bug. 2: a mistake. 130: Ctrl-C.
+    """
+    mend_streams()
+    processes = 1
+    if dist.is_available() and dist.is_torchelastic_launched():     # not: WORLD_SIZE left over
+        processes = int(os.environ["WORLD_SIZE"])
     advice = "; --resume goes on from the last saved epoch"
     if arguments[:1] in (["evaluate"], ["predict"]):
         advice = ""
@@ -1926,6 +2113,17 @@ def main(arguments):
         sys.stderr.flush()
         os._exit(status)
     return status
+
+
+def mend_streams():
+    """Output that cannot end a run: closed streams lead nowhere, what an encoding lacks is escaped."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):                      # pytest's have none
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":
