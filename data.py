@@ -5,7 +5,6 @@
     augmentation   views and colour jitter in batch, on the training device; batches, loaded ahead
     Mannequin      the built-in benchmark: bodies and hands, posed and drawn
     datasets       LSP, SURREAL, Human36M, Hand3DStudio, RenderedHandPose: the paper's, read from a disk
-    preparation    the original releases of SURREAL and Human3.6M -> the layouts that the loaders read
 
 The geometry convention, written once: keypoints are (x, y) in pixels of the network's input, and the centre
 of image pixel i lies at x = i. A heatmap cell is `stride` pixels and cell i stands for x = stride * i. A view
@@ -17,7 +16,6 @@ A dataset is anything with `skeleton`, `size`, `keypoints` (N, K, 2), `visible` 
 pixels, and visibility (B, K). Augmentation happens later, in batch and on the device.
 """
 
-import argparse
 import array
 import functools
 import hashlib
@@ -27,15 +25,12 @@ import os
 import pickle
 import random
 import re
-import shutil
 import struct
-import subprocess
 import sys
 import time
 import zipfile
 import zlib
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -826,7 +821,8 @@ class _CropsOnDisk:
         return _read_crop(file, self.size, self._sides[i].tolist(), None, self._listed_in)
 
 
-def _find_annotation(root, relative):
+def find_annotation(root, relative):
+    """The path of an annotation file below root. FileNotFoundError says which directory to give."""
     if not (root / relative).is_file():
         raise FileNotFoundError(f"{root / relative}: missing; give the directory that holds {relative}")
     return root / relative
@@ -945,7 +941,7 @@ class LSP(_CropsOnDisk):
 
     def __init__(self, root, split="train", size=256, transductive=None):
         super().__init__(root, split, size)
-        file = _find_annotation(self.root, "joints.mat")
+        file = find_annotation(self.root, "joints.mat")
         self.root = self.root / "images"
         extended, positions, visible = _read_lsp_joints(file)
         names = _lsp_images(self.root, len(positions), extended, file)
@@ -1004,7 +1000,8 @@ def _lsp_images(folder, n, extended, listed_in):
 INDEX_CACHE_BYTES = 64 << 20  # a larger annotation file leaves its arrays beside it for the next time
 
 
-def _is_safe_path(name):
+def is_safe_path(name):
+    """Whether a name from an annotation file is a path below the directory that it is joined to."""
     return isinstance(name, str) and re.fullmatch("[^/\0][^\0]{,254}", name) and ".." not in name.split("/")
 
 
@@ -1023,7 +1020,7 @@ def _read_annotations(file, prefix, total, joints, keep):
             return
         name, side = entry.get("name"), entry.get("size", 0)
         points = np.array(entry.get("keypoint2d"), np.float64)
-        if not _is_safe_path(name):
+        if not is_safe_path(name):
             raise ValueError(f"name {str(name)[:60]!r} is not a path below the images")
         if type(side) is not int or not 0 <= side < 1 << 16:
             raise ValueError(f"size {side!r} is not a number of pixels")
@@ -1048,7 +1045,7 @@ def _read_annotations(file, prefix, total, joints, keep):
 def _load_annotations(root, path, prefix, total, joints, keep=lambda _: True, side=0, progress=lambda *_: 0):
     """`_read_annotations`, or what an earlier call left beside a large file, with all sides known. side: of
     all pictures, or 0: as the entry says, or else the header of the image."""
-    file = _find_annotation(root, path)
+    file = find_annotation(root, path)
     index = file.with_name(f"{file.stem}.{zlib.crc32(bytes(joints)):08x}.npz")
     stamp = np.array([file.stat().st_size, file.stat().st_mtime_ns])
     large = stamp[0] > INDEX_CACHE_BYTES
@@ -1224,7 +1221,7 @@ class RenderedHandPose(_CropsOnDisk):
     def __init__(self, root, split="train", size=256):
         super().__init__(root, split, size, "RHD_published_v2")
         part = "evaluation" if split == "test" else "training"
-        file = _find_annotation(self.root, f"{part}/anno_{part}.pickle")
+        file = find_annotation(self.root, f"{part}/anno_{part}.pickle")
         ids, hands = self._read(file)
         positions, seen = hands[..., :2], hands[..., 2] > 0.5      # (pictures, left or right hand, 21, 2)
         low, high = positions.min(2), positions.max(2)
@@ -1272,168 +1269,7 @@ def square_box(low, high, sides):
     return np.clip(corner, 0, np.array(sides) - side[..., None]), side
 
 
-# --- Preparation: the original releases of SURREAL and Human3.6M -> the layouts that the loaders read ------
-
-def _in_processes(work, tasks, jobs, title):
-    """work(*task) for all tasks in `jobs` processes -> (results, messages of the tasks that failed)."""
-    show, pool, results, errors = Progress(title), ProcessPoolExecutor(max(jobs, 1)), [], []
-    try:
-        for task, future in [(task, pool.submit(work, *task)) for task in tasks]:
-            try:
-                results.append(future.result())
-            except BrokenProcessPool:
-                raise
-            except Exception as error:  # Pillow's readers raise errors of any kind on damaged files
-                errors.append(f"{task[0]}: {error}")
-            show(len(results) + len(errors), len(tasks))
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return results, errors
-
-
-def _save_crop(picture, box, side, file, name, keypoints):
-    """Save a box (left, top, right, bottom) of a picture, resized to a square. Returns its entry as JSON."""
-    if not file.is_file():
-        crop = picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC, box)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as stream:
-            crop.save(stream, "JPEG", quality=95)
-    keypoints = (keypoints - box[:2] + 0.5) * (side / (box[2] - box[0])) - 0.5
-    return json.dumps({"name": name, "keypoint2d": np.round(keypoints, 3).tolist(), "size": side})
-
-
-def prepare_surreal(raw, out, jobs):
-    """SURREAL's original release (the directory of `cmu`, or `cmu` itself) -> the layout of `SURREAL`.
-
-    A frame is cropped to its `square_box`; frames that show no joint, or a person of less than 16 pixels,
-    are left out. Started again, it does the clips that are not done. Yields, per run, a summary and the
-    messages of the clips that failed."""
-    raw, ffmpeg = raw / "cmu" if (raw / "cmu").is_dir() else raw, shutil.which("ffmpeg")
-    runs = [run for split in ("train", "val", "test") for run in sorted((raw / split).glob("run[012]"))]
-    if not runs:
-        raise FileNotFoundError(f"{raw}: no SURREAL release; give the directory that holds cmu/train/run0")
-    for folder in runs:
-        run = folder.relative_to(raw)
-        listed, parts = out / f"{run}.json", out / f"{run}.parts"    # parts: the entries of each clip done
-        if listed.is_file() and not parts.is_dir():
-            yield f"{listed}: there already", []
-            continue
-        if ffmpeg is None:
-            raise FileNotFoundError("ffmpeg: not found; it decodes the videos: `apt-get install ffmpeg`")
-        parts.mkdir(parents=True, exist_ok=True)
-        videos = sorted(folder.glob("*/*.mp4"))
-        clips = [parts / f"{video.parent.name}--{video.stem}.json" for video in videos]
-        tasks = [(video, ffmpeg, out / run, part) for video, part in zip(videos, clips) if not part.is_file()]
-        _, errors = _in_processes(_prepare_clip, tasks, jobs, f"{run}: clip")
-        done = [part.read_text() for part in clips if part.is_file()]
-        entries = "".join(done).splitlines()
-        write_text(listed, "[\n" + ",\n".join(entries) + "\n]\n")
-        if not errors:
-            shutil.rmtree(parts)  # kept otherwise: the next start tries the failed clips alone
-        yield f"{listed}: {len(entries)} frames of {len(done)} clips, {len(errors)} clips failed", errors
-
-
-def _prepare_clip(video, ffmpeg, folder, part):
-    """Write the crops of a clip, then its entries, one per line."""
-    info, entries = video.with_name(f"{video.stem}_info.mat"), []
-    points = np.atleast_3d(read_mat(info, "joints2D")).T.astype(np.float64)  # (T, 24, 2)
-    if points.shape[1:] != (24, 2) or not (np.abs(points) < 1e6).all():
-        raise DataError(f"{info}: joints2D of shape {points.T.shape} is not (2, 24, T) pixel coordinates")
-    command = [ffmpeg, "-v", "error", "-nostdin", "-threads", "1", "-i", str(video.resolve()), "-frames:v",
-               str(len(points) + 1), "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]  # + 1: to see too many
-    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
-    frames = len(done.stdout) / (240 * 320 * 3)
-    if done.returncode or frames != len(points):
-        said = done.stderr.decode("utf-8", "replace").strip() or f"{frames:.10g} frames of 320 x 240 pixels"
-        raise DataError(f"ffmpeg: {said}; {info.name} has {len(points)} frames; fetch both again")
-    pictures = np.frombuffer(done.stdout, np.uint8).reshape(-1, 240, 320, 3)
-    for t, (picture, places) in enumerate(zip(pictures, points)):
-        corner, side = square_box(places.min(0), places.max(0), (320, 240))
-        if side >= 16 and ((places >= 0) & (places <= (319, 239))).all(-1).any():
-            name, box = f"{video.parent.name}/{video.stem}_f{t:03d}.jpg", (*corner, *(corner + side))
-            entries.append(_save_crop(Image.fromarray(picture), box, int(side), folder / name, name, places))
-    write_text(part, "".join(entry + "\n" for entry in entries))
-
-
-def prepare_human36m(raw, out, jobs):
-    """Human3.6M's JSON release -> the layout of `Human36M`.
-
-    Every fifth frame is cropped to its `square_box` and resized to 512 x 512. Started again, it goes on.
-    Yields, per subject, a summary and the messages of the images that failed."""
-    found = "annotations/Human36M_subject{}_data.json"
-    subjects = [n for n in (1, 5, 6, 7, 8, 9, 11) if (raw / found.format(n)).is_file()]
-    if not subjects:
-        _find_annotation(raw, found.format(1))
-    (out / "annotations").mkdir(parents=True, exist_ok=True)
-    for subject in subjects:
-        listed = out / f"annotations/keypoints2d_{subject}.json"
-        if listed.is_file():
-            yield f"{listed}: there already", []
-            continue
-        tasks = [(raw / "images" / name, out / "crop_images" / name, name, places)
-                 for name, places in _project_human36m(raw / "annotations", subject)]
-        entries, errors = _in_processes(_crop_human36m, tasks, jobs, f"subject {subject}: image")
-        if not entries:  # an empty list would look finished at the next start
-            raise DataError(f"subject {subject}: no image could be read: {(errors or ['none is listed'])[0]}")
-        write_text(listed, "[\n" + ",\n".join(entries) + "\n]\n")
-        again = "; delete it to try these again" if errors else ""
-        yield f"{listed}: {len(entries)} images, {len(errors)} failed{again}", errors
-
-
-def _project_human36m(folder, subject):
-    """Annotations of a subject -> [(file name, keypoints (16, 2) in pixels of the photograph)]."""
-    samples, loaded = [], []
-    try:
-        for kind in ("camera", "data", "joint_3d"):
-            file = folder / f"Human36M_subject{subject}_{kind}.json"
-            loaded.append(json.loads(file.read_text(encoding="utf-8")))
-        cameras, images, joints = loaded
-        file = folder / f"Human36M_subject{subject}_*.json"
-        for image in images["images"][::5]:
-            name, camera = image["file_name"], cameras[str(image["cam_idx"])]
-            action, subaction, frame = (str(image[f"{key}_idx"]) for key in ("action", "subaction", "frame"))
-            rotation, t, f, c = (np.array(camera[key], np.float64) for key in ("R", "t", "f", "c"))
-            # 17 joints -> BODY16; keypoint 7 becomes the middle of the shoulders.
-            world = np.array(joints[action][subaction][frame], np.float64).reshape(17, 3)
-            world = world[[3, 2, 1, 4, 5, 6, 0, 11, 8, 10, 16, 15, 14, 11, 12, 13]]
-            world[7] = (world[12] + world[13]) / 2
-            seen = world @ rotation.reshape(3, 3).T + t.reshape(3)
-            if not _is_safe_path(name) or not (seen[:, 2] > 0).all():  # NaN compares as False
-                raise ValueError(f"{str(name)[:60]!r} is no path, or its joints are behind the camera")
-            samples.append((name, seen[:, :2] / seen[:, 2:] * f + c))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
-        raise DataError(f"{file}: {type(error).__name__}: {error}; fetch it again") from error
-    return samples
-
-
-def _crop_human36m(source, target, name, places):
-    with Image.open(source) as image:
-        corner, side = square_box(places.min(0), places.max(0), image.size)
-        return _save_crop(image, (*corner, *(corner + side)), 512, target, name, places)
-
-
-def main(arguments):
-    """`prepare`. Returns the exit status: 1 where clips or images failed, 2 where it could not go on."""
-    parser = argparse.ArgumentParser(prog="data.py", description="Original releases -> the loaders' layouts.")
-    parser.add_argument("command", choices=("prepare",))
-    parser.add_argument("dataset", choices=("surreal", "human36m"))
-    parser.add_argument("raw", type=Path, help="directory of the original release")
-    parser.add_argument("out", type=Path, help="directory to fill; started again, it goes on")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
-    given = parser.parse_args(arguments)
-    work, failures = prepare_surreal if given.dataset == "surreal" else prepare_human36m, []
-    try:
-        for line, errors in work(given.raw, given.out, given.jobs):
-            print(line)
-            failures += errors
-    except (DataError, OSError, BrokenProcessPool) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        return 2
-    for message in failures[:20] + [f"{len(failures) - 20} more"] * (len(failures) > 20):
-        print(f"failed: {message}", file=sys.stderr)
-    print(f"{len(failures)} failed")
-    return 1 if failures else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    print("data.py: has no commands; to prepare an original release use `python -m docs.prepare surreal RAW OUT`",
+          file=sys.stderr)
+    sys.exit(2)
