@@ -1,10 +1,13 @@
 """Everything between a disk (or a renderer) and a training batch.
 
     skeletons      BODY16, HAND21: names, limb pairs (Eq. 5), triplets (Eq. 7), score groups
-    geometry       views as batched 2x3 matrices: one convention for images, keypoints and target heatmaps
-    augmentation   views and colour jitter in batch, on the training device; batches, loaded ahead
+    geometry       views as batched 2x3 matrices: one convention for images, keypoints and heatmaps
+    heatmaps       the training targets of the pose network
+    augmentation   views and colour jitter in batch, on the training device
+    batches        the order of samples; loading ahead
     Mannequin      the built-in benchmark: bodies and hands, posed and drawn
-    datasets       LSP, SURREAL, Human36M, Hand3DStudio, RenderedHandPose: the paper's, read from a disk
+    pictures       one function opens a picture for all: upright, 8 bits, RGB
+    datasets       SURREAL, LSP, Human36M, RenderedHandPose, Hand3DStudio, each with its reader beside it
 
 The geometry convention, written once: keypoints are (x, y) in pixels of the network's input, and the centre
 of image pixel i lies at x = i. A heatmap cell is `stride` pixels and cell i stands for x = stride * i. A view
@@ -34,6 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,39 +48,46 @@ from kernels.reference import draw_gaussians
 
 
 class DataError(ValueError):
-    """A file from outside that is not what it should be; the message names it and says what was expected."""
+    """A file from outside that is not what it should be. The message names the file and says what to do."""
 
 
-# --- Shared: progress, atomic writes, the letterbox --------------------------------------------------------
+# --- Progress and atomic writes ----------------------------------------------------------------------------
 
 class Progress:
     """One line on stderr: how far the work is and how long it will take; quiet when not a terminal."""
-    unfinished = False                         # whether a line without its end stands on the terminal
+    unfinished = False  # whether a line without its end stands on the terminal
 
     def __init__(self, title):
-        self.title, self.start, self.first, self.drawn = title, None, 0, 0.0
+        self.title = title
         self.live = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+        self.start = None  # when it was called first, and how much was done then
+        self.first = 0
+        self.drawn = 0.0  # when the line was last drawn
 
     def __call__(self, done, total, note=""):
-        """Show that `done` of `total` is finished. The time left is reckoned from the first call on."""
+        """Show that `done` of `total` is finished. The time left is estimated from the first call on."""
         now = time.time()
         if self.start is None:
-            self.start, self.first = now, done
+            self.start = now
+            self.first = done
         if not self.live or (done < total and now - self.drawn < 0.2):
             return
         self.drawn = now
         left = (now - self.start) / max(done - self.first, 1) * (total - done)
         line = f"{self.title} {done}/{total}, {left // 60:.0f}:{left % 60:02.0f} left {note}"
         Progress.unfinished = done < total
-        print("\r" + line.ljust(79)[:79], end="" if done < total else "\n", file=sys.stderr, flush=True)
+        end = "" if done < total else "\n"
+        print("\r" + line.ljust(79)[:79], end=end, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def replacing(path, keep=None):
-    """A binary file to write, which takes the place of `path` when the block ends well: a crash or a full
-    disk leaves the old file or the new one, whole. keep: a name for the old one. OSError names `path`."""
+    """A binary file to write, which takes the place of `path` when the block ends without an error.
+
+    A crash or a full disk leaves the old file or the new one, whole. keep: a name for the old one.
+    OSError names `path`."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")      # several processes may write the file
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may write the file
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -95,29 +106,6 @@ def write_text(path, text):
     """Write a text file atomically, see `replacing`."""
     with replacing(path) as file:
         file.write(text.encode())
-
-
-def letterbox_view(region, size):
-    """Where a region (left, top, right, bottom) of a picture lies in a size x size square, as large as fits,
-    its aspect kept, centred: (width, height) and (left, top) of its place, whole pixels, and the view from
-    the picture's pixels to the square's, (2, 3) float64 numpy."""
-    left, top, right, bottom = region
-    scale = size / max(right - left, bottom - top)
-    width, height = max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))
-    x, y = (size - width) // 2, (size - height) // 2
-    scale_x, scale_y = width / (right - left), height / (bottom - top)
-    # Pixel i covers i - 1/2 ... i + 1/2, in the picture and in the square.
-    view = np.array([[scale_x, 0, (0.5 - left) * scale_x - 0.5 + x],
-                     [0, scale_y, (0.5 - top) * scale_y - 0.5 + y]])
-    return (width, height), (x, y), view
-
-
-def letterbox(image, region, size):
-    """A region of an RGB picture in a size x size square, black beside it: uint8 (3, size, size)."""
-    fitted, place, _ = letterbox_view(region, size)
-    square = Image.new("RGB", (size, size))
-    square.paste(image.resize(fitted, Image.Resampling.BILINEAR, region), place)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
 # --- Skeletons ---------------------------------------------------------------------------------------------
@@ -151,6 +139,41 @@ class Skeleton:
         return len(self.names)
 
 
+BODY16 = Skeleton(
+    names=("r-ankle", "r-knee", "r-hip", "l-hip", "l-knee", "l-ankle", "pelvis", "thorax", "upper neck",
+           "head top", "r-wrist", "r-elbow", "r-shoulder", "l-shoulder", "l-elbow", "l-wrist"),
+    limbs=((0, 1), (1, 2), (2, 6), (3, 6), (3, 4), (4, 5), (6, 7), (7, 8), (8, 9),  # legs and spine
+           (7, 12), (12, 11), (11, 10), (7, 13), (13, 14), (14, 15),                # arms
+           (2, 3), (12, 13), (2, 12), (3, 13)),         # the trunk's frame, labelled in LSP as well
+    triplets=((10, 11, 12), (13, 14, 15), (0, 1, 2), (3, 4, 5),      # elbows, knees
+              (11, 12, 13), (12, 13, 14), (11, 12, 2), (14, 13, 3),  # shoulders: to the other one, to the hip
+              (1, 2, 3), (2, 3, 4), (1, 2, 12), (4, 3, 13),          # hips: to the other one, to the shoulder
+              (12, 8, 9), (13, 8, 9), (7, 8, 9), (6, 7, 8)),         # neck, spine
+    groups={"shoulder": (12, 13), "elbow": (11, 14), "wrist": (10, 15), "hip": (2, 3), "knee": (1, 4),
+            "ankle": (0, 5), "all": (0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15)},
+    root=(2, 3))
+
+
+def _hand_skeleton():
+    """21 keypoints: the wrist, then MCP, PIP, DIP and tip of the thumb, ..., the little finger."""
+    names = ["wrist"]
+    limbs = []
+    bends = []  # two angles per finger
+    spreads = []  # the angles between neighbouring fingers, at the wrist
+    for finger, base in {"thumb": 1, "index": 5, "middle": 9, "ring": 13, "little": 17}.items():
+        names += [f"{finger} MCP", f"{finger} PIP", f"{finger} DIP", f"{finger} tip"]
+        limbs += [(0, base), (base, base + 1), (base + 1, base + 2), (base + 2, base + 3)]
+        bends += [(0, base, base + 1), (base, base + 1, base + 2)]
+        if base < 17:
+            spreads.append((base, 0, base + 4))
+    groups = {"MCP": (1, 5, 9, 13, 17), "PIP": (2, 6, 10, 14, 18), "DIP": (3, 7, 11, 15, 19),
+              "fingertip": (4, 8, 12, 16, 20), "all": tuple(range(21))}
+    return Skeleton(tuple(names), tuple(limbs), tuple(bends + spreads), groups, root=(0, 9))
+
+
+HAND21 = _hand_skeleton()
+
+
 def check_dataset(dataset, name):
     """DataError, for `name`, where `dataset` is not what the module's docstring describes."""
     def require(fits, what):
@@ -158,9 +181,11 @@ def check_dataset(dataset, name):
             raise DataError(f"{name}: {type(dataset).__name__} {what}")
 
     require(isinstance(getattr(dataset, "skeleton", None), Skeleton), "needs a `skeleton`, a data.Skeleton")
-    n, k, size = len(dataset), len(dataset.skeleton), getattr(dataset, "size", None)
+    n = len(dataset)
+    k = len(dataset.skeleton)
+    size = getattr(dataset, "size", None)
     require(n > 0 and type(size) is int, "needs samples, and `size`, the side of its images in pixels")
-    for attribute, shape in (("keypoints", (n, k, 2)), ("visible", (n, k))):
+    for attribute, shape in {"keypoints": (n, k, 2), "visible": (n, k)}.items():
         values = getattr(dataset, attribute, None)
         require(torch.is_tensor(values) and values.dtype == torch.float32 and values.shape == shape,
                 f"needs `{attribute}`, a float32 tensor of shape {shape}")
@@ -173,56 +198,36 @@ def check_dataset(dataset, name):
             f"must give uint8 images (B, 3, {size}, {size}), keypoints (B, {k}, 2) and visible (B, {k})")
 
 
-BODY16 = Skeleton(
-    names=("r-ankle", "r-knee", "r-hip", "l-hip", "l-knee", "l-ankle", "pelvis", "thorax", "upper neck",
-           "head top", "r-wrist", "r-elbow", "r-shoulder", "l-shoulder", "l-elbow", "l-wrist"),
-    limbs=((0, 1), (1, 2), (2, 6), (3, 6), (3, 4), (4, 5), (6, 7), (7, 8), (8, 9),          # legs and spine
-           (7, 12), (12, 11), (11, 10), (7, 13), (13, 14), (14, 15),                       # arms
-           (2, 3), (12, 13), (2, 12), (3, 13)),                # the trunk's frame, labelled in LSP as well
-    triplets=((10, 11, 12), (13, 14, 15), (0, 1, 2), (3, 4, 5),      # elbows, knees
-              (11, 12, 13), (12, 13, 14), (11, 12, 2), (14, 13, 3),  # shoulders: to the other one, to the hip
-              (1, 2, 3), (2, 3, 4), (1, 2, 12), (4, 3, 13),    # hips: to the other one, to the shoulder
-              (12, 8, 9), (13, 8, 9), (7, 8, 9), (6, 7, 8)),   # neck, spine
-    groups={"shoulder": (12, 13), "elbow": (11, 14), "wrist": (10, 15), "hip": (2, 3), "knee": (1, 4),
-            "ankle": (0, 5), "all": (0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15)},
-    root=(2, 3))
-
-_MCP = tuple(range(1, 21, 4))                                  # of thumb, index, middle, ring, little
-HAND21 = Skeleton(
-    names=("wrist",) + tuple(f"{finger} {joint}" for finger in ("thumb", "index", "middle", "ring", "little")
-                             for joint in ("MCP", "PIP", "DIP", "tip")),
-    limbs=tuple((a, b) for m in _MCP for a, b in ((0, m), (m, m + 1), (m + 1, m + 2), (m + 2, m + 3))),
-    triplets=tuple(t for m in _MCP for t in ((0, m, m + 1), (m, m + 1, m + 2)))            # two per finger
-    + tuple((m, 0, m + 4) for m in _MCP[:-1]),                                             # the spreads
-    groups={"MCP": (1, 5, 9, 13, 17), "PIP": (2, 6, 10, 14, 18), "DIP": (3, 7, 11, 15, 19),
-            "fingertip": (4, 8, 12, 16, 20), "all": tuple(range(21))},
-    root=(0, 9))
-
-
-# --- Geometry and target heatmaps --------------------------------------------------------------------------
+# --- Geometry ----------------------------------------------------------------------------------------------
 
 def affine_view(size, rotation, shear, scale, translate):
     """Views (B, 2, 3) that rotate, shear and scale about the centre (size / 2), then translate, composed as
     in the published base method. rotation (clockwise on a screen), shear: (B,) radians; scale: (B,);
     translate: (B, 2) and size, the image's side: pixels."""
-    cos, sin, tan = torch.cos(rotation), torch.sin(rotation), torch.tan(shear)
-    linear = torch.stack([torch.stack([cos, -cos * tan - sin], -1),
-                          torch.stack([sin, -sin * tan + cos], -1)], -2) * scale[:, None, None]
+    cos = torch.cos(rotation)
+    sin = torch.sin(rotation)
+    tan = torch.tan(shear)
+    first_row = torch.stack([cos, -cos * tan - sin], -1)
+    second_row = torch.stack([sin, -sin * tan + cos], -1)
+    linear = torch.stack([first_row, second_row], -2) * scale[:, None, None]
     centre = torch.full((2,), size / 2, dtype=linear.dtype, device=linear.device)
-    return torch.cat([linear, (centre + translate - linear @ centre)[..., None]], -1)
+    offset = centre + translate - linear @ centre
+    return torch.cat([linear, offset[..., None]], -1)
 
 
 def compose_views(outer, inner):
     """The view that applies `inner` first and `outer` to its result; both (B, 2, 3) in pixels."""
     linear = outer[..., :2] @ inner[..., :2]
-    return torch.cat([linear, outer[..., :2] @ inner[..., 2:] + outer[..., 2:]], -1)
+    offset = outer[..., :2] @ inner[..., 2:] + outer[..., 2:]
+    return torch.cat([linear, offset], -1)
 
 
 def invert_view(view):
-    """The inverse of views (B, 2, 3), by the closed form of a 2x2 inverse: a GPU is not waited for."""
-    a, b, c, d = view[..., 0, 0], view[..., 0, 1], view[..., 1, 0], view[..., 1, 1]
-    linear = torch.stack([torch.stack([d, -b], -1), torch.stack([-c, a], -1)], -2)
-    linear = linear / (a * d - b * c)[..., None, None]
+    """The inverse of views (B, 2, 3), by the closed form of a 2x2 inverse: no wait for a GPU."""
+    a, b = view[..., 0, :2].unbind(-1)
+    c, d = view[..., 1, :2].unbind(-1)
+    adjugate = torch.stack([torch.stack([d, -b], -1), torch.stack([-c, a], -1)], -2)
+    linear = adjugate / (a * d - b * c)[..., None, None]
     return torch.cat([linear, -linear @ view[..., 2:]], -1)
 
 
@@ -235,14 +240,18 @@ def warp(maps, view, stride=1):
     """Images or heatmaps (B, C, H, W) seen through views (B, 2, 3): output(M x) = input(x), zero outside.
     Bilinear and differentiable. stride: pixels per cell of `maps`, 1 for images."""
     height, width = maps.shape[-2:]
-    x, y = (torch.arange(n, dtype=maps.dtype, device=maps.device) * stride for n in (width, height))
+    x = torch.arange(width, dtype=maps.dtype, device=maps.device) * stride
+    y = torch.arange(height, dtype=maps.dtype, device=maps.device) * stride
     inverse = invert_view(view).to(maps.dtype)
     # grid_sample counts from -1 to 1 between the centres of the first and the last cell.
     scale = 2 / (stride * (maps.new_tensor([width, height]) - 1).clamp(min=1))
-    columns = inverse[:, None, :, 0] * x[:, None] * scale                                     # (B, W, 2)
-    rows = (inverse[:, None, :, 1] * y[:, None] + inverse[:, None, :, 2]) * scale - 1         # (B, H, 2)
-    return F.grid_sample(maps, columns[:, None] + rows[:, :, None], padding_mode="zeros", align_corners=True)
+    columns = inverse[:, None, :, 0] * x[:, None] * scale                                # (B, W, 2)
+    rows = (inverse[:, None, :, 1] * y[:, None] + inverse[:, None, :, 2]) * scale - 1    # (B, H, 2)
+    grid = columns[:, None] + rows[:, :, None]
+    return F.grid_sample(maps, grid, padding_mode="zeros", align_corners=True)
 
+
+# --- Target heatmaps ---------------------------------------------------------------------------------------
 
 def render_heatmaps(keypoints, visible, size, stride, sigma, subcell=False):
     """Target heatmaps (B, K, size, size) of keypoints and the weight (B, K) of each.
@@ -253,13 +262,17 @@ def render_heatmaps(keypoints, visible, size, stride, sigma, subcell=False):
     or its cell lies outside, the weight is 0 and the map empty."""
     exact = keypoints / stride
     cell = torch.floor(exact + 0.5)
-    weight = visible * ((cell >= 0) & (cell < size)).all(-1)
-    return draw_gaussians(exact if subcell else cell, size, size, sigma) * weight[..., None, None], weight
+    inside = ((cell >= 0) & (cell < size)).all(-1)
+    weight = visible * inside
+    heatmaps = draw_gaussians(exact if subcell else cell, size, size, sigma)
+    return heatmaps * weight[..., None, None], weight
 
 
 # --- Augmentation: in batch, on the training device, from uniform numbers that the caller draws ------------
 
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # ImageNet's, as the base method's
+IMAGE_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in the base method
+IMAGE_STD = (0.229, 0.224, 0.225)
+LUMA = (0.299, 0.587, 0.114)
 
 
 @functools.lru_cache
@@ -291,8 +304,11 @@ def random_affine_view(u, size, rotation, shear, translate, scale):
     """Random affine view: u (B, 5) in [0, 1); rotation, shear in degrees (+-); translate as a share of the
     side (+-); scale: (low, high). Returns (B, 2, 3)."""
     signed = 2 * u - 1
-    return affine_view(size, torch.deg2rad(signed[:, 0] * rotation), torch.deg2rad(signed[:, 1] * shear),
-                       scale[0] + (scale[1] - scale[0]) * u[:, 2], signed[:, 3:5] * (translate * size))
+    return affine_view(size,
+                       rotation=torch.deg2rad(signed[:, 0] * rotation),
+                       shear=torch.deg2rad(signed[:, 1] * shear),
+                       scale=scale[0] + (scale[1] - scale[0]) * u[:, 2],
+                       translate=signed[:, 3:5] * (translate * size))
 
 
 def colour_jitter(images, u, strength):
@@ -300,9 +316,10 @@ def colour_jitter(images, u, strength):
     strength, in a random order per image; u: (B, 6) in [0, 1), factors and order. As in the published
     transforms, a change blends the image with black, with its mean grey or with its own grey, and clamps."""
     factors = 1 + strength * (2 * u[:, :3] - 1)
-    luma = per_channel((0.299, 0.587, 0.114), images.device)
-    for change in u[:, 3:].argsort(1).unbind(1):      # (B,): 0 brightness, 1 contrast, 2 saturation
-        factor, change = factors.gather(1, change[:, None])[..., None, None], change[:, None, None, None]
+    luma = per_channel(LUMA, images.device)
+    for change in u[:, 3:].argsort(1).unbind(1):  # (B,): 0 brightness, 1 contrast, 2 saturation
+        factor = factors.gather(1, change[:, None])[..., None, None]
+        change = change[:, None, None, None]
         grey = (images * luma).sum(1, keepdim=True)
         other = grey * (change == 2) + grey.mean((2, 3), keepdim=True) * (change == 1)
         images = (factor * images + (1 - factor) * other).clamp(0, 1)
@@ -317,20 +334,27 @@ def shuffled(n, seed, i):
     return np.random.default_rng((seed, i)).permutation(n)
 
 
+def shuffled_span(n, start, count, seed):
+    """Positions start ... start + count - 1 of endless passes over 0 ... n - 1, each in a new order."""
+    first = start // n
+    last = (start + count - 1) // n
+    passes = np.concatenate([shuffled(n, seed, i) for i in range(first, last + 1)])
+    return passes[start - first * n:][:count]
+
+
 def shuffled_batch(n, size, step, seed):
-    """The `step`-th batch of `size` <= n positions: endless passes over 0 ... n - 1, each in a new order."""
-    i, at = divmod(step * size, n)
-    batch = shuffled(n, seed, i)[at:at + size]
-    missing = size - len(batch)
-    return np.concatenate([batch, shuffled(n, seed, i + 1)[:missing]]) if missing else batch
+    """The `step`-th batch of `size` positions, see `shuffled_span`."""
+    return shuffled_span(n, step * size, size, seed)
 
 
 def prefetch(jobs, workers):
     """Results of the callables `jobs`, in order, computed ahead by threads: decoding releases the GIL."""
     if not workers:
-        yield from (job() for job in jobs)
+        for job in jobs:
+            yield job()
         return
-    pool, waiting = ThreadPoolExecutor(workers), []
+    pool = ThreadPoolExecutor(workers)
+    waiting = []
     try:
         for job in jobs:
             waiting.append(pool.submit(job))
@@ -339,10 +363,10 @@ def prefetch(jobs, workers):
         while waiting:
             yield waiting.pop(0).result()
     finally:
-        pool.shutdown(cancel_futures=True)                 # an interrupted run does not wait for them
+        pool.shutdown(cancel_futures=True)  # an interrupted run does not wait for them
 
 
-# --- Built-in benchmark: bodies and hands, a clean source and a wild target --------------------------------
+# --- Built-in benchmark: bodies and hands, a clean source and wild targets ---------------------------------
 
 # Forward kinematics, a perspective camera, shaded limbs. Metres, x to the image's right, y up, z to the
 # camera; degrees. All numbers of a sample come from default_rng((seed, domain, split, index)).
@@ -373,7 +397,7 @@ STANDING = dict(pitch=(-12, 12), roll=(-5, 5), yaw=(-70, 70), lean=(-5, 5), bend
     twist=(-10, 10), nod=(-12, 18), turn=(-25, 25), tilt=(-10, 10), hip=(-8, 12), spread=(0, 12),
     legrot=(-5, 25), knee=(0, 14), arm=(-15, 18), lift=(4, 22), armrot=(-10, 40), elbow=(4, 35))
 FREE_ARMS = dict(arm=(-30, 130), lift=(5, 80), armrot=(-50, 60), elbow=(5, 120))
-POSES = {       # kind: (weight in the source, in the target, easy, ranges that differ from STANDING)
+POSES = {       # name: a row of `Kind`, with the ranges that differ from STANDING
     "stand": (0.34, 0.08, True, {}),
     "walk": (0.24, 0.09, True, dict(a_hip=(8, 35), a_knee=(0, 30), b_hip=(-25, 0), b_knee=(5, 45),
         a_arm=(-32, -4), b_arm=(5, 38), elbow=(5, 50), bend=(0, 12))),
@@ -404,7 +428,8 @@ POSES = {       # kind: (weight in the source, in the target, easy, ranges that 
 # WIDER: how far the ranges of limbs and fingers go on from their tables towards the joint limits.
 SEGMENTS = {"hips": 0.20, "spine": 0.50, "shoulders": 0.35, "neck": 0.10, "head": 0.24, "upper_arm": 0.29,
             "forearm": 0.26, "thigh": 0.44, "shin": 0.43}
-PROPORTION, WIDER = {"source": 0.09, "target": 0.14}, {"source": 0.0, "target": 0.15}
+PROPORTION = {"source": 0.09, "target": 0.14}
+WIDER = {"source": 0.0, "target": 0.15}
 
 # Angles of a hand. `flex` at the MCP and `curl` at the PIP bend a finger to the palm, `splay` turns it to the
 # thumb. The thumb: `radial` away from the index in the palm's plane, `palmar` out of it, `tflex`, `tcurl`.
@@ -421,7 +446,7 @@ HAND_VIEW = {"source": dict(pitch=(-25, 25), roll=(-60, 60), yaw=(-35, 35)),
 FIST = dict(flex=(62, 88), curl=(75, 108), radial=(5, 20), palmar=(35, 58), tflex=(25, 58))
 THUMB_OUT = dict(radial=(40, 65), palmar=(0, 25), tflex=(-10, 5), tcurl=(-12, 8))
 INDEX, MIDDLE, RING, LITTLE = ({f"{finger}_flex": (-8, 20), f"{finger}_curl": (0, 18)} for finger in FINGERS)
-GESTURES = {                # as POSES, with ranges that differ from HAND_OPEN
+GESTURES = {                # as POSES, with the ranges that differ from HAND_OPEN
     "open": (0.32, 0.05, True, {}),
     "relaxed": (0.27, 0.06, True, dict(flex=(5, 38), curl=(12, 48), radial=(15, 40), tcurl=(5, 35))),
     "flat": (0.11, 0.04, True, dict(splay=(-2, 2), curl=(0, 8), radial=(5, 25), palmar=(0, 15))),
@@ -445,19 +470,57 @@ HAND_BONES = {
     "little": ((0.032, 0.076, 0.004), (0.035, 0.021, 0.020), -9, (0.0092, 0.0083, 0.0074, 0.0063))}
 
 
+
+
+class Kind(NamedTuple):
+    """A kind of pose, a row of POSES or GESTURES."""
+    source: float  # how often it is drawn in the source, and in the target: weights
+    target: float
+    easy: bool
+    ranges: dict  # of angles in degrees
+
+
+class Part(NamedTuple):
+    """A limb, a patch of flesh or a mark: two circles and what lies between them."""
+    role: str  # what it is drawn as, see `choose_colours`
+    a: np.ndarray  # (N, 3), the centres of the circles, metres
+    b: np.ndarray
+    radius_a: float | np.ndarray  # metres, times the figure's girth: a number or (N,)
+    radius_b: float | np.ndarray
+    group: str | None = None  # parts of one group merge into one shape
+    normal: np.ndarray | None = None  # (N, 3): a mark on its group, not seen where it faces away
+
+
+class Parts(NamedTuple):
+    """P parts of N figures, stacked."""
+    roles: tuple  # (P,)
+    groups: list  # (P,): the name of a group, or the part's own number
+    ends: np.ndarray  # (N, P, 2, 3) metres
+    radii: np.ndarray  # (N, P, 2) metres
+
+
+class Figures(NamedTuple):
+    """N figures, posed."""
+    kind: np.ndarray  # (N,) rows of POSES or GESTURES
+    joints: np.ndarray  # (N, K, 3) metres
+    parts: Parts
+
+
 def draw_angles(u, domain, poses, names, rest, limits):
     """Kinds of pose (N,) and {name: (N,) radians} by the tables above; u: (N, 1 + names) uniform numbers."""
-    weights = np.cumsum([pose[domain == "target"] for pose in poses.values()])
-    table = np.empty((len(poses), len(names), 2))
-    for k, (_, _, _, ranges) in enumerate(poses.values()):
+    kinds = [Kind(*row) for row in poses.values()]
+    weights = np.cumsum([kind.target if domain == "target" else kind.source for kind in kinds])
+    table = np.empty((len(kinds), len(names), 2))
+    for k, kind in enumerate(kinds):
         for j, name in enumerate(names):
             plain = name.split("_")[-1]
-            table[k, j] = ranges.get(name, ranges.get(plain, rest[plain]))
-            if "_" in name:                            # of a limb, a finger
+            table[k, j] = kind.ranges.get(name, kind.ranges.get(plain, rest[plain]))
+            if "_" in name:  # of a limb, a finger
                 table[k, j] += WIDER[domain] * (limits[plain] - table[k, j])
-    kind = np.searchsorted(weights[:-1] / weights[-1], u[:, 0], side="right")
-    low, high = np.radians(table[kind]).T              # each (angles, N)
-    return kind, dict(zip(names, low + (high - low) * u[:, 1:1 + len(names)].T))
+    drawn = np.searchsorted(weights[:-1] / weights[-1], u[:, 0], side="right")
+    low, high = np.radians(table[drawn]).T  # each (angles, N)
+    angles = low + (high - low) * u[:, 1:1 + len(names)].T
+    return drawn, dict(zip(names, angles))
 
 
 def turn(frame, axes, *angles):
@@ -465,8 +528,10 @@ def turn(frame, axes, *angles):
     for axis, angle in zip(axes, angles):
         i, j = {"x": (1, 2), "y": (2, 0), "z": (0, 1)}[axis]
         matrix = np.tile(np.eye(3), (len(angle), 1, 1))
-        matrix[:, i, i] = matrix[:, j, j] = np.cos(angle)
-        matrix[:, j, i], matrix[:, i, j] = np.sin(angle), -np.sin(angle)
+        matrix[:, i, i] = np.cos(angle)
+        matrix[:, j, j] = np.cos(angle)
+        matrix[:, j, i] = np.sin(angle)
+        matrix[:, i, j] = -np.sin(angle)
         frame = frame @ matrix
     return frame
 
@@ -477,25 +542,32 @@ def along(frame, x, y, z):
 
 
 def stack_parts(parts, girth):
-    """P rows (role, a, b, radii[, group, normal]) -> roles, groups, ends (N, P, 2, 3), radii (N, P, 2). Radii
-    are multiplied by girth (N,). A group merges into one shape. A part with a normal (N, 3) lies on its
-    group: it has no radius where it faces away."""
-    roles, a, b, radii_a, radii_b, groups, normals = zip(*(row + (None,) * (7 - len(row)) for row in parts))
-    shown = np.stack([girth if n is None else girth * (n[:, 2] > 0.15) for n in normals], 1)
-    radii = np.stack([np.stack([r + 0 * girth for r in end], 1) * shown for end in (radii_a, radii_b)], 2)
-    ends = np.stack([np.stack(a, 1), np.stack(b, 1)], 2)
-    return roles, [p if group is None else group for p, group in enumerate(groups)], ends, radii
+    """P `Part`s of N figures -> `Parts`. Radii are multiplied by girth (N,)."""
+    groups = []
+    ends = []
+    radii = []
+    for p, part in enumerate(parts):
+        thickness = girth
+        if part.normal is not None:
+            thickness = girth * (part.normal[:, 2] > 0.15)  # no radius where it faces away
+        both = [np.broadcast_to(radius, len(girth)) for radius in (part.radius_a, part.radius_b)]
+        groups.append(p if part.group is None else part.group)
+        ends.append(np.stack([part.a, part.b], 1))
+        radii.append(np.stack(both, 1) * thickness[:, None])
+    return Parts(tuple(part.role for part in parts), groups, np.stack(ends, 1), np.stack(radii, 1))
 
 
 def pose_bodies(u, domain):
-    """Pose bodies: u (N, 39) uniform numbers -> kind (N,), joints (N, 16, 3) metres, stacked parts."""
+    """Pose bodies: u (N, 39) uniform numbers -> `Figures` with the 16 joints of BODY16."""
     kind, angle = draw_angles(u[:, 12:], domain, POSES, BODY_ANGLES, STANDING, JOINT_LIMITS)
     mirror = u[:, 9] < 0.5
     for name in ("roll", "side", "twist", "turn", "tilt"):
         angle[name] = np.where(mirror, -angle[name], angle[name])
-    stature, girth = 0.92 + 0.16 * u[:, 10], 0.95 + 0.45 * u[:, 11]
-    length = {name: mean * stature * (1 + PROPORTION[domain] * (2 * factor - 1))
-              for (name, mean), factor in zip(SEGMENTS.items(), u.T)}
+    stature = 0.92 + 0.16 * u[:, 10]
+    girth = 0.95 + 0.45 * u[:, 11]
+    length = {}
+    for (name, mean), factor in zip(SEGMENTS.items(), u.T):
+        length[name] = mean * stature * (1 + PROPORTION[domain] * (2 * factor - 1))
     # Columns of a frame: the left, up, front of what it belongs to.
     root = turn(np.eye(3), "xzyx", angle["pitch"], angle["roll"], angle["yaw"], angle["lean"])
     chest = turn(root, "xzy", angle["bend"], angle["side"], angle["twist"])
@@ -503,19 +575,23 @@ def pose_bodies(u, domain):
     pelvis = np.zeros((len(u), 3))
     thorax = along(chest, 0, length["spine"], 0)
     neck = thorax + along(chest, 0, length["neck"], 0)
-    top, r = neck + along(head, 0, length["head"], 0), 0.42 * length["head"]    # r: the head's radius
+    top = neck + along(head, 0, length["head"], 0)
     joints = {6: pelvis, 7: thorax, 8: neck, 9: top}
-    crown, face = top - along(head, 0, r, 0.1 * r), top - along(head, 0, 1.22 * r, -0.3 * r)
-    mark, h = thorax + along(chest, 0, -0.13, 0.085 * girth), r / girth
-    parts = [("hair", crown, crown - along(head, 0, 0.35 * r, 0.15 * r), h, 0.8 * h),
-             ("skin", face, face - along(head, 0, 0.23 * r, 0.1 * r), 0.82 * h, 0.68 * h, "face"),
-             ("skin", thorax, neck, 0.052, 0.048, "trunk")]
-    for side, indices in ((1, (5, 4, 3, 13, 14, 15)), (-1, (0, 1, 2, 12, 11, 10))):           # left, right
+    r = 0.42 * length["head"]  # the head's radius
+    h = r / girth
+    crown = top - along(head, 0, r, 0.1 * r)
+    face = top - along(head, 0, 1.22 * r, -0.3 * r)
+    mark = thorax + along(chest, 0, -0.13, 0.085 * girth)
+    parts = [Part("hair", crown, crown - along(head, 0, 0.35 * r, 0.15 * r), h, 0.8 * h),
+             Part("skin", face, face - along(head, 0, 0.23 * r, 0.1 * r), 0.82 * h, 0.68 * h, "face"),
+             Part("skin", thorax, neck, 0.052, 0.048, "trunk")]
+    for side, indices in ((1, (5, 4, 3, 13, 14, 15)), (-1, (0, 1, 2, 12, 11, 10))):  # left, right
         swap = mirror == (side > 0)
         a = {name: np.where(swap, angle["b_" + name], angle["a_" + name]) for name in BODY_LIMB}
         thigh = turn(root, "xzy", -a["hip"], side * a["spread"], side * a["legrot"])
+        shin = turn(thigh, "x", a["knee"])
         arm = turn(chest, "xzy", -a["arm"], side * a["lift"], -side * a["armrot"])
-        shin, fore = turn(thigh, "x", a["knee"]), turn(arm, "x", -a["elbow"])
+        fore = turn(arm, "x", -a["elbow"])
         hip = along(root, side * length["hips"] / 2, 0, 0)
         knee = hip - along(thigh, 0, length["thigh"], 0)
         ankle = knee - along(shin, 0, length["shin"], 0)
@@ -523,67 +599,89 @@ def pose_bodies(u, domain):
         elbow = shoulder - along(arm, 0, length["upper_arm"], 0)
         wrist = elbow - along(fore, 0, length["forearm"], 0)
         joints.update(zip(indices, (ankle, knee, hip, shoulder, elbow, wrist)))
-        waist, armpit = along(root, side * 0.05, 0.03, 0), thorax + along(chest, side * 0.088, -0.08, 0)
+        toes = ankle + along(shin, 0, -0.07, 0.15)
+        fingers = wrist - along(fore, 0, 0.09, 0)
+        waist = along(root, side * 0.05, 0.03, 0)
+        armpit = thorax + along(chest, side * 0.088, -0.08, 0)
+        shirt_end = shoulder - along(chest, side * 0.03, 0.03, 0)
         eye = crown + along(head, side * 0.36 * r, -0.05 * r, 1.05 * r)
-        parts += [("thigh", hip, knee, 0.086, 0.060), ("shank", knee, ankle, 0.060, 0.042),
-                  ("shoe", ankle, ankle + along(shin, 0, -0.07, 0.15), 0.048, 0.036),
-                  ("upper arm", shoulder, elbow, 0.056, 0.043), ("forearm", elbow, wrist, 0.043, 0.034),
-                  ("skin", wrist, wrist - along(fore, 0, 0.09, 0), 0.036, 0.042),
-                  ("trousers", pelvis, hip, 0.085, 0.085, "trunk"),
-                  ("shirt", waist, armpit, 0.088, 0.098, "trunk"),
-                  ("shirt", thorax, shoulder - along(chest, side * 0.03, 0.03, 0), 0.060, 0.060, "trunk"),
-                  ("eye", eye, eye - along(head, 0, 0.05 * r, 0), 0.22 * h, 0.2 * h, "face", head[:, :, 2])]
-    parts.append(("mark", mark, mark - along(chest, 0, 0.11, 0), 0.05, 0.05, "trunk", chest[:, :, 2]))
-    return kind, np.stack([joints[k] for k in range(16)], 1), stack_parts(parts, girth)
+        lid = eye - along(head, 0, 0.05 * r, 0)
+        parts += [Part("thigh", hip, knee, 0.086, 0.060),
+                  Part("shank", knee, ankle, 0.060, 0.042),
+                  Part("shoe", ankle, toes, 0.048, 0.036),
+                  Part("upper arm", shoulder, elbow, 0.056, 0.043),
+                  Part("forearm", elbow, wrist, 0.043, 0.034),
+                  Part("skin", wrist, fingers, 0.036, 0.042),
+                  Part("trousers", pelvis, hip, 0.085, 0.085, "trunk"),
+                  Part("shirt", waist, armpit, 0.088, 0.098, "trunk"),
+                  Part("shirt", thorax, shirt_end, 0.060, 0.060, "trunk"),
+                  Part("eye", eye, lid, 0.22 * h, 0.2 * h, "face", normal=head[:, :, 2])]
+    parts.append(Part("mark", mark, mark - along(chest, 0, 0.11, 0), 0.05, 0.05, "trunk",
+                      normal=chest[:, :, 2]))
+    joints = np.stack([joints[k] for k in range(16)], 1)
+    return Figures(kind, joints, stack_parts(parts, girth))
 
 
 def pose_hands(u, domain):
-    """Pose left hands: u (N, 39) uniform numbers -> kind (N,), joints (N, 21, 3) metres, stacked parts."""
-    kind, angle = draw_angles(u[:, 12:], domain, GESTURES, HAND_ANGLES, HAND_OPEN | HAND_VIEW[domain],
-                              HAND_LIMITS)
-    back, girth = np.where(u[:, 9] < 0.5, math.pi, 0), 0.9 + 0.3 * u[:, 10]     # the palm or the back is seen
+    """Pose left hands: u (N, 39) uniform numbers -> `Figures` with the 21 joints of HAND21."""
+    rest = HAND_OPEN | HAND_VIEW[domain]
+    kind, angle = draw_angles(u[:, 12:], domain, GESTURES, HAND_ANGLES, rest, HAND_LIMITS)
+    back = np.where(u[:, 9] < 0.5, math.pi, 0)  # the palm or the back is seen
+    girth = 0.9 + 0.3 * u[:, 10]
     palm = turn(np.eye(3), "zxy", angle["roll"], angle["pitch"], angle["yaw"] + back)
     fore = turn(palm, "zx", angle["deviate"], angle["bend"])
-    wrist, cuff, elbow = np.zeros((len(u), 3)), along(fore, 0, -0.05, 0), along(fore, 0, -0.22, 0)
-    joints, parts = [wrist], [("skin", cuff, wrist, 0.029, 0.024), ("sleeve", elbow, cuff, 0.042, 0.037)]
+    wrist = np.zeros((len(u), 3))
+    cuff = along(fore, 0, -0.05, 0)
+    elbow = along(fore, 0, -0.22, 0)
+    joints = [wrist]
+    parts = [Part("skin", cuff, wrist, 0.029, 0.024), Part("sleeve", elbow, cuff, 0.042, 0.037)]
     for (finger, (base, bones, splay, radii)), factor in zip(HAND_BONES.items(), u.T):
         start = along(palm, *base)
         joints.append(start)
-        if finger == "thumb":                          # bends across the palm: turned about its axis
-            frame = turn(palm, "zxy", angle["radial"], angle["palmar"], np.full(len(u), math.radians(60)))
-            bends = 0 * factor, angle["tflex"], angle["tcurl"]
-        else:                                          # the outer joint follows the middle one
+        if finger == "thumb":  # bends across the palm: turned about its axis
+            axis = np.full(len(u), math.radians(60))
+            frame = turn(palm, "zxy", angle["radial"], angle["palmar"], axis)
+            bends = (np.zeros(len(u)), angle["tflex"], angle["tcurl"])
+        else:  # the outer joint follows the middle one
             frame = turn(palm, "z", math.radians(splay) + angle[finger + "_splay"])
-            bends = angle[finger + "_flex"], angle[finger + "_curl"], 0.6 * angle[finger + "_curl"]
-            parts.append(("skin", along(palm, 0.45 * base[0], 0.012, 0), start, 0.0165, 0.0125, "palm"))
+            curl = angle[finger + "_curl"]
+            bends = (angle[finger + "_flex"], curl, 0.6 * curl)
+            ball = along(palm, 0.45 * base[0], 0.012, 0)
+            parts.append(Part("skin", ball, start, 0.0165, 0.0125, "palm"))
         for i, bend in enumerate(bends):
             frame = turn(frame, "x", bend)
             bone = along(frame, 0, bones[i] * (1 + PROPORTION[domain] * (2 * factor - 1)), 0)
-            parts.append(("skin", start, start + bone, radii[i], radii[i + 1], f"{finger} {i}"))
+            parts.append(Part("skin", start, start + bone, radii[i], radii[i + 1], f"{finger} {i}"))
             start = start + bone
             joints.append(start)
         nail = start + along(frame, 0, 0, -0.6 * radii[3] * girth)
-        parts.append(("nail", nail - 0.5 * bone, nail - 0.12 * bone, 0.0052, 0.005, f"{finger} 2",
-                      -frame[:, :, 2]))
-    for ax, ay, bx, by in ((-24, 66, 20, 72), (-28, 56, 14, 50), (-10, 56, 0, 16)):           # millimetres
-        a, b = along(palm, ax / 1000, ay / 1000, 0.012), along(palm, bx / 1000, by / 1000, 0.012)
-        parts.append(("crease", a, b, 0.0016, 0.0016, "palm", palm[:, :, 2]))
-    return kind, np.stack(joints, 1), stack_parts(parts, girth)
+        parts.append(Part("nail", nail - 0.5 * bone, nail - 0.12 * bone, 0.0052, 0.005, f"{finger} 2",
+                          normal=-frame[:, :, 2]))
+    for ax, ay, bx, by in ((-24, 66, 20, 72), (-28, 56, 14, 50), (-10, 56, 0, 16)):  # millimetres
+        a = along(palm, ax / 1000, ay / 1000, 0.012)
+        b = along(palm, bx / 1000, by / 1000, 0.012)
+        parts.append(Part("crease", a, b, 0.0016, 0.0016, "palm", normal=palm[:, :, 2]))
+    return Figures(kind, np.stack(joints, 1), stack_parts(parts, girth))
 
 
-def project_figures(u, joints, ends, radii, distances, size):
-    """Perspective cameras that put each figure's box at 60-80 % of the image, roughly centred: joints (N, K,
-    3), ends (N, P, 2, 3) and radii (N, P, 2) from metres to pixels. u: (N, 4) uniform numbers; distances:
-    the nearest and the farthest camera in metres; size: the image's side."""
+def project_figures(u, figures, distances, size):
+    """Perspective cameras that put each figure's box at 60-80 % of the image, roughly centred.
+
+    u: (N, 4) uniform numbers; distances: of the nearest and the farthest camera, metres; size: the image's
+    side. Returns joints (N, K, 2), ends (N, P, 2, 2) and radii (N, P, 2) of the parts, all in pixels."""
+    ends = figures.parts.ends
+    k = figures.joints.shape[1]
+    points = np.concatenate([figures.joints, ends.reshape(len(u), -1, 3)], 1)
     distance = (distances[0] + (distances[1] - distances[0]) * u[:, :1])[..., None]
-    points, k = np.concatenate([joints, ends.reshape(len(u), -1, 3)], 1), joints.shape[1]
-    near = distance / (distance - points[..., 2:])     # magnification (N, K + 2 P, 1)
+    near = distance / (distance - points[..., 2:])  # magnification (N, K + 2 P, 1)
     flat = points[..., :2] * (1, -1) * near
-    low, high = flat[:, :k].min(1), flat[:, :k].max(1)
+    low = flat[:, :k].min(1)
+    high = flat[:, :k].max(1)
     scale = (0.60 + 0.20 * u[:, 1:2]) / (high - low).max(1, keepdims=True)
-    room = np.clip((1 - (high - low) * scale) / 2 - 0.06, 0, 0.06)             # 0.06: flesh around the joints
+    room = np.clip((1 - (high - low) * scale) / 2 - 0.06, 0, 0.06)  # 0.06: flesh around the joints
     shift = 0.5 + (2 * u[:, 2:4] - 1) * room - (low + high) / 2 * scale
     flat = (flat * scale[..., None] + shift[:, None]) * size - 0.5
+    radii = figures.parts.radii
     radii = radii * near[:, k:].reshape(radii.shape) * scale[..., None] * size
     return flat[:, :k], flat[:, k:].reshape(*ends.shape[:3], 2), radii
 
@@ -598,39 +696,53 @@ PATTERNS = (((0.0, 0.2, -1, 1), (0.3, 0.5, -1, 1), (0.6, 0.8, -1, 1), (0.9, 1, -
 
 
 def draw_limbs(draw, order, ends, radii, colours, patches, lamp):
-    """Draw tapered limbs, two circles and what lies between them, as nested tones. order: groups of limbs
-    from far to near; ends (P, 2, 2), radii (P, 2): pixels; colours (P, 2, 3) in [0, 1]: of limb and
-    patches; patches: P rows of PATTERNS; lamp (2,): its direction."""
-    tones = [((ends + shift * radii[..., None] * lamp).tolist(), (scale * radii).tolist(),
-              np.clip(255 * bright * colours, 0, 255).astype(int).tolist()) for scale, shift, bright in TONES]
+    """Draw tapered limbs, two circles and what lies between them, as nested tones.
+
+    order: groups of limbs from far to near; ends (P, 2, 2), radii (P, 2): pixels; colours (P, 2, 3) in
+    [0, 1]: of limb and patches; patches: P rows of PATTERNS; lamp (2,): its direction."""
+    tones = []
+    for scale, shift, bright in TONES:
+        centres = ends + shift * radii[..., None] * lamp
+        fills = np.clip(255 * bright * colours, 0, 255).astype(int)
+        tones.append((centres.tolist(), (scale * radii).tolist(), fills.tolist()))
     for group in order:
         for centres, rings, fills in tones:
             for p in group:
-                ((ax, ay), (bx, by)), (ra, rb), (first, second) = centres[p], rings[p], fills[p]
-                if max(ra, rb) < 0.5:
-                    continue
-                for x, y, r in ((ax, ay, ra), (bx, by, rb)):
-                    draw.ellipse((x - r, y - r, x + r, y + r), fill=tuple(first))
-                dx, dy = bx - ax, by - ay
-                length = math.hypot(dx, dy) + 1e-6
-                for n, (t0, t1, s0, s1) in enumerate(((0, 1, -1, 1), *patches[p])):
-                    corners = []
-                    for t, s in ((t0, s0), (t0, s1), (t1, s1), (t1, s0)):
-                        wide = s * (ra + t * (rb - ra)) / length
-                        corners += ax + t * dx - wide * dy, ay + t * dy + wide * dx
-                    draw.polygon(corners, fill=tuple(second if n else first))
+                if max(rings[p]) >= 0.5:
+                    draw_tone(draw, centres[p], rings[p], fills[p], patches[p])
+
+
+def draw_tone(draw, centres, radii, fills, patches):
+    """Draw one limb in one tone, its patches in another: two centres, radii and fills."""
+    (ax, ay), (bx, by) = centres
+    ra, rb = radii
+    first, second = fills
+    for x, y, r in ((ax, ay, ra), (bx, by, rb)):
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=tuple(first))
+    dx = bx - ax
+    dy = by - ay
+    length = math.hypot(dx, dy) + 1e-6
+    for n, (t0, t1, s0, s1) in enumerate(((0, 1, -1, 1), *patches)):
+        corners = []
+        for t, s in ((t0, s0), (t0, s1), (t1, s1), (t1, s0)):
+            wide = s * (ra + t * (rb - ra)) / length
+            corners += [ax + t * dx - wide * dy, ay + t * dy + wide * dx]
+        draw.polygon(corners, fill=tuple(second if n else first))
 
 
 def draw_shape(draw, rng, extent, colour):
     """Draw an ellipse, a box, a triangle or a bar anywhere; its half-size is in `extent`, canvas sides."""
-    side, corners, turn = draw.im.size[0], rng.choice((3, 4, 4, 24)), math.pi * rng.random()
+    side = draw.im.size[0]
+    corners = rng.choice((3, 4, 4, 24))
+    turn = math.pi * rng.random()
     angle = 2 * math.pi * (np.arange(corners) + 0.5) / corners
     aspect = 0.1 if rng.random() < 0.25 else rng.uniform(0.4, 1)
     outline = np.stack([np.cos(angle), aspect * np.sin(angle)], 1) * rng.uniform(*extent) * side
     outline = outline @ ((math.cos(turn), math.sin(turn)), (-math.sin(turn), math.cos(turn)))
     centre = rng.random(2) * side
     for shrink, tone in ((1, 255), (0.7, 205)):
-        draw.polygon((shrink * outline + centre).ravel().tolist(), fill=tuple((tone * colour).astype(int)))
+        points = (shrink * outline + centre).ravel().tolist()
+        draw.polygon(points, fill=tuple((tone * colour).astype(int)))
 
 
 def draw_background(rng, look, size):
@@ -639,11 +751,13 @@ def draw_background(rng, look, size):
 
     def mute(colour):
         grey = colour.mean(-1, keepdims=True)
-        return np.clip(level + look["background"] * (grey + look["saturation"] * (colour - grey) - 0.5), 0, 1)
+        muted = grey + look["saturation"] * (colour - grey)
+        return np.clip(level + look["background"] * (muted - 0.5), 0, 1)
 
     top, bottom = rng.random((2, 3))
     canvas = top + (bottom - top) * np.linspace(0, 1, size)[:, None, None].repeat(size, 1)
-    for cells in (4, 7, 13, 25) if look is WILD else (4,):
+    grids = (4, 7, 13, 25) if look is WILD else (4,)
+    for cells in grids:
         grid = Image.fromarray(rng.integers(256, size=(cells, cells, 3), dtype=np.uint8))
         smooth = np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC)) / 255 - 0.5
         canvas += look["noise"] * (4 / cells) ** 0.5 * smooth
@@ -656,37 +770,50 @@ def draw_background(rng, look, size):
 
 def choose_colours(rng, look, roles):
     """Colours (P, 2, 3) in [0, 1] of P parts and of their patches, and the patches, by the parts' roles."""
-    tone, (tint, shirt, trousers, shoe, hair, mark) = rng.random(), rng.random((6, 3))
-    skin = (0.95, 0.78, 0.67) - tone * np.array((0.57, 0.54, 0.50)) + 0.06 * (tint - 0.5)    # pale to dark
-    gloved = "nail" in roles and rng.random() < look["gloves"]             # hands alone have nails
-    skin = tint if gloved else skin
-    sleeves, legs = rng.random(2) < (0.5, 0.65)        # long ones
+    tone = rng.random()
+    tint, shirt, trousers, shoe, hair, mark = rng.random((6, 3))
+    skin = (0.95, 0.78, 0.67) - tone * np.array((0.57, 0.54, 0.50)) + 0.06 * (tint - 0.5)  # pale to dark
+    gloved = "nail" in roles and rng.random() < look["gloves"]  # only hands have nails
+    if gloved:
+        skin = tint
+    long_sleeves, long_legs = rng.random(2) < (0.5, 0.65)
     # What tells front from back, hence left from right, must stand out: eyes, mark, nails, creases.
     colours = {"skin": skin, "hair": hair * (0.5, 0.35, 0.25), "eye": (0.04, 0.04, 0.04), "shoe": 0.7 * shoe,
                "mark": 0.3 * mark + (0.0 if shirt.mean() > 0.5 else 0.7), "crease": 0.6 * skin,
                "nail": 0.4 * skin + (0.6, 0.5, 0.5), "shirt": shirt, "upper arm": shirt, "sleeve": shirt,
-               "forearm": shirt if sleeves else skin, "trousers": trousers, "thigh": trousers,
-               "shank": trousers if legs else skin}
+               "forearm": shirt if long_sleeves else skin, "trousers": trousers, "thigh": trousers,
+               "shank": trousers if long_legs else skin}
     first = np.array([colours[role] for role in roles])
-    second, patches = first.copy(), [()] * len(roles)
-    for garment in (shirt, trousers, *[skin] * gloved):
-        worn, pattern, other = (first == garment).all(1), rng.integers(len(PATTERNS)), rng.random(3)
+    second = first.copy()
+    patches = [()] * len(roles)
+    garments = [shirt, trousers]
+    if gloved:
+        garments.append(skin)
+    for garment in garments:
+        worn = (first == garment).all(1)
+        pattern = rng.integers(len(PATTERNS))
+        other = rng.random(3)
         if rng.random() < look["textured"]:
             second[worn] += WILD["pattern_contrast"] * (other - garment)
-            patches = [PATTERNS[pattern] if on else patch for on, patch in zip(worn, patches)]
+            for p in np.flatnonzero(worn):
+                patches[p] = PATTERNS[pattern]
     return np.stack([first, second], 1), patches
 
 
 def photograph(rng, image):
     """What lamp and camera do to a PIL image of the target -> (S, S, 3) uint8."""
-    size, turn, place = image.width, 2 * math.pi * rng.random(), np.linspace(-1, 1, image.width)
-    light = 1 + WILD["light"] * rng.random() * (math.cos(turn) * place + math.sin(turn) * place[:, None])
+    size = image.width
+    turn = 2 * math.pi * rng.random()
+    place = np.linspace(-1, 1, size)
+    slope = math.cos(turn) * place + math.sin(turn) * place[:, None]
+    light = 1 + WILD["light"] * rng.random() * slope
     cast = 1 + WILD["cast"] * rng.uniform(-1, 1, 3)
     pixels = (np.asarray(image) / 255 * (light[..., None] * cast) - 0.5) * rng.uniform(*WILD["contrast"])
     image = Image.fromarray((255 * np.clip(pixels + rng.uniform(0.42, 0.58), 0, 1)).astype(np.uint8))
     # Pillow's blur repeats the border outwards; zeros would leave a dark frame that gives the domain away.
     image = image.filter(ImageFilter.GaussianBlur(WILD["blur"] * size * rng.random()))
-    grain = 255 * WILD["grain"] * rng.random() ** 2 * rng.standard_normal((size, size, 3), dtype=np.float32)
+    grain = 255 * WILD["grain"] * rng.random() ** 2
+    grain = grain * rng.standard_normal((size, size, 3), dtype=np.float32)
     return np.clip(image + grain + 0.5, 0, 255).astype(np.uint8)
 
 
@@ -703,30 +830,49 @@ class Mannequin:
         if (domain, split) not in self.DEFAULT_COUNTS:
             raise ValueError(f"domain, split: unknown {domain!r}, {split!r}; use 'source' or 'target' with "
                              "'train', 'val' or 'test'")
-        count = self.DEFAULT_COUNTS[domain, split] if count is None else count
-        for name, value, least in ("size", size, 1), ("count", count, 1), ("seed", seed, 0):
+        if count is None:
+            count = self.DEFAULT_COUNTS[domain, split]
+        for name, value, least in (("size", size, 1), ("count", count, 1), ("seed", seed, 0)):
             if value < least:
                 raise ValueError(f"{name}: {value} is too small; give {least} or more")
-        self.domain, self.split, self.size, self.seed, self.hand = domain, split, size, seed, hand
-        self.cache, self.progress = cache, progress or (lambda *_: None)
-        self.skeleton, poses, pose, distances = ((HAND21, GESTURES, pose_hands, (0.5, 1.1)) if hand else
-                                                 (BODY16, POSES, pose_bodies, (3.0, 7.0)))
-        self.key = seed, 2 * hand + (domain == "target"), ("train", "val", "test").index(split)
+        self.domain = domain
+        self.split = split
+        self.size = size
+        self.seed = seed
+        self.hand = hand
+        self.cache = cache
+        self.progress = progress or (lambda *_: None)
+        self.key = (seed, 2 * hand + (domain == "target"), ("train", "val", "test").index(split))
         u = np.stack([np.random.default_rng((*self.key, i)).random(POSE_NUMBERS) for i in range(count)])
-        kind, self.joints, (self.roles, groups, ends, radii) = pose(u[:, 4:], domain)
-        self.groups = [[p for p, g in enumerate(groups) if g == group] for group in dict.fromkeys(groups)]
-        self.depth = ends[..., 2].mean(-1)             # (N, P), towards the camera
-        keypoints, self.ends, self.radii = project_figures(u, self.joints, ends, radii, distances, size)
+        if hand:
+            self.skeleton = HAND21
+            kinds = GESTURES
+            figures = pose_hands(u[:, 4:], domain)
+            distances = (0.5, 1.1)
+        else:
+            self.skeleton = BODY16
+            kinds = POSES
+            figures = pose_bodies(u[:, 4:], domain)
+            distances = (3.0, 7.0)
+        self.joints = figures.joints
+        self.roles = figures.parts.roles
+        self.depth = figures.parts.ends[..., 2].mean(-1)  # (N, P), towards the camera
+        together = {}  # the parts of each group, which are drawn together
+        for p, group in enumerate(figures.parts.groups):
+            together.setdefault(group, []).append(p)
+        self.groups = list(together.values())
+        keypoints, self.ends, self.radii = project_figures(u, figures, distances, size)
         self.keypoints = torch.from_numpy(keypoints).float()
         self.visible = ((self.keypoints >= 0) & (self.keypoints <= size - 1)).all(-1).float()
-        self.upright = torch.tensor([easy for _, _, easy, _ in poses.values()])[kind]
+        self.upright = torch.tensor([Kind(*row).easy for row in kinds.values()])[figures.kind]
 
     def __len__(self):
         return len(self.joints)
 
     def names(self, indices):
         """Names of samples, for example 'target-test-000012' or 'hand-target-test-000012'."""
-        return [f"{'hand-' * self.hand}{self.domain}-{self.split}-{int(i):06d}" for i in indices]
+        prefix = f"{'hand-' if self.hand else ''}{self.domain}-{self.split}"
+        return [f"{prefix}-{int(i):06d}" for i in indices]
 
     def __getitem__(self, indices):
         """Images (B, 3, S, S) uint8, keypoints (B, K, 2) and visible (B, K) of 1-D `indices`."""
@@ -735,25 +881,32 @@ class Mannequin:
 
     def render(self, index):
         """Draw one sample: (3, S, S) uint8."""
-        rng, look = np.random.default_rng((*self.key, index)), WILD if self.domain == "target" else PLAIN
-        rng.random(POSE_NUMBERS)                       # the pose's numbers come first
+        look = WILD if self.domain == "target" else PLAIN
+        rng = np.random.default_rng((*self.key, index))
+        rng.random(POSE_NUMBERS)  # the pose's numbers come first
         canvas = draw_background(rng, look, self.size)
-        draw, side, lamp = ImageDraw.Draw(canvas), canvas.width, np.array((-0.5, -0.86))
-        lamp = lamp + (rng.uniform(-0.5, 0.5, 2) if look is WILD else 0)
+        draw = ImageDraw.Draw(canvas)
+        side = canvas.width
+        lamp = np.array((-0.5, -0.86))
+        if look is WILD:
+            lamp = lamp + rng.uniform(-0.5, 0.5, 2)
         colours, patches = choose_colours(rng, look, self.roles)
-        for _ in range(look["distractors"]):           # two limbs in a row, of the figure's colours
-            ends = side * np.cumsum([rng.random(2), *rng.uniform(-0.22, 0.22, (2, 2))], 0)[[[0, 1], [1, 2]]]
+        for _ in range(look["distractors"]):  # two limbs in a row, of the figure's colours
+            chain = np.cumsum([rng.random(2), *rng.uniform(-0.22, 0.22, (2, 2))], 0)
+            ends = side * chain[[[0, 1], [1, 2]]]
             radii = side * rng.uniform(0.02, 0.04) * np.array(((1.2, 1), (1, 0.75)))
             own = rng.integers(len(colours))
             draw_limbs(draw, [[0], [1]], ends, radii, colours[[own, own]], [patches[own]] * 2, lamp)
-        ends, radii = SUPERSAMPLING * (self.ends[index] + 0.5) - 0.5, SUPERSAMPLING * self.radii[index]
+        ends = SUPERSAMPLING * (self.ends[index] + 0.5) - 0.5
+        radii = SUPERSAMPLING * self.radii[index]
         order = sorted(self.groups, key=lambda group: sum(self.depth[index, group]) / len(group))
         draw_limbs(draw, order, ends, radii, colours, patches, lamp)
         for probability in look["occluders"]:
             if rng.random() < probability:
                 draw_shape(draw, rng, (0.05, 0.13), rng.random(3))
         image = canvas.reduce(SUPERSAMPLING)
-        return np.asarray(photograph(rng, image) if look is WILD else image).transpose(2, 0, 1)
+        pixels = photograph(rng, image) if look is WILD else np.asarray(image)
+        return pixels.transpose(2, 0, 1)
 
     @functools.cached_property
     def _images(self):
@@ -762,8 +915,9 @@ class Mannequin:
                   GESTURES, HAND_LIMITS, HAND_OPEN, HAND_VIEW, HAND_BONES)
         digest = hashlib.sha256(repr((RENDERER_VERSION, self.seed, tables)).encode()).hexdigest()[:16]
         name = f"mannequin-{self.names([len(self)])[0]}-{self.size}px-{digest}.u8"
-        shape, path = (len(self), 3, self.size, self.size), Path(self.cache or ".") / name
-        if self.cache and path.exists() and path.stat().st_size == math.prod(shape):    # else cut off
+        path = Path(self.cache or ".") / name
+        shape = (len(self), 3, self.size, self.size)
+        if self.cache and path.exists() and path.stat().st_size == math.prod(shape):  # else cut off
             return torch.from_numpy(np.fromfile(path, np.uint8).reshape(shape))
         images = np.empty(shape, np.uint8)
         for i in range(len(self)):
@@ -774,6 +928,31 @@ class Mannequin:
             with replacing(path) as file:
                 file.write(images)
         return torch.from_numpy(images)
+
+
+# --- Pictures read from a disk ------------------------------------------------------------------------------
+
+def letterbox_view(region, size):
+    """Where a region (left, top, right, bottom) of a picture lies in a size x size square, as large as fits,
+    its aspect kept, centred: (width, height) and (left, top) of its place, whole pixels, and the view from
+    the picture's pixels to the square's, (2, 3) float64 numpy."""
+    left, top, right, bottom = region
+    scale = size / max(right - left, bottom - top)
+    width, height = max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))
+    x, y = (size - width) // 2, (size - height) // 2
+    scale_x, scale_y = width / (right - left), height / (bottom - top)
+    # Pixel i covers i - 1/2 ... i + 1/2, in the picture and in the square.
+    view = np.array([[scale_x, 0, (0.5 - left) * scale_x - 0.5 + x],
+                     [0, scale_y, (0.5 - top) * scale_y - 0.5 + y]])
+    return (width, height), (x, y), view
+
+
+def letterbox(image, region, size):
+    """A region of an RGB picture in a size x size square, black beside it: uint8 (3, size, size)."""
+    fitted, place, _ = letterbox_view(region, size)
+    square = Image.new("RGB", (size, size))
+    square.paste(image.resize(fitted, Image.Resampling.BILINEAR, region), place)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
 # --- Datasets on disk --------------------------------------------------------------------------------------
