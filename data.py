@@ -42,7 +42,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import ExifTags, Image, ImageDraw, ImageFilter
 
 from kernels.reference import draw_gaussians
 
@@ -930,17 +930,130 @@ class Mannequin:
         return torch.from_numpy(images)
 
 
-# --- Pictures read from a disk ------------------------------------------------------------------------------
+# --- Pictures read from a disk -----------------------------------------------------------------------------
+
+JPEG = ("JPEG", "MPO")  # Pillow's formats whose header tells the orientation
+MID_GREY = 128  # what stands behind the transparent parts of a picture
+# How a picture comes upright, by its EXIF orientation. 1 is upright, 5 to 8 lie on their side.
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+
+
+class Picture(NamedTuple):
+    """A decoded picture, upright, 8-bit RGB."""
+    image: Image.Image  # a JPEG may be reduced
+    sides: tuple  # width and height of the whole picture, in its own pixels
+    box: tuple  # (left, top, right, bottom), where the whole picture lies in `image`
+
+
+def open_picture(path):
+    """An image file as everybody means it: an upright, 8-bit RGB image (PIL).
+
+    It is turned and mirrored by its EXIF orientation; a damaged EXIF block counts as upright. 16-bit grey is
+    scaled to 8 bits. Transparent parts show a mid-grey background. Of an animation the first picture counts.
+
+    FileNotFoundError where there is no such file. DataError where it cannot be read or decoded, or where its
+    values are 32-bit integers or floating point, whose range nothing tells; the message names the file."""
+    return decode_picture(path).image
+
+
+def decode_picture(path, least=None):
+    """As `open_picture` -> Picture. least: (width, height) that suffice of the whole upright picture: JPEG
+    decodes at 1/2, 1/4 or 1/8 at a fraction of the cost, and never below these sides."""
+    with _open_image(path) as image:
+        try:
+            width, height = image.size
+            draft = None
+            if least is not None and image.format in JPEG:
+                draft = image.draft(None, least[::-1] if _orientation(image) > 4 else least)
+            image.load()
+            if draft is None:
+                width, height = image.size
+            orientation = _orientation(image)  # after decoding: Pillow turns a TIFF by itself
+            picture = _to_rgb(image, path)
+        except DataError:
+            raise
+        except Exception as error:  # Pillow's readers raise errors of any kind on damaged files
+            raise DataError(f"{path}: cannot be decoded ({error}); fetch the image again") from error
+    reduction = 1 if draft is None else width / draft[1][2]  # 1, 2, 4 or 8
+    if orientation > 1:
+        picture = picture.transpose(UPRIGHT[orientation])
+    if orientation > 4:
+        width, height = height, width
+    across = width / reduction
+    down = height / reduction
+    # Its last pixels may be covered in part; turning and mirroring make them the first.
+    left = picture.width - across if orientation in (2, 3, 6, 7) else 0
+    top = picture.height - down if orientation in (3, 4, 7, 8) else 0
+    return Picture(picture, (width, height), (left, top, left + across, top + down))
+
+
+def picture_sides(path):
+    """Width and height of a picture as `open_picture` gives it, from the header of a JPEG or a square."""
+    with _open_image(path) as image:
+        if image.width == image.height:
+            return image.size
+        if image.format in JPEG:
+            return image.size[::-1] if _orientation(image) > 4 else image.size
+    return decode_picture(path).sides
+
+
+def _open_image(path):
+    """A file's header -> PIL image, not yet decoded."""
+    try:
+        return Image.open(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: missing") from error
+    except Exception as error:  # Pillow's readers raise errors of any kind on damaged files
+        raise DataError(f"{path}: not a readable image ({error}); fetch it again, or save it anew as JPEG or "
+                        "PNG") from error
+
+
+def _orientation(image):
+    """The EXIF orientation of a PIL image, 1 to 8; 1 where there is none."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return orientation if orientation in UPRIGHT else 1
+    except Exception:  # of any kind, where the EXIF block is damaged
+        return 1
+
+
+def _to_rgb(image, path):
+    """A decoded PIL image of any mode -> 8-bit RGB."""
+    # Pillow holds 16-bit grey as I;16 or I, by its version and the format of the file.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        values = np.asarray(image)
+        bits = image.tag_v2.get(ExifTags.Base.BitsPerSample, (16,))[0] if image.format == "TIFF" else 16
+        grey = (values >> (bits - 8)).astype(np.uint8)
+        if "transparency" in image.info:  # the value that is transparent
+            grey[values == image.info["transparency"]] = MID_GREY
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating point numbers"
+        raise DataError(f"{path}: its values are {kind}, whose range nothing tells; save it anew with 8 or "
+                        "16 bits per channel")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, (MID_GREY, MID_GREY, MID_GREY, 255))
+        image = Image.alpha_composite(background, image)
+    return image.convert("RGB")
+
 
 def letterbox_view(region, size):
-    """Where a region (left, top, right, bottom) of a picture lies in a size x size square, as large as fits,
-    its aspect kept, centred: (width, height) and (left, top) of its place, whole pixels, and the view from
-    the picture's pixels to the square's, (2, 3) float64 numpy."""
+    """Where a region (left, top, right, bottom) of a picture lies in a size x size square: as large as fits,
+    its aspect kept, centred.
+
+    Returns (width, height) and (left, top) of its place, whole pixels, and the view from the picture's
+    pixels to the square's, (2, 3) float64 numpy."""
     left, top, right, bottom = region
     scale = size / max(right - left, bottom - top)
-    width, height = max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))
-    x, y = (size - width) // 2, (size - height) // 2
-    scale_x, scale_y = width / (right - left), height / (bottom - top)
+    width = max(1, round((right - left) * scale))
+    height = max(1, round((bottom - top) * scale))
+    x = (size - width) // 2
+    y = (size - height) // 2
+    scale_x = width / (right - left)
+    scale_y = height / (bottom - top)
     # Pixel i covers i - 1/2 ... i + 1/2, in the picture and in the square.
     view = np.array([[scale_x, 0, (0.5 - left) * scale_x - 0.5 + x],
                      [0, scale_y, (0.5 - top) * scale_y - 0.5 + y]])
@@ -955,28 +1068,62 @@ def letterbox(image, region, size):
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
-# --- Datasets on disk --------------------------------------------------------------------------------------
+@contextmanager
+def _listed_in(file):
+    """A picture that is missing in this block is one that the annotation file lists."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; {file} lists it; fetch the image again") from error
+
+
+def _read_crop(path, size, sides, region, annotation):
+    """The region (left, top, right, bottom) of a picture, None for all of it -> uint8 (3, size, size).
+
+    sides: (width, height) that the picture must have; annotation: the file that says so."""
+    width, height = sides
+    left, top, right, bottom = region or (0, 0, width, height)
+    (wide, high), _, _ = letterbox_view((left, top, right, bottom), size)
+    least = (math.ceil(width * wide / (right - left)), math.ceil(height * high / (bottom - top)))
+    with _listed_in(annotation):
+        picture = decode_picture(path, least)
+    if picture.sides != (width, height):
+        raise DataError(f"{path}: {picture.sides[0]} x {picture.sides[1]} pixels, but {annotation} is for "
+                        f"{width} x {height}; take both from the same release")
+    x, y, end_x, end_y = picture.box
+    region = (x + left * (end_x - x) / width, y + top * (end_y - y) / height,
+              x + right * (end_x - x) / width, y + bottom * (end_y - y) / height)
+    return letterbox(picture.image, region, size)
+
 
 MAX_CROPS_BYTES = 2 << 30  # a set whose crops fit is kept in memory; a larger one is decoded at every use
 
 
 class _CropsOnDisk:
-    """Batched indexing over crops of pictures, each decoded when it is first asked for. Layouts, splits and
-    traps of the datasets: docs/datasets.md. root may be the directory named there, or hold it. All that
-    grows with N is an array: SURREAL has millions of samples. A file that is not as described is named."""
+    """Batched indexing over crops of pictures, each decoded when it is first asked for.
+
+    Layouts, splits and traps of the datasets: docs/datasets.md. root may be the directory named there, or
+    hold it. All that grows with N is an array: SURREAL has millions of samples. A file that is not as
+    described is named."""
 
     def __init__(self, root, split, size, folder=""):
         if split not in ("train", "val", "test"):
             raise ValueError(f"split {split!r}: must be 'train', 'val' or 'test'")
-        root, inner = Path(root), Path(root, folder)
-        self.root, self.size, self.split = inner if inner.is_dir() else root, size, split
+        inner = Path(root, folder)
+        self.root = inner if inner.is_dir() else Path(root)
+        self.split = split
+        self.size = size
 
-    def _fill(self, listed_in, names, sides, keypoints, visible):
-        """names: (N,) bytes, the pictures below root; sides: (N, 2), their width and height in pixels."""
+    def _fill(self, annotation, names, sides, keypoints, visible):
+        """names: (N,) bytes, the pictures below root; sides: (N, 2), their width and height in pixels;
+        annotation: the file that lists them, for messages."""
         if len(names) == 0:
-            raise DataError(f"{listed_in}: split {self.split!r} is empty; is the dataset complete?")
-        self.keypoints, self.visible = keypoints, visible
-        self._names, self._sides, self._listed_in = names, sides, listed_in
+            raise DataError(f"{annotation}: split {self.split!r} is empty; is the dataset complete?")
+        self.keypoints = keypoints
+        self.visible = visible
+        self._annotation = annotation
+        self._names = names
+        self._sides = sides
         fits = len(names) * 3 * self.size ** 2 <= MAX_CROPS_BYTES
         self._crop = functools.cache(self._decode) if fits else self._decode
 
@@ -996,8 +1143,17 @@ class _CropsOnDisk:
         return images, self.keypoints[indices], self.visible[indices]
 
     def _decode(self, i):
-        file = self.root / self._names[i].decode()
-        return _read_crop(file, self.size, self._sides[i].tolist(), None, self._listed_in)
+        path = self.root / self._names[i].decode()
+        return _read_crop(path, self.size, self._sides[i].tolist(), None, self._annotation)
+
+    def check_files(self, progress=lambda *_: None):
+        """Decode every picture once and keep none, so that a missing or damaged one is named at once.
+
+        It takes one or two ms per picture: made for validation and test splits (a few thousand), which are
+        read when the training is over, not for the millions of a training split. progress(done, total)."""
+        jobs = (functools.partial(self._decode, i) for i in range(len(self)))
+        for done, _ in enumerate(prefetch(jobs, workers=4)):
+            progress(done + 1, len(self))
 
 
 def find_annotation(root, relative):
@@ -1007,34 +1163,156 @@ def find_annotation(root, relative):
     return root / relative
 
 
-def _open_image(file, listed_in):
+# --- SURREAL, prepared as square crops and annotated in JSON files, as Human3.6M and Hand-3D-Studio are ----
+
+INDEX_CACHE_BYTES = 64 << 20  # a larger annotation file leaves its arrays beside it for the next time
+
+
+class Annotations(NamedTuple):
+    """What the loaders need of n samples."""
+    names: np.ndarray  # (n,) bytes, the pictures below the dataset's root
+    keypoints: np.ndarray  # (n, K, 2) float32 pixels of the pictures
+    sides: np.ndarray  # (n,) uint16, the side of each square picture in pixels
+
+
+def is_safe_path(name):
+    """Whether a name from an annotation file is a path below the directory that it is joined to."""
+    plain = isinstance(name, str) and re.fullmatch("[^/\0][^\0]{,254}", name)
+    return bool(plain) and ".." not in name.split("/")
+
+
+def read_json_list(file):
+    """The entries of a JSON list, parsed one at a time: millions do not stay as Python objects. ValueError
+    where the file is something else."""
+    text = Path(file).read_text(encoding="utf-8-sig")  # with or without a byte order mark
+    decode = json.JSONDecoder().raw_decode
+    space = re.compile(r"[ \t\r\n]*")
+    at = space.match(text).end()
+    if re.compile(r"\[\s*\]\s*").fullmatch(text, at):
+        return
+    before = "["
+    while text.startswith(before, at):
+        at = space.match(text, at + 1).end()
+        entry, at = decode(text, at)
+        yield entry
+        at = space.match(text, at).end()
+        before = ","
+    if text[at:].rstrip() != "]":
+        raise ValueError("not a JSON list of samples")
+
+
+def _read_annotations(file, prefix, total, joints, keep):
+    """A JSON list of {name, keypoint2d [total, 2], ...} -> Annotations.
+
+    prefix: put before each name; joints: the keypoints to take; keep(entry): whether the sample counts. A
+    side is the entry's `size`, or 0 where it has none."""
+    names = bytearray()
+    keypoints = array.array("f")
+    sides = array.array("H")
+    count = 0
     try:
-        return Image.open(file)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{file}: missing; {listed_in} lists it; fetch the image again") from error
-    except Exception as error:  # Pillow's readers raise errors of any kind on damaged files
-        raise DataError(f"{file}: not a readable image ({error}); fetch it again") from error
+        for entry in read_json_list(file):
+            count += 1
+            if not isinstance(entry, dict):
+                raise ValueError("not a JSON object")
+            if not keep(entry):
+                continue
+            name = entry.get("name")
+            if not is_safe_path(name):
+                raise ValueError(f"name {str(name)[:60]!r} is not a path below the images")
+            side = entry.get("size", 0)
+            if type(side) not in (int, float) or side != int(side) or not 0 <= side < 1 << 16:
+                raise ValueError(f"size {side!r} is not a number of pixels")
+            points = np.array(entry.get("keypoint2d"), np.float64)
+            if points.shape != (total, 2) or not (np.abs(points) < 1e6).all():  # NaN compares as False
+                raise ValueError(f"keypoint2d of {name!r} is not {total} pairs of coordinates")
+            names.extend((prefix + name).encode() + b"\0")
+            keypoints.frombytes(points[joints].astype(np.float32).tobytes())
+            sides.append(int(side))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise DataError(f"{file}: at entry {count}: {error}; expected a list of {{name, keypoint2d "
+                        f"[{total}, 2], ...}}; fetch or prepare it again") from error
+    return Annotations(np.array(bytes(names).split(b"\0")[:-1], "S"),
+                       np.array(keypoints, np.float32).reshape(-1, len(joints), 2),
+                       np.array(sides, np.uint16))
 
 
-def _read_crop(file, size, sides, region, listed_in):
-    """The region (left, top, right, bottom) of a picture, None for all of it -> uint8 (3, size, size)."""
-    with _open_image(file, listed_in) as image:
-        width, height = image.size
-        if [width, height] != sides:
-            raise DataError(f"{file}: {width} x {height} pixels, but {listed_in} is for {sides[0]} x "
-                            f"{sides[1]}; take both from the same release")
-        left, top, right, bottom = region = region or (0, 0, width, height)
-        (wide, high), _, _ = letterbox_view(region, size)
+def _load_annotations(root, path, prefix, total, joints, keep=lambda _: True, side=0,
+                      progress=lambda *_: None):
+    """`_read_annotations`, or what an earlier call left beside a large file, with all sides known.
+
+    side: of all pictures, or 0: as the entry says, or else the header of the image."""
+    file = find_annotation(root, path)
+    status = file.stat()
+    stamp = np.array([status.st_size, status.st_mtime_ns])
+    large = status.st_size > INDEX_CACHE_BYTES
+    index = file.with_name(f"{file.stem}.{zlib.crc32(bytes(joints)):08x}.npz")
+    if large and index.is_file():
         try:
-            # JPEG decodes at 1/2, 1/4 or 1/8 at a fraction of the cost, never below the size asked for.
-            draft = image.draft(None, (math.ceil(width * wide / (right - left)),
-                                       math.ceil(height * high / (bottom - top))))
-            picture = image.convert("RGB")
-        except Exception as error:
-            raise DataError(f"{file}: cannot be decoded ({error}); fetch the image again") from error
-    if draft is not None:  # its box is the whole picture, in exact fractions of the reduced pixels
-        region = tuple(edge * draft[1][2] / width for edge in region)
-    return letterbox(picture, region, size)
+            with open(index, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
+                if np.array_equal(stored["stamp"], stamp):
+                    return Annotations(stored["names"], stored["keypoints"], stored["sides"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            pass  # damaged: made again below
+    found = _read_annotations(file, prefix, total, list(joints), keep)
+    if side:
+        found.sides[:] = side
+    unknown = np.flatnonzero(found.sides == 0)
+    with _listed_in(file):
+        paths = (root / found.names[i].decode() for i in unknown)
+        jobs = (functools.partial(picture_sides, path) for path in paths)
+        for n, (width, _) in enumerate(prefetch(jobs, workers=16)):  # it is the disk that takes time
+            found.sides[unknown[n]] = width
+            progress(n + 1, len(unknown))
+    if large and os.access(file.parent, os.W_OK):
+        with replacing(index) as stream:
+            np.savez(stream, stamp=stamp, **found._asdict())
+    return found
+
+
+def _published_order(n):
+    """0 ... n - 1 in the order of the published splits (`random.seed(42)`), and how many are held out."""
+    order = array.array("q", range(n))
+    random.Random(42).shuffle(order)
+    return np.array(order), min(int(n * 0.2), 3200)
+
+
+class _SquareCrops(_CropsOnDisk):
+    def _take(self, annotation, parts, order):
+        """Take the samples `order` of the concatenated `parts`, each of `_load_annotations`."""
+        names = np.concatenate([part.names for part in parts])[order]
+        keypoints = np.concatenate([part.keypoints for part in parts])[order]
+        sides = np.concatenate([part.sides for part in parts])[order]
+        scale = (self.size / sides).astype(np.float32)[:, None, None]
+        keypoints = torch.from_numpy((keypoints + 0.5) * scale - 0.5)  # pixel i covers i - 1/2 ... i + 1/2
+        visible = torch.ones(1, 1).expand(len(names), len(self.skeleton))  # one number, seen N x K times
+        self._fill(annotation, names, np.stack([sides, sides], 1), keypoints, visible)
+
+
+class SURREAL(_SquareCrops):
+    """SURREAL, prepared: `{train,val}/run{0,1,2}.json` and square crops of synthetic people (BODY16).
+
+    split: of the runs of `train`, shuffled with seed 42, the first min(20 %, 3200) are 'test', the others
+    'train'; 'val' is the runs of `val`. shoulders: collar joints ('published') or 'true'. Published code
+    fills keypoints 12 and 13 with SMPL's collar joints, not with its shoulders. progress(done, total):
+    called while image headers are read, where entries have no `size`."""
+    skeleton = BODY16
+    SHOULDERS = {"published": (13, 14), "true": (16, 17)}  # of SMPL's 24 joints
+
+    def __init__(self, root, split="train", size=256, shoulders="published", progress=lambda *_: None):
+        super().__init__(root, split, size)
+        folder = "val" if split == "val" else "train"
+        joints = (7, 4, 1, 2, 5, 8, 0, 9, 12, 15, 20, 18, *self.SHOULDERS[shoulders], 19, 21)
+        parts = []
+        for run in range(3):
+            parts.append(_load_annotations(self.root, f"{folder}/run{run}.json", f"{folder}/run{run}/", 24,
+                                           joints, progress=progress))
+        order, held_out = _published_order(sum(len(part.names) for part in parts))
+        if split == "train":
+            order = order[held_out:]
+        elif split == "test":
+            order = order[:held_out]
+        self._take(self.root / folder / "run*.json", parts, order)
 
 
 # --- LSP and LSP Extended, annotated in MATLAB files (level 5, what MATLAB writes with -v6 and -v7) --------
@@ -1042,6 +1320,9 @@ def _read_crop(file, size, sides, region, listed_in):
 MAX_MAT_BYTES = 1 << 28  # of one variable: seventy times the largest annotation that the loaders read
 _MAT_STORAGE = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 _MAT_CLASS = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8"}
+_MAT_MATRIX = 14
+_MAT_COMPRESSED = 15
+_MAT_COMPLEX = 8  # a bit of the flags
 
 
 def read_mat(path, name):
@@ -1058,16 +1339,19 @@ def _read_mat(data, name):
         raise DataError("a MATLAB v7.3 (HDF5) file; load it in MATLAB and save it with save(..., '-v7')")
     if data[124:128] != b"\x00\x01IM":
         raise DataError("not a little-endian MATLAB level-5 file; save it with MATLAB's save(..., '-v7')")
-    start, present = 128, []
+    start = 128
+    present = []
     while start < len(data):
         kind, nbytes = struct.unpack_from("<II", data, start)
-        body, inflate = data[start + 8:start + 8 + nbytes], None
+        body = data[start + 8:start + 8 + nbytes]
         start += 8 + nbytes
-        if kind == 15:  # compressed: inflate its header first
+        inflate = None
+        if kind == _MAT_COMPRESSED:  # inflate its header first
             inflate = zlib.decompressobj()
             body = inflate.decompress(body, 4096)
-            (kind, nbytes), body = struct.unpack_from("<II", body), body[8:]
-        if kind != 14:
+            kind, nbytes = struct.unpack_from("<II", body)
+            body = body[8:]
+        if kind != _MAT_MATRIX:
             raise DataError(f"an element of type {kind}, not a variable: the file is damaged")
         flags, _, at = _mat_element(body, 0)
         dimensions, _, at = _mat_element(body, at)
@@ -1077,12 +1361,14 @@ def _read_mat(data, name):
             break
     else:
         raise DataError(f"no variable {name!r}; the file holds {', '.join(present[:20]) or 'none'}")
+
     matrix_class = flags[0] if len(flags) == 8 else None
-    if matrix_class not in _MAT_CLASS or flags[1] & 8 or not 8 <= len(dimensions) <= 128:  # 8: complex
+    if matrix_class not in _MAT_CLASS or flags[1] & _MAT_COMPLEX or not 8 <= len(dimensions) <= 128:
         raise DataError(f"variable {name!r} (class {matrix_class}) is not a real numeric array")
     shape = struct.unpack(f"<{len(dimensions) // 4}i", dimensions)
     # An empty axis counts as one, or an empty array could claim billions of rows.
-    if min(shape) < 0 or max(nbytes, 8 * math.prod(max(n, 1) for n in shape)) > MAX_MAT_BYTES:
+    claimed = 8 * math.prod(max(n, 1) for n in shape)
+    if min(shape) < 0 or max(nbytes, claimed) > MAX_MAT_BYTES:
         raise DataError(f"variable {name!r} of shape {shape} is beyond the limit of {MAX_MAT_BYTES} bytes")
     if inflate is not None:  # to one byte more than declared, so that zlib verifies its checksum
         body += inflate.decompress(inflate.unconsumed_tail, max(nbytes - len(body), 0) + 1)
@@ -1100,9 +1386,14 @@ def _read_mat(data, name):
 def _mat_element(data, at):
     """The element at byte `at` of `data` -> (its bytes, type, where the next one begins)."""
     kind, nbytes = struct.unpack_from("<II", data, at)
-    begin, following = at + 8, at + 8 + nbytes + -nbytes % 8
     if kind >> 16:  # small: size and type share the first word, up to four bytes follow at once
-        kind, nbytes, begin, following = kind & 0xFFFF, kind >> 16, at + 4, at + 8
+        nbytes = kind >> 16
+        kind = kind & 0xFFFF
+        begin = at + 4
+        following = at + 8
+    else:
+        begin = at + 8
+        following = begin + nbytes + -nbytes % 8
     if begin + nbytes > min(following, len(data)):
         raise DataError(f"truncated: an element declares {nbytes} bytes, more than there are")
     return data[begin:begin + nbytes], kind, following
@@ -1117,179 +1408,75 @@ class LSP(_CropsOnDisk):
     'train', half 'test'; LSP Extended 80 % 'train', 5 % 'val', 15 % 'test'. None: True for LSP alone."""
     skeleton = BODY16
     SLOTS = [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15, 8, 9]  # keypoint of each of the 14 joints
+    HALVES = {"train": (0, 50), "test": (50, 100)}  # per cent
+    EXTENDED = {"train": (0, 80), "val": (80, 85), "test": (85, 100)}
 
     def __init__(self, root, split="train", size=256, transductive=None):
         super().__init__(root, split, size)
         file = find_annotation(self.root, "joints.mat")
         self.root = self.root / "images"
-        extended, positions, visible = _read_lsp_joints(file)
+        extended, positions, labelled = _read_lsp_joints(file)
         names = _lsp_images(self.root, len(positions), extended, file)
-        percent = ({"train": (0, 80), "val": (80, 85), "test": (85, 100)} if extended else
-                   {"train": (0, 50), "test": (50, 100)})
-        if transductive or (transductive is None and not extended):
-            percent = {split: (0, 100)}
-        if split not in percent:
+        parts = self.EXTENDED if extended else self.HALVES
+        if transductive is None:
+            transductive = not extended
+        if transductive:
+            parts = {split: (0, 100)}
+        if split not in parts:
             raise DataError("split 'val': LSP has only 'train' and 'test'; or choose transductive=True")
-        chosen = slice(*(len(names) * end // 100 for end in percent[split]))
-        names, positions = names[chosen], positions[chosen]
-        sides, keypoints = np.zeros((len(names), 2), np.int64), torch.zeros(len(names), 16, 2)
+        begin, end = (len(names) * percent // 100 for percent in parts[split])
+        names = names[begin:end]
+        positions = positions[begin:end]
+        sides = np.zeros((len(names), 2), np.int64)
+        keypoints = torch.zeros(len(names), 16, 2)
+        visible = torch.zeros(len(names), 16)
+        visible[:, self.SLOTS] = torch.from_numpy(labelled[begin:end]).float()
         for i, name in enumerate(names):
-            with _open_image(self.root / name.decode(), file) as image:
-                sides[i] = image.size
+            with _listed_in(file):
+                sides[i] = picture_sides(self.root / name.decode())
             _, _, view = letterbox_view((0, 0, *sides[i].tolist()), size)
-            keypoints[i, self.SLOTS] = torch.from_numpy(positions[i] @ view[:, :2].T + view[:, 2]).float()
-        seen = torch.zeros(len(names), 16)
-        seen[:, self.SLOTS] = torch.from_numpy(visible[chosen]).float()
+            placed = positions[i] @ view[:, :2].T + view[:, 2]
+            keypoints[i, self.SLOTS] = torch.from_numpy(placed).float()
         if extended:
-            keypoints[seen == 0] = 0
-        self._fill(file, names, sides, keypoints, seen)
+            keypoints[visible == 0] = 0
+        self._fill(file, names, sides, keypoints, visible)
 
 
 def _read_lsp_joints(file):
     """joints.mat -> (extended, positions (N, 14, 2) in pixels of the photographs, visible (N, 14) bool). LSP
     is (3, 14, N), the third value 1 where occluded; LSP Extended (14, 3, N), and 1 where labelled."""
-    joints = np.atleast_3d(read_mat(file, "joints"))  # MATLAB drops a last axis of one
+    joints = np.atleast_3d(read_mat(file, "joints")).astype(np.float64)  # MATLAB drops a last axis of one
     if joints.ndim != 3 or joints.shape[:2] not in ((3, 14), (14, 3)) or joints.shape[2] == 0:
         raise DataError(f"{file}: 'joints' has shape {joints.shape}, expected (3, 14, N) or (14, 3, N)")
     extended = joints.shape[0] == 14
-    joints = joints.transpose((2, 0, 1) if extended else (2, 1, 0)).astype(np.float64)
-    positions, flag = joints[..., :2], joints[..., 2]
+    joints = joints.transpose(2, 0, 1) if extended else joints.transpose(2, 1, 0)
+    positions = joints[..., :2]
+    flag = joints[..., 2]
     if not np.isin(flag, (0, 1)).all():
         raise DataError(f"{file}: the third value of a joint must be 0 or 1")
     visible = flag == extended
-    bad = (visible | (not extended)) & ~(np.abs(positions) < 1e6).all(-1)  # NaN counts as bad, too
+    has_place = visible | (not extended)  # an occluded joint of LSP has one
+    bad = has_place & ~(np.abs(positions) < 1e6).all(-1)  # NaN counts as bad, too
     if bad.any():
         raise DataError(f"{file}: coordinates out of range in image {np.argwhere(bad)[0, 0] + 1}")
     return extended, positions, visible
 
 
-def _lsp_images(folder, n, extended, listed_in):
+def _lsp_images(folder, n, extended, annotation):
     """Names of the n images of joints.mat, (n,) bytes; none may be missing or left over."""
-    names = [f"im{i + 1:0{5 if extended else 4}d}.jpg" for i in range(n)]
+    digits = 5 if extended else 4
+    names = [f"im{i + 1:0{digits}d}.jpg" for i in range(n)]
     found = {name for name in os.listdir(folder) if re.fullmatch(r"im\d+\.jpg", name)}
     for wrong in sorted(found.symmetric_difference(names)):
-        kind, what = (FileNotFoundError, "missing") if wrong in names else (DataError, "has no annotation")
-        raise kind(f"{folder / wrong}: {what}; {listed_in} is for {names[0]} ... {names[-1]}, the directory "
-                   f"holds {len(found)} images. Take both from the same release")
+        release = (f"{annotation} is for {names[0]} ... {names[-1]}, the directory holds {len(found)} "
+                   "images. Take both from the same release")
+        if wrong in names:
+            raise FileNotFoundError(f"{folder / wrong}: missing; {release}")
+        raise DataError(f"{folder / wrong}: has no annotation; {release}")
     return np.array(names, "S")
 
 
-# --- SURREAL, Human3.6M and Hand-3D-Studio: prepared as square crops, annotated in JSON files --------------
-
-INDEX_CACHE_BYTES = 64 << 20  # a larger annotation file leaves its arrays beside it for the next time
-
-
-def is_safe_path(name):
-    """Whether a name from an annotation file is a path below the directory that it is joined to."""
-    return isinstance(name, str) and re.fullmatch("[^/\0][^\0]{,254}", name) and ".." not in name.split("/")
-
-
-def _read_annotations(file, prefix, total, joints, keep):
-    """A JSON list of {name, keypoint2d [total, 2], ...} -> names (n,) bytes, keypoints (n, K, 2), sides (n,).
-
-    Each entry is packed as soon as it is parsed: millions do not stay as Python objects. prefix: put
-    before each name; joints: the keypoints to take; keep(entry): whether the sample counts; sides: the
-    entry's `size`, the side of its square picture in pixels, or 0 where it has none."""
-    names, keypoints, sides, count = bytearray(), array.array("f"), array.array("H"), 0
-
-    def pack(entry):
-        nonlocal count
-        count += 1
-        if not keep(entry):
-            return
-        name, side = entry.get("name"), entry.get("size", 0)
-        points = np.array(entry.get("keypoint2d"), np.float64)
-        if not is_safe_path(name):
-            raise ValueError(f"name {str(name)[:60]!r} is not a path below the images")
-        if type(side) is not int or not 0 <= side < 1 << 16:
-            raise ValueError(f"size {side!r} is not a number of pixels")
-        if points.shape != (total, 2) or not (np.abs(points) < 1e6).all():  # NaN compares as False
-            raise ValueError(f"keypoint2d of {name!r} is not {total} pairs of coordinates")
-        names.extend((prefix + name).encode() + b"\0")
-        keypoints.frombytes(points[joints].astype(np.float32).tobytes())
-        sides.append(side)
-
-    try:
-        with open(file, encoding="utf-8") as stream:
-            listed = json.load(stream, object_hook=pack)
-        if listed != [None] * count:
-            raise ValueError("not a JSON list of samples")
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise DataError(f"{file}: at entry {count}: {error}; expected a list of {{name, keypoint2d "
-                        f"[{total}, 2], ...}}; fetch or prepare it again") from error
-    return (np.array(bytes(names).split(b"\0")[:-1], "S"),
-            np.array(keypoints, np.float32).reshape(-1, len(joints), 2), np.array(sides, np.uint16))
-
-
-def _load_annotations(root, path, prefix, total, joints, keep=lambda _: True, side=0, progress=lambda *_: 0):
-    """`_read_annotations`, or what an earlier call left beside a large file, with all sides known. side: of
-    all pictures, or 0: as the entry says, or else the header of the image."""
-    file = find_annotation(root, path)
-    index = file.with_name(f"{file.stem}.{zlib.crc32(bytes(joints)):08x}.npz")
-    stamp = np.array([file.stat().st_size, file.stat().st_mtime_ns])
-    large = stamp[0] > INDEX_CACHE_BYTES
-    if large and index.is_file():
-        try:
-            with np.load(index, allow_pickle=False) as stored:
-                if np.array_equal(stored["stamp"], stamp):
-                    return stored["names"], stored["keypoints"], stored["sides"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass  # damaged: made again below
-    names, keypoints, sides = _read_annotations(file, prefix, total, list(joints), keep)
-    sides[:] = side or sides
-
-    def side_of(i):
-        with _open_image(root / names[i].decode(), file) as image:
-            return image.width
-
-    unknown = np.flatnonzero(sides == 0)
-    found = prefetch((functools.partial(side_of, i) for i in unknown), 16)    # it is the disk that takes time
-    for n, (i, width) in enumerate(zip(unknown, found)):
-        sides[i] = width
-        progress(n + 1, len(unknown))
-    if large and os.access(file.parent, os.W_OK):
-        with replacing(index) as stream:
-            np.savez(stream, stamp=stamp, names=names, keypoints=keypoints, sides=sides)
-    return names, keypoints, sides
-
-
-def _shuffled(n):
-    """0 ... n - 1 in the order of the published splits (`random.seed(42)`), and how many are held out."""
-    order = array.array("q", range(n))
-    random.Random(42).shuffle(order)
-    return np.array(order), min(int(n * 0.2), 3200)
-
-
-class _SquareCrops(_CropsOnDisk):
-    def _take(self, listed_in, parts, order):
-        """Take the samples `order` of the concatenated `parts`, each of `_load_annotations`."""
-        names, keypoints, sides = (np.concatenate(column)[order] for column in zip(*parts))
-        scale = (self.size / sides).astype(np.float32)[:, None, None]
-        keypoints = torch.from_numpy((keypoints + 0.5) * scale - 0.5)  # pixel i covers i - 1/2 ... i + 1/2
-        visible = torch.ones(1, 1).expand(len(names), len(self.skeleton))  # one number, seen N x K times
-        self._fill(listed_in, names, np.stack([sides, sides], 1), keypoints, visible)
-
-
-class SURREAL(_SquareCrops):
-    """SURREAL, prepared: `{train,val}/run{0,1,2}.json` and square crops of synthetic people (BODY16).
-
-    split: of the runs of `train`, shuffled with seed 42, the first min(20 %, 3200) are 'test', the others
-    'train'; 'val' is the runs of `val`. shoulders: 'published' fills keypoints 12 and 13 with SMPL's
-    *collar* joints, as all published results do (hence their low scores on shoulders); 'true' takes the
-    shoulders. progress(done, total): called while image headers are read, where entries have no `size`."""
-    skeleton = BODY16
-
-    def __init__(self, root, split="train", size=256, shoulders="published", progress=lambda *_: None):
-        super().__init__(root, split, size)
-        smpl = {"published": (13, 14), "true": (16, 17)}[shoulders]
-        folder = "val" if split == "val" else "train"
-        joints = (7, 4, 1, 2, 5, 8, 0, 9, 12, 15, 20, 18, *smpl, 19, 21)
-        parts = [_load_annotations(self.root, f"{folder}/run{run}.json", f"{folder}/run{run}/", 24, joints,
-                                   progress=progress) for run in range(3)]
-        order, held_out = _shuffled(sum(len(names) for names, _, _ in parts))
-        chosen = {"train": order[held_out:], "val": order, "test": order[:held_out]}[split]
-        self._take(self.root / folder / "run*.json", parts, chosen)
-
+# --- Human3.6M ---------------------------------------------------------------------------------------------
 
 class Human36M(_SquareCrops):
     """Human3.6M, prepared: `annotations/keypoints2d_{subject}.json` and `crop_images/` of actors (BODY16).
@@ -1300,31 +1487,16 @@ class Human36M(_SquareCrops):
 
     def __init__(self, root, split="train", size=256):
         super().__init__(root, split, size)
-        subjects = (9, 11) if split == "test" else (1, 5, 6, 7, 8)
-        parts = [_load_annotations(self.root, f"annotations/keypoints2d_{subject}.json", "crop_images/", 16,
-                                   range(16), side=512) for subject in subjects]
-        order = range(sum(len(names) for names, _, _ in parts))
-        if split == "test" and order:
+        parts = []
+        for subject in (9, 11) if split == "test" else (1, 5, 6, 7, 8):
+            parts.append(_load_annotations(self.root, f"annotations/keypoints2d_{subject}.json",
+                                           "crop_images/", 16, range(16), side=512))
+        order = range(sum(len(part.names) for part in parts))
+        if split == "test" and len(order) > 0:
             order = random.Random(42).choices(order, k=3200)
         elif split == "val":
             order = random.Random(42).sample(order, min(3200, len(order)))
         self._take(self.root / "annotations", parts, np.array(order, np.int64))
-
-
-class Hand3DStudio(_SquareCrops):
-    """Hand-3D-Studio, prepared: `H3D_crop/annotation.json` and square crops of hands (HAND21).
-
-    Only hands with `without_object` 1 count. split: shuffled with seed 42, the first min(20 %, 3200) are
-    'test', the others 'train'; 'val' is as many again, the first of 'train', as published."""
-    skeleton = HAND21
-
-    def __init__(self, root, split="train", size=256):
-        super().__init__(root, split, size, "H3D_crop")
-        part = _load_annotations(self.root, "annotation.json", "", 21, range(21),
-                                 lambda entry: entry.get("without_object") in (1, "1"))
-        order, held_out = _shuffled(len(part[0]))
-        begin, end = {"test": (0, held_out), "val": (held_out, 2 * held_out)}.get(split, (held_out, None))
-        self._take(self.root / "annotation.json", [part], order[begin:end])
 
 
 # --- RHD, annotated in pickles -----------------------------------------------------------------------------
@@ -1346,7 +1518,8 @@ class _PickledArray:
     array = None
 
     def fill(self, values, dtype, shape=(), order="C"):
-        values = values.encode("latin-1") if isinstance(values, str) else values  # a string of Python 2
+        if isinstance(values, str):  # of Python 2
+            values = values.encode("latin-1")
         self.array = np.frombuffer(values, dtype.dtype).reshape(shape, order=order)
         return self
 
@@ -1359,7 +1532,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     """Maps the names of a pickled NumPy array (2 renamed its core) to the stand-ins, refuses all others."""
     ADMITTED = {"numpy.ndarray": _PickledArray, "numpy.dtype": _PickledDtype,
                 "multiarray._reconstruct": lambda *_: _PickledArray(),
-                "multiarray.scalar": lambda dtype, values: _PickledArray().fill(values, dtype),
+                "multiarray.scalar": lambda dtype, values: _PickledArray().fill(values, dtype).array[()],
                 "numeric._frombuffer": lambda *state: _PickledArray().fill(*state),
                 "_codecs.encode": lambda text, _: text.encode("latin-1")}  # bytes, in old protocols
 
@@ -1402,26 +1575,33 @@ class RenderedHandPose(_CropsOnDisk):
         part = "evaluation" if split == "test" else "training"
         file = find_annotation(self.root, f"{part}/anno_{part}.pickle")
         ids, hands = self._read(file)
-        positions, seen = hands[..., :2], hands[..., 2] > 0.5      # (pictures, left or right hand, 21, 2)
-        low, high = positions.min(2), positions.max(2)
+        positions = hands[..., :2]  # (pictures, left or right hand, 21, 2)
+        seen = hands[..., 2] > 0.5
+        low = positions.min(2)
+        high = positions.max(2)
         corner, side = square_box(low, high, (self.SIDE, self.SIDE))
-        shared = np.minimum(corner + side[..., None], high[:, ::-1] + 1) - np.maximum(corner, low[:, ::-1])
-        covered = shared.clip(min=0).prod(-1) / side.clip(min=1) ** 2
+        begin = np.maximum(corner, low[:, ::-1])  # of what the box shares with the other hand's
+        end = np.minimum(corner + side[..., None], high[:, ::-1] + 1)
+        covered = (end - begin).clip(min=0).prod(-1) / side.clip(min=1) ** 2
         picture, hand = np.nonzero((side - 1 > 64) & (seen.sum(-1) > 16) & (covered < 0.3))
         if split == "val":
-            picture, hand = picture[::5], hand[::5]
-        corner, side = corner[picture, hand], side[picture, hand, None]
+            picture = picture[::5]
+            hand = hand[::5]
+        corner = corner[picture, hand]
+        side = side[picture, hand, None]
         self._regions = np.concatenate([corner, corner + side], 1)
         self.left = torch.from_numpy(hand == 0)
         keypoints = (positions[picture, hand] - corner[:, None] + 0.5) * (size / side[..., None]) - 0.5
         keypoints = torch.from_numpy(keypoints).float()
         keypoints[~self.left, :, 0] = size - 1 - keypoints[~self.left, :, 0]
+        visible = torch.from_numpy(seen[picture, hand]).float()
         names = [f"{part}/color/{ids[i]:05d}.png {('left', 'right')[h]}" for i, h in zip(picture, hand)]
-        self._fill(file, np.array(names, "S"), None, keypoints, torch.from_numpy(seen[picture, hand]).float())
+        self._fill(file, np.array(names, "S"), None, keypoints, visible)
 
     def _decode(self, i):
-        file = self.root / self._names[i].decode().split()[0]
-        crop = _read_crop(file, self.size, [self.SIDE] * 2, self._regions[i].tolist(), self._listed_in)
+        name = self._names[i].decode().split()[0]
+        region = self._regions[i].tolist()
+        crop = _read_crop(self.root / name, self.size, (self.SIDE, self.SIDE), region, self._annotation)
         return crop if self.left[i] else crop.flip(-1)
 
     def _read(self, file):
@@ -1429,14 +1609,19 @@ class RenderedHandPose(_CropsOnDisk):
         annotations = read_array_pickle(file)
         if not isinstance(annotations, dict) or not annotations:
             raise DataError(f"{file}: not a dict id -> {{uv_vis [42, 3], ...}}")
-        for i, entry in annotations.items():
+        ids = []
+        hands = []
+        for identity, entry in annotations.items():
             values = entry.get("uv_vis") if isinstance(entry, dict) else None
-            if not (type(i) is int and 0 <= i < 10 ** 9 and isinstance(values, np.ndarray)
-                    and values.shape == (42, 3) and (abs(values) < 1e6).all()):
-                raise DataError(f"{file}: entry {str(i)[:40]!r} is not the number of a picture -> uv_vis, "
-                                "[42, 3] pixel coordinates")
-        hands = np.stack([entry["uv_vis"] for entry in annotations.values()]).astype(np.float64)
-        return list(annotations), hands.reshape(-1, 2, 21, 3)[:, :, self.ROWS]
+            numbered = isinstance(identity, (int, np.integer)) and 0 <= identity < 10 ** 9
+            placed = isinstance(values, np.ndarray) and values.shape == (42, 3) and (abs(values) < 1e6).all()
+            if not numbered or not placed:
+                raise DataError(f"{file}: entry {str(identity)[:40]!r} is not the number of a picture -> "
+                                "uv_vis, [42, 3] pixel coordinates")
+            ids.append(int(identity))
+            hands.append(values)
+        hands = np.stack(hands).astype(np.float64)
+        return ids, hands.reshape(-1, 2, 21, 3)[:, :, self.ROWS]
 
 
 def square_box(low, high, sides):
@@ -1448,7 +1633,30 @@ def square_box(low, high, sides):
     return np.clip(corner, 0, np.array(sides) - side[..., None]), side
 
 
+# --- Hand-3D-Studio ----------------------------------------------------------------------------------------
+
+class Hand3DStudio(_SquareCrops):
+    """Hand-3D-Studio, prepared: `H3D_crop/annotation.json` and square crops of hands (HAND21).
+
+    Only hands with `without_object` 1 count. split: shuffled with seed 42, the first min(20 %, 3200) are
+    'test', the others 'train'; 'val' is as many again, the first of 'train', as published."""
+    skeleton = HAND21
+
+    def __init__(self, root, split="train", size=256):
+        super().__init__(root, split, size, "H3D_crop")
+        part = _load_annotations(self.root, "annotation.json", "", 21, range(21),
+                                 keep=lambda entry: entry.get("without_object") in (1, "1"))
+        order, held_out = _published_order(len(part.names))
+        if split == "test":
+            order = order[:held_out]
+        elif split == "val":
+            order = order[held_out:2 * held_out]
+        else:
+            order = order[held_out:]
+        self._take(self.root / "annotation.json", [part], order)
+
+
 if __name__ == "__main__":
-    print("data.py: has no commands; to prepare an original release use `python -m docs.prepare surreal RAW OUT`",
-          file=sys.stderr)
+    print("data.py: has no commands; an original release is prepared by "
+          "`python -m docs.prepare surreal RAW OUT`", file=sys.stderr)
     sys.exit(2)

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data import (DataError, Progress, find_annotation, is_safe_path, read_mat, replacing, square_box,
-                  write_text)
+from data import (DataError, Progress, find_annotation, is_safe_path, open_picture, read_mat, replacing,
+                  square_box, write_text)
 
 
 def in_processes(work, tasks, jobs, title):
@@ -37,8 +37,8 @@ def in_processes(work, tasks, jobs, title):
                 results.append(future.result())
             except BrokenProcessPool:
                 raise
-            except Exception as error:  # Pillow's readers raise errors of any kind on damaged files
-                errors.append(f"{task[0]}: {error}")
+            except Exception as error:  # whatever is wrong with one file, the others are done
+                errors.append(f"{task[0]}: " + str(error).removeprefix(f"{task[0]}: "))
             show(len(results) + len(errors), len(tasks))
     finally:
         pool.shutdown(cancel_futures=True)
@@ -216,10 +216,9 @@ def project_subject(folder, subject):
 
 
 def crop_photograph(source, target, name, keypoints):
-    with Image.open(source) as image:
-        corner, side = square_box(keypoints.min(0), keypoints.max(0), image.size)
-        box = (*corner, *(corner + side))
-        return save_crop(image.convert("RGB"), box, CROP, target, name, keypoints)
+    picture = open_picture(source)
+    corner, side = square_box(keypoints.min(0), keypoints.max(0), picture.size)
+    return save_crop(picture, (*corner, *(corner + side)), CROP, target, name, keypoints)
 
 
 # --- Command line ------------------------------------------------------------------------------------------

@@ -352,8 +352,36 @@ def test_bad_entries(tmp_path, name, key, value, message):
         loader(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["SURREAL", "Human36M", "H3D"])
+@pytest.mark.parametrize("change", ["a nested object", "a nested entry", "one per line", "a byte order mark",
+                                    "a size that ends in .0", "true for 1"])
+def test_other_ways_to_write_the_same(tmp_path, name, change):
+    """What is not needed may be in an entry; JSON may be laid out in any way; a whole number may end in .0."""
+    make, loader, relative = MAKERS[name]
+    make(tmp_path)
+    before = loader(tmp_path, size=16)
+    file = tmp_path / relative
+    entries = json.loads(file.read_text())
+    for sample in entries:
+        if change == "a nested object":
+            sample["camera"] = {"fov": 50, "lens": {"name": None}, "list": [{}, {"keypoint2d": 3}]}
+        elif change == "a nested entry":
+            sample["before"] = dict(sample)
+        elif change == "a size that ends in .0" and name != "Human36M":
+            pictures = file.with_suffix("") if name == "SURREAL" else file.parent
+            with Image.open(pictures / sample["name"]) as image:
+                sample["size"] = float(image.width)
+        elif change == "true for 1" and sample.get("without_object") == 1:
+            sample["without_object"] = True
+    text = json.dumps(entries, indent=1 if change == "one per line" else None)
+    file.write_text(text + "\n", encoding="utf-8-sig" if change == "a byte order mark" else "utf-8")
+    after = loader(tmp_path, size=16)
+    assert all_names(after) == all_names(before) and torch.equal(after.keypoints, before.keypoints)
+    assert torch.equal(after[range(len(after))][0], before[range(len(before))][0])
+
+
 @pytest.mark.parametrize("text", [
-    "", "[", "[{}", '[{"name": "a', "[]]", "[,]", "\xff[", "[" * 100000, '[{"a":' + "[" * 100000, "[1]",
+    "", "[", "{}", "[] 1", '[{"name": "a"} {}]', "[{}]]", "[{},]", "[{}", '[{"name": "a', "[]]", "[,]", "\xff[", "[" * 100000, '[{"a":' + "[" * 100000, "[1]",
     '[{"name": ' + "9" * 5000 + "}]", "[null]", "[[]]", "null"])
 def test_damaged_json(tmp_path, text):
     make_surreal(tmp_path)
@@ -374,6 +402,9 @@ def test_bad_trees(tmp_path, name):
     with pytest.raises(ValueError, match="split 'dev': must be"):
         loader(tmp_path / "set", "dev")
     ds = loader(tmp_path / "set", size=16)
+    shown = []
+    ds.check_files(lambda done, total: shown.append((done, total)))
+    assert shown == [(i + 1, len(ds)) for i in range(len(ds))]
     base = tmp_path / "set" / {"RHD": "RHD_published_v2", "H3D": "H3D_crop"}.get(name, "")
     file = base / ds.names([0])[0].removesuffix(" left")
     half = file.read_bytes()[:file.stat().st_size // 2]
@@ -384,6 +415,8 @@ def test_bad_trees(tmp_path, name):
         file.write_bytes(damaged)
         with pytest.raises(DataError, match=f"{file.name}: {message}"):
             loader(tmp_path / "set", size=16)[[0]]
+        with pytest.raises(DataError, match=f"{file.name}: {message}"):
+            loader(tmp_path / "set", size=16).check_files()
     Image.new("RGB", (60, 50)).save(file)
     for reader in (ds, loader(tmp_path / "set", size=16)):         # changed behind its back, or before
         with pytest.raises(DataError, match=f"{file.name}: 60 x 50 pixels, but .* the same release"):
@@ -410,6 +443,18 @@ def test_rhd(tmp_path):
     assert all_names(RenderedHandPose(root, "val", 8)) == ds.names(range(0, len(ds), 5))     # every fifth
     assert all_names(RenderedHandPose(root, "test", 8)) == [
         "evaluation/color/00000.png left", "evaluation/color/00001.png right"]
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint16])
+@pytest.mark.parametrize("protocol", range(6))
+def test_rhd_with_numpy_integers_as_keys(tmp_path, kind, protocol):
+    make_rhd(tmp_path, "training", [0, 1, 2])
+    before = RenderedHandPose(tmp_path, "train", 16)
+    file = tmp_path / "RHD_published_v2" / "training" / "anno_training.pickle"
+    annotations = {kind(key): value for key, value in pickle.loads(file.read_bytes()).items()}
+    file.write_bytes(pickle.dumps(annotations, protocol=protocol))
+    after = RenderedHandPose(tmp_path, "train", 16)
+    assert all_names(after) == all_names(before) and torch.equal(after.keypoints, before.keypoints)
 
 
 def test_array_pickles(tmp_path):
