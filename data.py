@@ -24,6 +24,7 @@ import functools
 import hashlib
 import json
 import math
+import operator
 import os
 import pickle
 import random
@@ -35,7 +36,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,29 +115,58 @@ def write_text(path, text):
 class Skeleton:
     """Keypoints of one kind of body and what the paper's equations need to know of them.
 
-    limbs: pairs (a, b), the vectors of Eq. 5; triplets: (a, b, c), the angles at b of Eq. 7; groups: the
-    columns of the paper's tables, name -> keypoints, with "all"; root: the keypoints whose mean stands in
-    for a missing one in the Pose-VAE."""
+    names: one per keypoint. limbs: pairs (a, b), the vectors of Eq. 5. triplets: (a, b, c), the angles at b
+    of Eq. 7. groups: the columns of the paper's tables, name -> keypoints, with "all". root: keypoints in
+    the middle of the body. stand_ins: keypoint -> the keypoints whose mean takes its place in the Pose-VAE
+    where it is missing; another missing keypoint takes the mean of `root`.
+
+    Sequences of any kind are kept as tuples of int, so that a skeleton can be written as JSON and read
+    again. ValueError names the field that does not fit."""
     names: tuple
     limbs: tuple
     triplets: tuple
     groups: dict
     root: tuple
+    stand_ins: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        for name in ("names", "limbs", "triplets", "root"):       # lists, where they come from JSON
-            rows = (tuple(row) if isinstance(row, list) else row for row in getattr(self, name))
-            object.__setattr__(self, name, tuple(rows))
-        if not self.names or not all(isinstance(n, str) for n in self.names) or "all" not in self.groups:
-            raise ValueError("names must be strings, one per keypoint, and groups must have 'all'")
-        for what, rows, length in (("limbs", self.limbs, 2), ("triplets", self.triplets, 3),
-                                   ("groups", self.groups.values(), None), ("root", [self.root], None)):
-            for row in rows:
-                if not row or len(row) != (length or len(row)) or not all(i in range(len(self)) for i in row):
-                    raise ValueError(f"{what}: {row} must be {length or 'some'} keypoints below {len(self)}")
+        names = tuple(self.names)
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("names must be strings, one per keypoint")
+        if "all" not in self.groups:
+            raise ValueError("groups must have 'all'")
+        stand_ins = {}
+        for missing, row in self.stand_ins.items():
+            if isinstance(missing, str) and missing.isdigit():  # JSON makes keys strings
+                missing = int(missing)
+            missing, = self._check("stand_ins", [missing])
+            stand_ins[missing] = self._check("stand_ins", row)
+        fields = {"names": names,
+                  "limbs": tuple(self._check("limbs", row, 2) for row in self.limbs),
+                  "triplets": tuple(self._check("triplets", row, 3) for row in self.triplets),
+                  "groups": {name: self._check("groups", row) for name, row in self.groups.items()},
+                  "root": self._check("root", self.root),
+                  "stand_ins": stand_ins}
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen
+
+    def _check(self, field, row, length=None):
+        """A sequence of keypoints, `length` of them or some -> tuple of int."""
+        try:
+            row = tuple(operator.index(k) for k in row)
+        except TypeError as error:
+            raise ValueError(f"{field}: {row!r} is not a sequence of whole numbers") from error
+        if not row or len(row) != (length or len(row)) or min(row) < 0 or max(row) >= len(self):
+            raise ValueError(f"{field}: {row} must be {length or 'some'} keypoints below {len(self)}")
+        return row
 
     def __len__(self):
         return len(self.names)
+
+    @property
+    def stand_in_rows(self):
+        """K tuples: the keypoints whose mean takes the place of each missing one."""
+        return tuple(self.stand_ins.get(k, self.root) for k in range(len(self)))
 
 
 BODY16 = Skeleton(
@@ -151,7 +181,8 @@ BODY16 = Skeleton(
               (12, 8, 9), (13, 8, 9), (7, 8, 9), (6, 7, 8)),         # neck, spine
     groups={"shoulder": (12, 13), "elbow": (11, 14), "wrist": (10, 15), "hip": (2, 3), "knee": (1, 4),
             "ankle": (0, 5), "all": (0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15)},
-    root=(2, 3))
+    root=(2, 3),
+    stand_ins={6: (2, 3), 7: (12, 13)})  # pelvis: hips; thorax: shoulders. LSP labels neither
 
 
 def _hand_skeleton():
@@ -191,11 +222,29 @@ def check_dataset(dataset, name):
                 f"needs `{attribute}`, a float32 tensor of shape {shape}")
     require(bool(torch.isfinite(dataset.keypoints.sum())),
             "has keypoints that are not finite; where one is not labelled, give (0, 0) and visible 0")
+    labelled = 0
+    outside = 0
+    away = 0  # from the image's first pixel
+    for keypoints, visible in zip(dataset.keypoints.split(1 << 16), dataset.visible.split(1 << 16)):
+        seen = visible == 1
+        require(bool((seen | (visible == 0)).all()),
+                "has `visible` other than 0 and 1; give 1 where a keypoint is labelled and 0 where it is not "
+                "(of COCO's flags, 1 and 2 are labelled)")
+        labelled += int(seen.sum())
+        outside += int((seen & ((keypoints < -0.5) | (keypoints > size - 0.5)).any(-1)).sum())
+        away += int((seen & (keypoints.abs() > 1).any(-1)).sum())
+    unit = f"give keypoints as (x, y) in pixels of the {size} x {size} image"
+    require(labelled == 0 or away > 0, "has all its labelled keypoints within a pixel of the corner, as with "
+            f"coordinates in 0 ... 1; {unit}, and visible 0 where there is no label")
+    require(2 * outside <= labelled, f"has {outside} of its {labelled} labelled keypoints outside the image, "
+            f"as with pixels of the original picture or of another resolution; {unit}")
     require(len(dataset.names([0])) == 1, "needs names(indices), a string per sample")
     images, *labels = dataset[torch.tensor([0])]
     shapes = [tuple(values.shape) for values in (images, *labels)]
     require(images.dtype == torch.uint8 and shapes == [(1, 3, size, size), (1, k, 2), (1, k)],
             f"must give uint8 images (B, 3, {size}, {size}), keypoints (B, {k}, 2) and visible (B, {k})")
+    require(torch.equal(labels[0], dataset.keypoints[:1]) and torch.equal(labels[1], dataset.visible[:1]),
+            "gives other labels with an image than its `keypoints` and `visible` are")
 
 
 # --- Geometry ----------------------------------------------------------------------------------------------
@@ -366,7 +415,7 @@ def prefetch(jobs, workers):
         pool.shutdown(cancel_futures=True)  # an interrupted run does not wait for them
 
 
-# --- Built-in benchmark: bodies and hands, a clean source and wild targets ---------------------------------
+# --- The built-in benchmark: bodies and hands, a clean source and wild targets -----------------------------
 
 # Forward kinematics, a perspective camera, shaded limbs. Metres, x to the image's right, y up, z to the
 # camera; degrees. All numbers of a sample come from default_rng((seed, domain, split, index)).
@@ -470,11 +519,9 @@ HAND_BONES = {
     "little": ((0.032, 0.076, 0.004), (0.035, 0.021, 0.020), -9, (0.0092, 0.0083, 0.0074, 0.0063))}
 
 
-
-
 class Kind(NamedTuple):
     """A kind of pose, a row of POSES or GESTURES."""
-    source: float  # how often it is drawn in the source, and in the target: weights
+    source: float  # its weight in the source, and in the target
     target: float
     easy: bool
     ranges: dict  # of angles in degrees
@@ -499,17 +546,12 @@ class Parts(NamedTuple):
     radii: np.ndarray  # (N, P, 2) metres
 
 
-class Figures(NamedTuple):
-    """N figures, posed."""
-    kind: np.ndarray  # (N,) rows of POSES or GESTURES
-    joints: np.ndarray  # (N, K, 3) metres
-    parts: Parts
+def draw_angles(u, domain, mix, poses, names, rest, limits):
+    """Kinds of pose (N,) and {name: (N,) radians} by the tables above.
 
-
-def draw_angles(u, domain, poses, names, rest, limits):
-    """Kinds of pose (N,) and {name: (N,) radians} by the tables above; u: (N, 1 + names) uniform numbers."""
+    u: (N, 1 + names) uniform numbers; domain: "source" or "target", whose ranges; mix: whose weights."""
     kinds = [Kind(*row) for row in poses.values()]
-    weights = np.cumsum([kind.target if domain == "target" else kind.source for kind in kinds])
+    weights = np.cumsum([kind.source if mix == "source" else kind.target for kind in kinds])
     table = np.empty((len(kinds), len(names), 2))
     for k, kind in enumerate(kinds):
         for j, name in enumerate(names):
@@ -557,9 +599,9 @@ def stack_parts(parts, girth):
     return Parts(tuple(part.role for part in parts), groups, np.stack(ends, 1), np.stack(radii, 1))
 
 
-def pose_bodies(u, domain):
-    """Pose bodies: u (N, 39) uniform numbers -> `Figures` with the 16 joints of BODY16."""
-    kind, angle = draw_angles(u[:, 12:], domain, POSES, BODY_ANGLES, STANDING, JOINT_LIMITS)
+def pose_bodies(u, domain, mix):
+    """Pose bodies: u (N, 39) uniform numbers -> kind (N,), joints (N, 16, 3) metres, `Parts`."""
+    kind, angle = draw_angles(u[:, 12:], domain, mix, POSES, BODY_ANGLES, STANDING, JOINT_LIMITS)
     mirror = u[:, 9] < 0.5
     for name in ("roll", "side", "twist", "turn", "tilt"):
         angle[name] = np.where(mirror, -angle[name], angle[name])
@@ -618,14 +660,13 @@ def pose_bodies(u, domain):
                   Part("eye", eye, lid, 0.22 * h, 0.2 * h, "face", normal=head[:, :, 2])]
     parts.append(Part("mark", mark, mark - along(chest, 0, 0.11, 0), 0.05, 0.05, "trunk",
                       normal=chest[:, :, 2]))
-    joints = np.stack([joints[k] for k in range(16)], 1)
-    return Figures(kind, joints, stack_parts(parts, girth))
+    return kind, np.stack([joints[k] for k in range(16)], 1), stack_parts(parts, girth)
 
 
-def pose_hands(u, domain):
-    """Pose left hands: u (N, 39) uniform numbers -> `Figures` with the 21 joints of HAND21."""
+def pose_hands(u, domain, mix):
+    """Pose left hands: u (N, 39) uniform numbers -> kind (N,), joints (N, 21, 3) metres, `Parts`."""
     rest = HAND_OPEN | HAND_VIEW[domain]
-    kind, angle = draw_angles(u[:, 12:], domain, GESTURES, HAND_ANGLES, rest, HAND_LIMITS)
+    kind, angle = draw_angles(u[:, 12:], domain, mix, GESTURES, HAND_ANGLES, rest, HAND_LIMITS)
     back = np.where(u[:, 9] < 0.5, math.pi, 0)  # the palm or the back is seen
     girth = 0.9 + 0.3 * u[:, 10]
     palm = turn(np.eye(3), "zxy", angle["roll"], angle["pitch"], angle["yaw"] + back)
@@ -661,17 +702,16 @@ def pose_hands(u, domain):
         a = along(palm, ax / 1000, ay / 1000, 0.012)
         b = along(palm, bx / 1000, by / 1000, 0.012)
         parts.append(Part("crease", a, b, 0.0016, 0.0016, "palm", normal=palm[:, :, 2]))
-    return Figures(kind, np.stack(joints, 1), stack_parts(parts, girth))
+    return kind, np.stack(joints, 1), stack_parts(parts, girth)
 
 
-def project_figures(u, figures, distances, size):
+def project_figures(u, joints, parts, distances, size):
     """Perspective cameras that put each figure's box at 60-80 % of the image, roughly centred.
 
-    u: (N, 4) uniform numbers; distances: of the nearest and the farthest camera, metres; size: the image's
-    side. Returns joints (N, K, 2), ends (N, P, 2, 2) and radii (N, P, 2) of the parts, all in pixels."""
-    ends = figures.parts.ends
-    k = figures.joints.shape[1]
-    points = np.concatenate([figures.joints, ends.reshape(len(u), -1, 3)], 1)
+    u: (N, 4) uniform numbers; joints: (N, K, 3); distances: of the nearest and the farthest camera, metres;
+    size: the image's side. Returns joints (N, K, 2), ends (N, P, 2, 2) and radii (N, P, 2) in pixels."""
+    k = joints.shape[1]
+    points = np.concatenate([joints, parts.ends.reshape(len(u), -1, 3)], 1)
     distance = (distances[0] + (distances[1] - distances[0]) * u[:, :1])[..., None]
     near = distance / (distance - points[..., 2:])  # magnification (N, K + 2 P, 1)
     flat = points[..., :2] * (1, -1) * near
@@ -681,9 +721,9 @@ def project_figures(u, figures, distances, size):
     room = np.clip((1 - (high - low) * scale) / 2 - 0.06, 0, 0.06)  # 0.06: flesh around the joints
     shift = 0.5 + (2 * u[:, 2:4] - 1) * room - (low + high) / 2 * scale
     flat = (flat * scale[..., None] + shift[:, None]) * size - 0.5
-    radii = figures.parts.radii
-    radii = radii * near[:, k:].reshape(radii.shape) * scale[..., None] * size
-    return flat[:, :k], flat[:, k:].reshape(*ends.shape[:3], 2), radii
+    ends = flat[:, k:].reshape(*parts.ends.shape[:3], 2)
+    radii = parts.radii * near[:, k:].reshape(parts.radii.shape) * scale[..., None] * size
+    return flat[:, :k], ends, radii
 
 
 # Tones from a limb's outline to its highlight: radius, shift towards the lamp (both in radii), brightness.
@@ -818,18 +858,21 @@ def photograph(rng, image):
 
 
 class Mannequin:
-    """The built-in benchmark: bodies (BODY16) or left hands (HAND21), clean ('source') or wild ('target').
+    """The built-in benchmark: bodies (BODY16) or left hands (HAND21).
 
-    cache: a directory for the images, safe to delete; they are rendered when the first is asked for, and
-    progress(done, total) is called. visible: 1 where a keypoint lies inside the image, covered or not.
-    joints: (N, K, 3) metres; upright: (N,) bool, the easy kinds of pose, most of the source."""
+    domain: 'source' is clean and its poses are mostly easy; 'target' is wild and its poses mostly hard;
+    'everyday' looks like the target, with the kinds of pose as often as in the source. cache: a directory
+    for the images, safe to delete; they are rendered when the first is asked for, and progress(done, total)
+    is called. visible: 1 where a keypoint lies inside the image, covered or not. joints: (N, K, 3) metres;
+    upright: (N,) bool, the easy kinds of pose."""
     DEFAULT_COUNTS = {("source", "train"): 6000, ("source", "val"): 500, ("source", "test"): 1000,
-                      ("target", "train"): 2000, ("target", "val"): 500, ("target", "test"): 1000}
+                      ("target", "train"): 2000, ("target", "val"): 500, ("target", "test"): 1000,
+                      ("everyday", "train"): 2000, ("everyday", "val"): 500, ("everyday", "test"): 1000}
 
     def __init__(self, domain, split, size=64, count=None, seed=0, cache=None, progress=None, hand=False):
         if (domain, split) not in self.DEFAULT_COUNTS:
-            raise ValueError(f"domain, split: unknown {domain!r}, {split!r}; use 'source' or 'target' with "
-                             "'train', 'val' or 'test'")
+            raise ValueError(f"domain, split: unknown {domain!r}, {split!r}; use 'source', 'target' or "
+                             "'everyday' with 'train', 'val' or 'test'")
         if count is None:
             count = self.DEFAULT_COUNTS[domain, split]
         for name, value, least in (("size", size, 1), ("count", count, 1), ("seed", seed, 0)):
@@ -842,29 +885,27 @@ class Mannequin:
         self.hand = hand
         self.cache = cache
         self.progress = progress or (lambda *_: None)
-        self.key = (seed, 2 * hand + (domain == "target"), ("train", "val", "test").index(split))
+        # Whose look, proportions, ranges and random numbers it has, and whose kinds of pose.
+        drawn_as = "source" if domain == "source" else "target"
+        mix = "target" if domain == "target" else "source"
+        self.look = PLAIN if drawn_as == "source" else WILD
+        self.key = (seed, 2 * hand + (drawn_as == "target"), ("train", "val", "test").index(split))
         u = np.stack([np.random.default_rng((*self.key, i)).random(POSE_NUMBERS) for i in range(count)])
-        if hand:
-            self.skeleton = HAND21
-            kinds = GESTURES
-            figures = pose_hands(u[:, 4:], domain)
-            distances = (0.5, 1.1)
-        else:
-            self.skeleton = BODY16
-            kinds = POSES
-            figures = pose_bodies(u[:, 4:], domain)
-            distances = (3.0, 7.0)
-        self.joints = figures.joints
-        self.roles = figures.parts.roles
-        self.depth = figures.parts.ends[..., 2].mean(-1)  # (N, P), towards the camera
+        self.skeleton = HAND21 if hand else BODY16
+        kinds = GESTURES if hand else POSES
+        pose = pose_hands if hand else pose_bodies
+        distances = (0.5, 1.1) if hand else (3.0, 7.0)
+        kind, self.joints, parts = pose(u[:, 4:], drawn_as, mix)
+        self.upright = torch.tensor([Kind(*row).easy for row in kinds.values()])[kind]
+        self.roles = parts.roles
+        self.depth = parts.ends[..., 2].mean(-1)  # (N, P), towards the camera
         together = {}  # the parts of each group, which are drawn together
-        for p, group in enumerate(figures.parts.groups):
+        for p, group in enumerate(parts.groups):
             together.setdefault(group, []).append(p)
         self.groups = list(together.values())
-        keypoints, self.ends, self.radii = project_figures(u, figures, distances, size)
+        keypoints, self.ends, self.radii = project_figures(u, self.joints, parts, distances, size)
         self.keypoints = torch.from_numpy(keypoints).float()
         self.visible = ((self.keypoints >= 0) & (self.keypoints <= size - 1)).all(-1).float()
-        self.upright = torch.tensor([Kind(*row).easy for row in kinds.values()])[figures.kind]
 
     def __len__(self):
         return len(self.joints)
@@ -881,7 +922,7 @@ class Mannequin:
 
     def render(self, index):
         """Draw one sample: (3, S, S) uint8."""
-        look = WILD if self.domain == "target" else PLAIN
+        look = self.look
         rng = np.random.default_rng((*self.key, index))
         rng.random(POSE_NUMBERS)  # the pose's numbers come first
         canvas = draw_background(rng, look, self.size)
@@ -924,9 +965,13 @@ class Mannequin:
             images[i] = self.render(i)
             self.progress(i + 1, len(self))
         if self.cache:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as file:
-                file.write(images)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as file:
+                    file.write(images)
+            except OSError as error:  # they are only rendered again
+                print(f"cache: cannot be written ({error}); the next run renders its images again",
+                      file=sys.stderr)
         return torch.from_numpy(images)
 
 
