@@ -485,7 +485,8 @@ WIDER = {"source": 0.0, "target": 0.15}
 # `pitch`, `roll`, `yaw` turn the hand before the camera; `bend`, `deviate` turn the forearm against it.
 FINGERS = "index", "middle", "ring", "little"
 HAND_ANGLES = ("pitch", "roll", "yaw", "bend", "deviate", "radial", "palmar", "tflex", "tcurl",
-               *(f"{finger}_{name}" for finger in FINGERS for name in ("flex", "curl", "splay")))
+               "index_flex", "index_curl", "index_splay", "middle_flex", "middle_curl", "middle_splay",
+               "ring_flex", "ring_curl", "ring_splay", "little_flex", "little_curl", "little_splay")
 HAND_LIMITS = dict(flex=(-20, 90), curl=(0, 110), splay=(-15, 15), radial=(0, 65), palmar=(-5, 60),
     tflex=(-10, 60), tcurl=(-15, 80), bend=(-60, 60), deviate=(-20, 30))
 HAND_OPEN = dict(bend=(-25, 25), deviate=(-10, 15), flex=(-5, 18), curl=(2, 20), splay=(-4, 4),
