@@ -1,11 +1,13 @@
 """Everything between a disk (or a renderer) and a training batch.
 
     skeletons      BODY16, HAND21: names, limb pairs (Eq. 5), triplets (Eq. 7), score groups
-    geometry       views as batched 2x3 matrices: one convention for images, keypoints and target heatmaps
-    augmentation   views and colour jitter in batch, on the training device; batches, loaded ahead
+    geometry       views as batched 2x3 matrices: one convention for images, keypoints and heatmaps
+    heatmaps       the training targets of the pose network
+    augmentation   views and colour jitter in batch, on the training device
+    batches        the order of samples; loading ahead
     Mannequin      the built-in benchmark: bodies and hands, posed and drawn
-    datasets       LSP, SURREAL, Human36M, Hand3DStudio, RenderedHandPose: the paper's, read from a disk
-    preparation    the original releases of SURREAL and Human3.6M -> the layouts that the loaders read
+    pictures       one function opens a picture for all: upright, 8 bits, RGB
+    datasets       SURREAL, LSP, Human36M, RenderedHandPose, Hand3DStudio, each with its reader beside it
 
 The geometry convention, written once: keypoints are (x, y) in pixels of the network's input, and the centre
 of image pixel i lies at x = i. A heatmap cell is `stride` pixels and cell i stands for x = stride * i. A view
@@ -17,71 +19,76 @@ A dataset is anything with `skeleton`, `size`, `keypoints` (N, K, 2), `visible` 
 pixels, and visibility (B, K). Augmentation happens later, in batch and on the device.
 """
 
-import argparse
 import array
 import functools
 import hashlib
 import json
 import math
+import operator
 import os
 import pickle
 import random
 import re
-import shutil
 import struct
-import subprocess
 import sys
 import time
 import zipfile
 import zlib
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import ExifTags, Image, ImageDraw, ImageFilter
 
 from kernels.reference import draw_gaussians
 
 
 class DataError(ValueError):
-    """A file from outside that is not what it should be; the message names it and says what was expected."""
+    """A file from outside that is not what it should be. The message names the file and says what to do."""
 
 
-# --- Shared: progress, atomic writes, the letterbox --------------------------------------------------------
+# --- Progress and atomic writes ----------------------------------------------------------------------------
 
 class Progress:
     """One line on stderr: how far the work is and how long it will take; quiet when not a terminal."""
-    unfinished = False                         # whether a line without its end stands on the terminal
+    unfinished = False  # whether a line without its end stands on the terminal
 
     def __init__(self, title):
-        self.title, self.start, self.first, self.drawn = title, None, 0, 0.0
+        self.title = title
         self.live = sys.stderr.isatty() and os.environ.get("RANK", "0") == "0"
+        self.start = None  # when it was called first, and how much was done then
+        self.first = 0
+        self.drawn = 0.0  # when the line was last drawn
 
     def __call__(self, done, total, note=""):
-        """Show that `done` of `total` is finished. The time left is reckoned from the first call on."""
+        """Show that `done` of `total` is finished. The time left is estimated from the first call on."""
         now = time.time()
         if self.start is None:
-            self.start, self.first = now, done
+            self.start = now
+            self.first = done
         if not self.live or (done < total and now - self.drawn < 0.2):
             return
         self.drawn = now
         left = (now - self.start) / max(done - self.first, 1) * (total - done)
         line = f"{self.title} {done}/{total}, {left // 60:.0f}:{left % 60:02.0f} left {note}"
         Progress.unfinished = done < total
-        print("\r" + line.ljust(79)[:79], end="" if done < total else "\n", file=sys.stderr, flush=True)
+        end = "" if done < total else "\n"
+        print("\r" + line.ljust(79)[:79], end=end, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def replacing(path, keep=None):
-    """A binary file to write, which takes the place of `path` when the block ends well: a crash or a full
-    disk leaves the old file or the new one, whole. keep: a name for the old one. OSError names `path`."""
+    """A binary file to write, which takes the place of `path` when the block ends without an error.
+
+    A crash or a full disk leaves the old file or the new one, whole. keep: a name for the old one.
+    OSError names `path`."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")      # several processes may write the file
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may write the file
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -102,73 +109,100 @@ def write_text(path, text):
         file.write(text.encode())
 
 
-def letterbox_view(region, size):
-    """Where a region (left, top, right, bottom) of a picture lies in a size x size square, as large as fits,
-    its aspect kept, centred: (width, height) and (left, top) of its place, whole pixels, and the view from
-    the picture's pixels to the square's, (2, 3) float64 numpy."""
-    left, top, right, bottom = region
-    scale = size / max(right - left, bottom - top)
-    width, height = max(1, round((right - left) * scale)), max(1, round((bottom - top) * scale))
-    x, y = (size - width) // 2, (size - height) // 2
-    scale_x, scale_y = width / (right - left), height / (bottom - top)
-    # Pixel i covers i - 1/2 ... i + 1/2, in the picture and in the square.
-    view = np.array([[scale_x, 0, (0.5 - left) * scale_x - 0.5 + x],
-                     [0, scale_y, (0.5 - top) * scale_y - 0.5 + y]])
-    return (width, height), (x, y), view
-
-
-def letterbox(image, region, size):
-    """A region of an RGB picture in a size x size square, black beside it: uint8 (3, size, size)."""
-    fitted, place, _ = letterbox_view(region, size)
-    square = Image.new("RGB", (size, size))
-    square.paste(image.resize(fitted, Image.Resampling.BILINEAR, region), place)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
-
-
 # --- Skeletons ---------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Skeleton:
     """Keypoints of one kind of body and what the paper's equations need to know of them.
 
-    limbs: pairs (a, b), the vectors of Eq. 5; triplets: (a, b, c), the angles at b of Eq. 7; groups: the
-    columns of the paper's tables, name -> keypoints, with "all"; root: the keypoints whose mean stands in
-    for a missing one in the Pose-VAE."""
+    names: one per keypoint. limbs: pairs (a, b), the vectors of Eq. 5. triplets: (a, b, c), the angles at b
+    of Eq. 7. groups: the columns of the paper's tables, name -> keypoints, with "all". root: keypoints in
+    the middle of the body. stand_ins: keypoint -> the keypoints whose mean takes its place in the Pose-VAE
+    where it is missing; another missing keypoint takes the mean of `root`.
+
+    Sequences of any kind are kept as tuples of int, so that a skeleton can be written as JSON and read
+    again. ValueError names the field that does not fit."""
     names: tuple
     limbs: tuple
     triplets: tuple
     groups: dict
     root: tuple
-    stand_ins: dict = None
-
-    @property
-    def stand_in_rows(self):
-        return [(self.stand_ins or {}).get(k, self.root) for k in range(len(self))]
+    stand_ins: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        for name in ("names", "limbs", "triplets", "root"):       # lists, where they come from JSON
-            rows = (tuple(row) if isinstance(row, list) else row for row in getattr(self, name))
-            object.__setattr__(self, name, tuple(rows))
-        if not self.names or not all(isinstance(n, str) for n in self.names) or "all" not in self.groups:
-            raise ValueError("names must be strings, one per keypoint, and groups must have 'all'")
-        for what, rows, length in (("limbs", self.limbs, 2), ("triplets", self.triplets, 3),
-                                   ("groups", self.groups.values(), None), ("root", [self.root], None)):
-            for row in rows:
-                if not row or len(row) != (length or len(row)) or not all(i in range(len(self)) for i in row):
-                    raise ValueError(f"{what}: {row} must be {length or 'some'} keypoints below {len(self)}")
+        names = tuple(self.names)
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("names must be strings, one per keypoint")
+        if "all" not in self.groups:
+            raise ValueError("groups must have 'all'")
+        stand_ins = {}
+        for missing, row in self.stand_ins.items():
+            if isinstance(missing, str) and missing.isdigit():  # JSON makes keys strings
+                missing = int(missing)
+            missing, = self._check("stand_ins", [missing])
+            stand_ins[missing] = self._check("stand_ins", row)
+        fields = {"names": names,
+                  "limbs": tuple(self._check("limbs", row, 2) for row in self.limbs),
+                  "triplets": tuple(self._check("triplets", row, 3) for row in self.triplets),
+                  "groups": {name: self._check("groups", row) for name, row in self.groups.items()},
+                  "root": self._check("root", self.root),
+                  "stand_ins": stand_ins}
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen
+
+    def _check(self, field, row, length=None):
+        """A sequence of keypoints, `length` of them or some -> tuple of int."""
+        try:
+            row = tuple(operator.index(k) for k in row)
+        except TypeError as error:
+            raise ValueError(f"{field}: {row!r} is not a sequence of whole numbers") from error
+        if not row or len(row) != (length or len(row)) or min(row) < 0 or max(row) >= len(self):
+            raise ValueError(f"{field}: {row} must be {length or 'some'} keypoints below {len(self)}")
+        return row
 
     def __len__(self):
         return len(self.names)
 
+    @property
+    def stand_in_rows(self):
+        """K tuples: the keypoints whose mean takes the place of each missing one."""
+        return tuple(self.stand_ins.get(k, self.root) for k in range(len(self)))
 
-def check_pictures(dataset, progress):
-    pass
+
+BODY16 = Skeleton(
+    names=("r-ankle", "r-knee", "r-hip", "l-hip", "l-knee", "l-ankle", "pelvis", "thorax", "upper neck",
+           "head top", "r-wrist", "r-elbow", "r-shoulder", "l-shoulder", "l-elbow", "l-wrist"),
+    limbs=((0, 1), (1, 2), (2, 6), (3, 6), (3, 4), (4, 5), (6, 7), (7, 8), (8, 9),  # legs and spine
+           (7, 12), (12, 11), (11, 10), (7, 13), (13, 14), (14, 15),                # arms
+           (2, 3), (12, 13), (2, 12), (3, 13)),         # the trunk's frame, labelled in LSP as well
+    triplets=((10, 11, 12), (13, 14, 15), (0, 1, 2), (3, 4, 5),      # elbows, knees
+              (11, 12, 13), (12, 13, 14), (11, 12, 2), (14, 13, 3),  # shoulders: to the other one, to the hip
+              (1, 2, 3), (2, 3, 4), (1, 2, 12), (4, 3, 13),          # hips: to the other one, to the shoulder
+              (12, 8, 9), (13, 8, 9), (7, 8, 9), (6, 7, 8)),         # neck, spine
+    groups={"shoulder": (12, 13), "elbow": (11, 14), "wrist": (10, 15), "hip": (2, 3), "knee": (1, 4),
+            "ankle": (0, 5), "all": (0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15)},
+    root=(2, 3),
+    stand_ins={6: (2, 3), 7: (12, 13)})  # pelvis: hips; thorax: shoulders. LSP labels neither
 
 
-def open_picture(path):
-    from PIL import ImageOps
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+def _hand_skeleton():
+    """21 keypoints: the wrist, then MCP, PIP, DIP and tip of the thumb, ..., the little finger."""
+    names = ["wrist"]
+    limbs = []
+    bends = []  # two angles per finger
+    spreads = []  # the angles between neighbouring fingers, at the wrist
+    for finger, base in {"thumb": 1, "index": 5, "middle": 9, "ring": 13, "little": 17}.items():
+        names += [f"{finger} MCP", f"{finger} PIP", f"{finger} DIP", f"{finger} tip"]
+        limbs += [(0, base), (base, base + 1), (base + 1, base + 2), (base + 2, base + 3)]
+        bends += [(0, base, base + 1), (base, base + 1, base + 2)]
+        if base < 17:
+            spreads.append((base, 0, base + 4))
+    groups = {"MCP": (1, 5, 9, 13, 17), "PIP": (2, 6, 10, 14, 18), "DIP": (3, 7, 11, 15, 19),
+              "fingertip": (4, 8, 12, 16, 20), "all": tuple(range(21))}
+    return Skeleton(tuple(names), tuple(limbs), tuple(bends + spreads), groups, root=(0, 9))
+
+
+HAND21 = _hand_skeleton()
 
 
 def check_dataset(dataset, name):
@@ -178,71 +212,71 @@ def check_dataset(dataset, name):
             raise DataError(f"{name}: {type(dataset).__name__} {what}")
 
     require(isinstance(getattr(dataset, "skeleton", None), Skeleton), "needs a `skeleton`, a data.Skeleton")
-    n, k, size = len(dataset), len(dataset.skeleton), getattr(dataset, "size", None)
+    n = len(dataset)
+    k = len(dataset.skeleton)
+    size = getattr(dataset, "size", None)
     require(n > 0 and type(size) is int, "needs samples, and `size`, the side of its images in pixels")
-    for attribute, shape in (("keypoints", (n, k, 2)), ("visible", (n, k))):
+    for attribute, shape in {"keypoints": (n, k, 2), "visible": (n, k)}.items():
         values = getattr(dataset, attribute, None)
         require(torch.is_tensor(values) and values.dtype == torch.float32 and values.shape == shape,
                 f"needs `{attribute}`, a float32 tensor of shape {shape}")
     require(bool(torch.isfinite(dataset.keypoints.sum())),
             "has keypoints that are not finite; where one is not labelled, give (0, 0) and visible 0")
+    labelled = 0
+    outside = 0
+    away = 0  # from the image's first pixel
+    for keypoints, visible in zip(dataset.keypoints.split(1 << 16), dataset.visible.split(1 << 16)):
+        seen = visible == 1
+        require(bool((seen | (visible == 0)).all()),
+                "has `visible` other than 0 and 1; give 1 where a keypoint is labelled and 0 where it is not "
+                "(of COCO's flags, 1 and 2 are labelled)")
+        labelled += int(seen.sum())
+        outside += int((seen & ((keypoints < -0.5) | (keypoints > size - 0.5)).any(-1)).sum())
+        away += int((seen & (keypoints.abs() > 1).any(-1)).sum())
+    unit = f"give keypoints as (x, y) in pixels of the {size} x {size} image"
+    require(labelled == 0 or away > 0, "has all its labelled keypoints within a pixel of the corner, as with "
+            f"coordinates in 0 ... 1; {unit}, and visible 0 where there is no label")
+    require(2 * outside <= labelled, f"has {outside} of its {labelled} labelled keypoints outside the image, "
+            f"as with pixels of the original picture or of another resolution; {unit}")
     require(len(dataset.names([0])) == 1, "needs names(indices), a string per sample")
     images, *labels = dataset[torch.tensor([0])]
     shapes = [tuple(values.shape) for values in (images, *labels)]
     require(images.dtype == torch.uint8 and shapes == [(1, 3, size, size), (1, k, 2), (1, k)],
             f"must give uint8 images (B, 3, {size}, {size}), keypoints (B, {k}, 2) and visible (B, {k})")
+    require(torch.equal(labels[0], dataset.keypoints[:1]) and torch.equal(labels[1], dataset.visible[:1]),
+            "gives other labels with an image than its `keypoints` and `visible` are")
 
 
-BODY16 = Skeleton(
-    names=("r-ankle", "r-knee", "r-hip", "l-hip", "l-knee", "l-ankle", "pelvis", "thorax", "upper neck",
-           "head top", "r-wrist", "r-elbow", "r-shoulder", "l-shoulder", "l-elbow", "l-wrist"),
-    limbs=((0, 1), (1, 2), (2, 6), (3, 6), (3, 4), (4, 5), (6, 7), (7, 8), (8, 9),          # legs and spine
-           (7, 12), (12, 11), (11, 10), (7, 13), (13, 14), (14, 15),                       # arms
-           (2, 3), (12, 13), (2, 12), (3, 13)),                # the trunk's frame, labelled in LSP as well
-    triplets=((10, 11, 12), (13, 14, 15), (0, 1, 2), (3, 4, 5),      # elbows, knees
-              (11, 12, 13), (12, 13, 14), (11, 12, 2), (14, 13, 3),  # shoulders: to the other one, to the hip
-              (1, 2, 3), (2, 3, 4), (1, 2, 12), (4, 3, 13),    # hips: to the other one, to the shoulder
-              (12, 8, 9), (13, 8, 9), (7, 8, 9), (6, 7, 8)),   # neck, spine
-    groups={"shoulder": (12, 13), "elbow": (11, 14), "wrist": (10, 15), "hip": (2, 3), "knee": (1, 4),
-            "ankle": (0, 5), "all": (0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15)},
-    root=(2, 3), stand_ins={7: (12, 13)})
-
-_MCP = tuple(range(1, 21, 4))                                  # of thumb, index, middle, ring, little
-HAND21 = Skeleton(
-    names=("wrist",) + tuple(f"{finger} {joint}" for finger in ("thumb", "index", "middle", "ring", "little")
-                             for joint in ("MCP", "PIP", "DIP", "tip")),
-    limbs=tuple((a, b) for m in _MCP for a, b in ((0, m), (m, m + 1), (m + 1, m + 2), (m + 2, m + 3))),
-    triplets=tuple(t for m in _MCP for t in ((0, m, m + 1), (m, m + 1, m + 2)))            # two per finger
-    + tuple((m, 0, m + 4) for m in _MCP[:-1]),                                             # the spreads
-    groups={"MCP": (1, 5, 9, 13, 17), "PIP": (2, 6, 10, 14, 18), "DIP": (3, 7, 11, 15, 19),
-            "fingertip": (4, 8, 12, 16, 20), "all": tuple(range(21))},
-    root=(0, 9))
-
-
-# --- Geometry and target heatmaps --------------------------------------------------------------------------
+# --- Geometry ----------------------------------------------------------------------------------------------
 
 def affine_view(size, rotation, shear, scale, translate):
     """Views (B, 2, 3) that rotate, shear and scale about the centre (size / 2), then translate, composed as
     in the published base method. rotation (clockwise on a screen), shear: (B,) radians; scale: (B,);
     translate: (B, 2) and size, the image's side: pixels."""
-    cos, sin, tan = torch.cos(rotation), torch.sin(rotation), torch.tan(shear)
-    linear = torch.stack([torch.stack([cos, -cos * tan - sin], -1),
-                          torch.stack([sin, -sin * tan + cos], -1)], -2) * scale[:, None, None]
+    cos = torch.cos(rotation)
+    sin = torch.sin(rotation)
+    tan = torch.tan(shear)
+    first_row = torch.stack([cos, -cos * tan - sin], -1)
+    second_row = torch.stack([sin, -sin * tan + cos], -1)
+    linear = torch.stack([first_row, second_row], -2) * scale[:, None, None]
     centre = torch.full((2,), size / 2, dtype=linear.dtype, device=linear.device)
-    return torch.cat([linear, (centre + translate - linear @ centre)[..., None]], -1)
+    offset = centre + translate - linear @ centre
+    return torch.cat([linear, offset[..., None]], -1)
 
 
 def compose_views(outer, inner):
     """The view that applies `inner` first and `outer` to its result; both (B, 2, 3) in pixels."""
     linear = outer[..., :2] @ inner[..., :2]
-    return torch.cat([linear, outer[..., :2] @ inner[..., 2:] + outer[..., 2:]], -1)
+    offset = outer[..., :2] @ inner[..., 2:] + outer[..., 2:]
+    return torch.cat([linear, offset], -1)
 
 
 def invert_view(view):
-    """The inverse of views (B, 2, 3), by the closed form of a 2x2 inverse: a GPU is not waited for."""
-    a, b, c, d = view[..., 0, 0], view[..., 0, 1], view[..., 1, 0], view[..., 1, 1]
-    linear = torch.stack([torch.stack([d, -b], -1), torch.stack([-c, a], -1)], -2)
-    linear = linear / (a * d - b * c)[..., None, None]
+    """The inverse of views (B, 2, 3), by the closed form of a 2x2 inverse: no wait for a GPU."""
+    a, b = view[..., 0, :2].unbind(-1)
+    c, d = view[..., 1, :2].unbind(-1)
+    adjugate = torch.stack([torch.stack([d, -b], -1), torch.stack([-c, a], -1)], -2)
+    linear = adjugate / (a * d - b * c)[..., None, None]
     return torch.cat([linear, -linear @ view[..., 2:]], -1)
 
 
@@ -255,14 +289,18 @@ def warp(maps, view, stride=1):
     """Images or heatmaps (B, C, H, W) seen through views (B, 2, 3): output(M x) = input(x), zero outside.
     Bilinear and differentiable. stride: pixels per cell of `maps`, 1 for images."""
     height, width = maps.shape[-2:]
-    x, y = (torch.arange(n, dtype=maps.dtype, device=maps.device) * stride for n in (width, height))
+    x = torch.arange(width, dtype=maps.dtype, device=maps.device) * stride
+    y = torch.arange(height, dtype=maps.dtype, device=maps.device) * stride
     inverse = invert_view(view).to(maps.dtype)
     # grid_sample counts from -1 to 1 between the centres of the first and the last cell.
     scale = 2 / (stride * (maps.new_tensor([width, height]) - 1).clamp(min=1))
-    columns = inverse[:, None, :, 0] * x[:, None] * scale                                     # (B, W, 2)
-    rows = (inverse[:, None, :, 1] * y[:, None] + inverse[:, None, :, 2]) * scale - 1         # (B, H, 2)
-    return F.grid_sample(maps, columns[:, None] + rows[:, :, None], padding_mode="zeros", align_corners=True)
+    columns = inverse[:, None, :, 0] * x[:, None] * scale                                # (B, W, 2)
+    rows = (inverse[:, None, :, 1] * y[:, None] + inverse[:, None, :, 2]) * scale - 1    # (B, H, 2)
+    grid = columns[:, None] + rows[:, :, None]
+    return F.grid_sample(maps, grid, padding_mode="zeros", align_corners=True)
 
+
+# --- Target heatmaps ---------------------------------------------------------------------------------------
 
 def render_heatmaps(keypoints, visible, size, stride, sigma, subcell=False):
     """Target heatmaps (B, K, size, size) of keypoints and the weight (B, K) of each.
@@ -273,13 +311,17 @@ def render_heatmaps(keypoints, visible, size, stride, sigma, subcell=False):
     or its cell lies outside, the weight is 0 and the map empty."""
     exact = keypoints / stride
     cell = torch.floor(exact + 0.5)
-    weight = visible * ((cell >= 0) & (cell < size)).all(-1)
-    return draw_gaussians(exact if subcell else cell, size, size, sigma) * weight[..., None, None], weight
+    inside = ((cell >= 0) & (cell < size)).all(-1)
+    weight = visible * inside
+    heatmaps = draw_gaussians(exact if subcell else cell, size, size, sigma)
+    return heatmaps * weight[..., None, None], weight
 
 
 # --- Augmentation: in batch, on the training device, from uniform numbers that the caller draws ------------
 
-IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # ImageNet's, as the base method's
+IMAGE_MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as in the base method
+IMAGE_STD = (0.229, 0.224, 0.225)
+LUMA = (0.299, 0.587, 0.114)
 
 
 @functools.lru_cache
@@ -311,8 +353,11 @@ def random_affine_view(u, size, rotation, shear, translate, scale):
     """Random affine view: u (B, 5) in [0, 1); rotation, shear in degrees (+-); translate as a share of the
     side (+-); scale: (low, high). Returns (B, 2, 3)."""
     signed = 2 * u - 1
-    return affine_view(size, torch.deg2rad(signed[:, 0] * rotation), torch.deg2rad(signed[:, 1] * shear),
-                       scale[0] + (scale[1] - scale[0]) * u[:, 2], signed[:, 3:5] * (translate * size))
+    return affine_view(size,
+                       rotation=torch.deg2rad(signed[:, 0] * rotation),
+                       shear=torch.deg2rad(signed[:, 1] * shear),
+                       scale=scale[0] + (scale[1] - scale[0]) * u[:, 2],
+                       translate=signed[:, 3:5] * (translate * size))
 
 
 def colour_jitter(images, u, strength):
@@ -320,9 +365,10 @@ def colour_jitter(images, u, strength):
     strength, in a random order per image; u: (B, 6) in [0, 1), factors and order. As in the published
     transforms, a change blends the image with black, with its mean grey or with its own grey, and clamps."""
     factors = 1 + strength * (2 * u[:, :3] - 1)
-    luma = per_channel((0.299, 0.587, 0.114), images.device)
-    for change in u[:, 3:].argsort(1).unbind(1):      # (B,): 0 brightness, 1 contrast, 2 saturation
-        factor, change = factors.gather(1, change[:, None])[..., None, None], change[:, None, None, None]
+    luma = per_channel(LUMA, images.device)
+    for change in u[:, 3:].argsort(1).unbind(1):  # (B,): 0 brightness, 1 contrast, 2 saturation
+        factor = factors.gather(1, change[:, None])[..., None, None]
+        change = change[:, None, None, None]
         grey = (images * luma).sum(1, keepdim=True)
         other = grey * (change == 2) + grey.mean((2, 3), keepdim=True) * (change == 1)
         images = (factor * images + (1 - factor) * other).clamp(0, 1)
@@ -337,27 +383,27 @@ def shuffled(n, seed, i):
     return np.random.default_rng((seed, i)).permutation(n)
 
 
-def shuffled_batch(n, size, step, seed):
-    """The `step`-th batch of `size` <= n positions: endless passes over 0 ... n - 1, each in a new order."""
-    i, at = divmod(step * size, n)
-    batch = shuffled(n, seed, i)[at:at + size]
-    missing = size - len(batch)
-    return np.concatenate([batch, shuffled(n, seed, i + 1)[:missing]]) if missing else batch
-
-
 def shuffled_span(n, start, count, seed):
     """Positions start ... start + count - 1 of endless passes over 0 ... n - 1, each in a new order."""
-    passes = range(start // n, (start + count - 1) // n + 1)
-    begin = start - passes[0] * n
-    return np.concatenate([shuffled(n, seed, i) for i in passes])[begin:begin + count]
+    first = start // n
+    last = (start + count - 1) // n
+    passes = np.concatenate([shuffled(n, seed, i) for i in range(first, last + 1)])
+    return passes[start - first * n:][:count]
+
+
+def shuffled_batch(n, size, step, seed):
+    """The `step`-th batch of `size` positions, see `shuffled_span`."""
+    return shuffled_span(n, step * size, size, seed)
 
 
 def prefetch(jobs, workers):
     """Results of the callables `jobs`, in order, computed ahead by threads: decoding releases the GIL."""
     if not workers:
-        yield from (job() for job in jobs)
+        for job in jobs:
+            yield job()
         return
-    pool, waiting = ThreadPoolExecutor(workers), []
+    pool = ThreadPoolExecutor(workers)
+    waiting = []
     try:
         for job in jobs:
             waiting.append(pool.submit(job))
@@ -366,10 +412,10 @@ def prefetch(jobs, workers):
         while waiting:
             yield waiting.pop(0).result()
     finally:
-        pool.shutdown(cancel_futures=True)                 # an interrupted run does not wait for them
+        pool.shutdown(cancel_futures=True)  # an interrupted run does not wait for them
 
 
-# --- Built-in benchmark: bodies and hands, a clean source and a wild target --------------------------------
+# --- The built-in benchmark: bodies and hands, a clean source and wild targets -----------------------------
 
 # Forward kinematics, a perspective camera, shaded limbs. Metres, x to the image's right, y up, z to the
 # camera; degrees. All numbers of a sample come from default_rng((seed, domain, split, index)).
@@ -400,7 +446,7 @@ STANDING = dict(pitch=(-12, 12), roll=(-5, 5), yaw=(-70, 70), lean=(-5, 5), bend
     twist=(-10, 10), nod=(-12, 18), turn=(-25, 25), tilt=(-10, 10), hip=(-8, 12), spread=(0, 12),
     legrot=(-5, 25), knee=(0, 14), arm=(-15, 18), lift=(4, 22), armrot=(-10, 40), elbow=(4, 35))
 FREE_ARMS = dict(arm=(-30, 130), lift=(5, 80), armrot=(-50, 60), elbow=(5, 120))
-POSES = {       # kind: (weight in the source, in the target, easy, ranges that differ from STANDING)
+POSES = {       # name: a row of `Kind`, with the ranges that differ from STANDING
     "stand": (0.34, 0.08, True, {}),
     "walk": (0.24, 0.09, True, dict(a_hip=(8, 35), a_knee=(0, 30), b_hip=(-25, 0), b_knee=(5, 45),
         a_arm=(-32, -4), b_arm=(5, 38), elbow=(5, 50), bend=(0, 12))),
@@ -431,14 +477,16 @@ POSES = {       # kind: (weight in the source, in the target, easy, ranges that 
 # WIDER: how far the ranges of limbs and fingers go on from their tables towards the joint limits.
 SEGMENTS = {"hips": 0.20, "spine": 0.50, "shoulders": 0.35, "neck": 0.10, "head": 0.24, "upper_arm": 0.29,
             "forearm": 0.26, "thigh": 0.44, "shin": 0.43}
-PROPORTION, WIDER = {"source": 0.09, "target": 0.14}, {"source": 0.0, "target": 0.15}
+PROPORTION = {"source": 0.09, "target": 0.14}
+WIDER = {"source": 0.0, "target": 0.15}
 
 # Angles of a hand. `flex` at the MCP and `curl` at the PIP bend a finger to the palm, `splay` turns it to the
 # thumb. The thumb: `radial` away from the index in the palm's plane, `palmar` out of it, `tflex`, `tcurl`.
 # `pitch`, `roll`, `yaw` turn the hand before the camera; `bend`, `deviate` turn the forearm against it.
 FINGERS = "index", "middle", "ring", "little"
 HAND_ANGLES = ("pitch", "roll", "yaw", "bend", "deviate", "radial", "palmar", "tflex", "tcurl",
-               *(f"{finger}_{name}" for finger in FINGERS for name in ("flex", "curl", "splay")))
+               "index_flex", "index_curl", "index_splay", "middle_flex", "middle_curl", "middle_splay",
+               "ring_flex", "ring_curl", "ring_splay", "little_flex", "little_curl", "little_splay")
 HAND_LIMITS = dict(flex=(-20, 90), curl=(0, 110), splay=(-15, 15), radial=(0, 65), palmar=(-5, 60),
     tflex=(-10, 60), tcurl=(-15, 80), bend=(-60, 60), deviate=(-20, 30))
 HAND_OPEN = dict(bend=(-25, 25), deviate=(-10, 15), flex=(-5, 18), curl=(2, 20), splay=(-4, 4),
@@ -448,7 +496,7 @@ HAND_VIEW = {"source": dict(pitch=(-25, 25), roll=(-60, 60), yaw=(-35, 35)),
 FIST = dict(flex=(62, 88), curl=(75, 108), radial=(5, 20), palmar=(35, 58), tflex=(25, 58))
 THUMB_OUT = dict(radial=(40, 65), palmar=(0, 25), tflex=(-10, 5), tcurl=(-12, 8))
 INDEX, MIDDLE, RING, LITTLE = ({f"{finger}_flex": (-8, 20), f"{finger}_curl": (0, 18)} for finger in FINGERS)
-GESTURES = {                # as POSES, with ranges that differ from HAND_OPEN
+GESTURES = {                # as POSES, with the ranges that differ from HAND_OPEN
     "open": (0.32, 0.05, True, {}),
     "relaxed": (0.27, 0.06, True, dict(flex=(5, 38), curl=(12, 48), radial=(15, 40), tcurl=(5, 35))),
     "flat": (0.11, 0.04, True, dict(splay=(-2, 2), curl=(0, 8), radial=(5, 25), palmar=(0, 15))),
@@ -472,19 +520,50 @@ HAND_BONES = {
     "little": ((0.032, 0.076, 0.004), (0.035, 0.021, 0.020), -9, (0.0092, 0.0083, 0.0074, 0.0063))}
 
 
-def draw_angles(u, domain, poses, names, rest, limits):
-    """Kinds of pose (N,) and {name: (N,) radians} by the tables above; u: (N, 1 + names) uniform numbers."""
-    weights = np.cumsum([pose[domain == "target"] for pose in poses.values()])
-    table = np.empty((len(poses), len(names), 2))
-    for k, (_, _, _, ranges) in enumerate(poses.values()):
+class Kind(NamedTuple):
+    """A kind of pose, a row of POSES or GESTURES."""
+    source: float  # its weight in the source, and in the target
+    target: float
+    easy: bool
+    ranges: dict  # of angles in degrees
+
+
+class Part(NamedTuple):
+    """A limb, a patch of flesh or a mark: two circles and what lies between them."""
+    role: str  # what it is drawn as, see `choose_colours`
+    a: np.ndarray  # (N, 3), the centres of the circles, metres
+    b: np.ndarray
+    radius_a: float | np.ndarray  # metres, times the figure's girth: a number or (N,)
+    radius_b: float | np.ndarray
+    group: str | None = None  # parts of one group merge into one shape
+    normal: np.ndarray | None = None  # (N, 3): a mark on its group, not seen where it faces away
+
+
+class Parts(NamedTuple):
+    """P parts of N figures, stacked."""
+    roles: tuple  # (P,)
+    groups: list  # (P,): the name of a group, or the part's own number
+    ends: np.ndarray  # (N, P, 2, 3) metres
+    radii: np.ndarray  # (N, P, 2) metres
+
+
+def draw_angles(u, domain, mix, poses, names, rest, limits):
+    """Kinds of pose (N,) and {name: (N,) radians} by the tables above.
+
+    u: (N, 1 + names) uniform numbers; domain: "source" or "target", whose ranges; mix: whose weights."""
+    kinds = [Kind(*row) for row in poses.values()]
+    weights = np.cumsum([kind.source if mix == "source" else kind.target for kind in kinds])
+    table = np.empty((len(kinds), len(names), 2))
+    for k, kind in enumerate(kinds):
         for j, name in enumerate(names):
             plain = name.split("_")[-1]
-            table[k, j] = ranges.get(name, ranges.get(plain, rest[plain]))
-            if "_" in name:                            # of a limb, a finger
+            table[k, j] = kind.ranges.get(name, kind.ranges.get(plain, rest[plain]))
+            if "_" in name:  # of a limb, a finger
                 table[k, j] += WIDER[domain] * (limits[plain] - table[k, j])
-    kind = np.searchsorted(weights[:-1] / weights[-1], u[:, 0], side="right")
-    low, high = np.radians(table[kind]).T              # each (angles, N)
-    return kind, dict(zip(names, low + (high - low) * u[:, 1:1 + len(names)].T))
+    drawn = np.searchsorted(weights[:-1] / weights[-1], u[:, 0], side="right")
+    low, high = np.radians(table[drawn]).T  # each (angles, N)
+    angles = low + (high - low) * u[:, 1:1 + len(names)].T
+    return drawn, dict(zip(names, angles))
 
 
 def turn(frame, axes, *angles):
@@ -492,8 +571,10 @@ def turn(frame, axes, *angles):
     for axis, angle in zip(axes, angles):
         i, j = {"x": (1, 2), "y": (2, 0), "z": (0, 1)}[axis]
         matrix = np.tile(np.eye(3), (len(angle), 1, 1))
-        matrix[:, i, i] = matrix[:, j, j] = np.cos(angle)
-        matrix[:, j, i], matrix[:, i, j] = np.sin(angle), -np.sin(angle)
+        matrix[:, i, i] = np.cos(angle)
+        matrix[:, j, j] = np.cos(angle)
+        matrix[:, j, i] = np.sin(angle)
+        matrix[:, i, j] = -np.sin(angle)
         frame = frame @ matrix
     return frame
 
@@ -504,25 +585,32 @@ def along(frame, x, y, z):
 
 
 def stack_parts(parts, girth):
-    """P rows (role, a, b, radii[, group, normal]) -> roles, groups, ends (N, P, 2, 3), radii (N, P, 2). Radii
-    are multiplied by girth (N,). A group merges into one shape. A part with a normal (N, 3) lies on its
-    group: it has no radius where it faces away."""
-    roles, a, b, radii_a, radii_b, groups, normals = zip(*(row + (None,) * (7 - len(row)) for row in parts))
-    shown = np.stack([girth if n is None else girth * (n[:, 2] > 0.15) for n in normals], 1)
-    radii = np.stack([np.stack([r + 0 * girth for r in end], 1) * shown for end in (radii_a, radii_b)], 2)
-    ends = np.stack([np.stack(a, 1), np.stack(b, 1)], 2)
-    return roles, [p if group is None else group for p, group in enumerate(groups)], ends, radii
+    """P `Part`s of N figures -> `Parts`. Radii are multiplied by girth (N,)."""
+    groups = []
+    ends = []
+    radii = []
+    for p, part in enumerate(parts):
+        thickness = girth
+        if part.normal is not None:
+            thickness = girth * (part.normal[:, 2] > 0.15)  # no radius where it faces away
+        both = [np.broadcast_to(radius, len(girth)) for radius in (part.radius_a, part.radius_b)]
+        groups.append(p if part.group is None else part.group)
+        ends.append(np.stack([part.a, part.b], 1))
+        radii.append(np.stack(both, 1) * thickness[:, None])
+    return Parts(tuple(part.role for part in parts), groups, np.stack(ends, 1), np.stack(radii, 1))
 
 
-def pose_bodies(u, domain):
-    """Pose bodies: u (N, 39) uniform numbers -> kind (N,), joints (N, 16, 3) metres, stacked parts."""
-    kind, angle = draw_angles(u[:, 12:], domain, POSES, BODY_ANGLES, STANDING, JOINT_LIMITS)
+def pose_bodies(u, domain, mix):
+    """Pose bodies: u (N, 39) uniform numbers -> kind (N,), joints (N, 16, 3) metres, `Parts`."""
+    kind, angle = draw_angles(u[:, 12:], domain, mix, POSES, BODY_ANGLES, STANDING, JOINT_LIMITS)
     mirror = u[:, 9] < 0.5
     for name in ("roll", "side", "twist", "turn", "tilt"):
         angle[name] = np.where(mirror, -angle[name], angle[name])
-    stature, girth = 0.92 + 0.16 * u[:, 10], 0.95 + 0.45 * u[:, 11]
-    length = {name: mean * stature * (1 + PROPORTION[domain] * (2 * factor - 1))
-              for (name, mean), factor in zip(SEGMENTS.items(), u.T)}
+    stature = 0.92 + 0.16 * u[:, 10]
+    girth = 0.95 + 0.45 * u[:, 11]
+    length = {}
+    for (name, mean), factor in zip(SEGMENTS.items(), u.T):
+        length[name] = mean * stature * (1 + PROPORTION[domain] * (2 * factor - 1))
     # Columns of a frame: the left, up, front of what it belongs to.
     root = turn(np.eye(3), "xzyx", angle["pitch"], angle["roll"], angle["yaw"], angle["lean"])
     chest = turn(root, "xzy", angle["bend"], angle["side"], angle["twist"])
@@ -530,19 +618,23 @@ def pose_bodies(u, domain):
     pelvis = np.zeros((len(u), 3))
     thorax = along(chest, 0, length["spine"], 0)
     neck = thorax + along(chest, 0, length["neck"], 0)
-    top, r = neck + along(head, 0, length["head"], 0), 0.42 * length["head"]    # r: the head's radius
+    top = neck + along(head, 0, length["head"], 0)
     joints = {6: pelvis, 7: thorax, 8: neck, 9: top}
-    crown, face = top - along(head, 0, r, 0.1 * r), top - along(head, 0, 1.22 * r, -0.3 * r)
-    mark, h = thorax + along(chest, 0, -0.13, 0.085 * girth), r / girth
-    parts = [("hair", crown, crown - along(head, 0, 0.35 * r, 0.15 * r), h, 0.8 * h),
-             ("skin", face, face - along(head, 0, 0.23 * r, 0.1 * r), 0.82 * h, 0.68 * h, "face"),
-             ("skin", thorax, neck, 0.052, 0.048, "trunk")]
-    for side, indices in ((1, (5, 4, 3, 13, 14, 15)), (-1, (0, 1, 2, 12, 11, 10))):           # left, right
+    r = 0.42 * length["head"]  # the head's radius
+    h = r / girth
+    crown = top - along(head, 0, r, 0.1 * r)
+    face = top - along(head, 0, 1.22 * r, -0.3 * r)
+    mark = thorax + along(chest, 0, -0.13, 0.085 * girth)
+    parts = [Part("hair", crown, crown - along(head, 0, 0.35 * r, 0.15 * r), h, 0.8 * h),
+             Part("skin", face, face - along(head, 0, 0.23 * r, 0.1 * r), 0.82 * h, 0.68 * h, "face"),
+             Part("skin", thorax, neck, 0.052, 0.048, "trunk")]
+    for side, indices in ((1, (5, 4, 3, 13, 14, 15)), (-1, (0, 1, 2, 12, 11, 10))):  # left, right
         swap = mirror == (side > 0)
         a = {name: np.where(swap, angle["b_" + name], angle["a_" + name]) for name in BODY_LIMB}
         thigh = turn(root, "xzy", -a["hip"], side * a["spread"], side * a["legrot"])
+        shin = turn(thigh, "x", a["knee"])
         arm = turn(chest, "xzy", -a["arm"], side * a["lift"], -side * a["armrot"])
-        shin, fore = turn(thigh, "x", a["knee"]), turn(arm, "x", -a["elbow"])
+        fore = turn(arm, "x", -a["elbow"])
         hip = along(root, side * length["hips"] / 2, 0, 0)
         knee = hip - along(thigh, 0, length["thigh"], 0)
         ankle = knee - along(shin, 0, length["shin"], 0)
@@ -550,69 +642,89 @@ def pose_bodies(u, domain):
         elbow = shoulder - along(arm, 0, length["upper_arm"], 0)
         wrist = elbow - along(fore, 0, length["forearm"], 0)
         joints.update(zip(indices, (ankle, knee, hip, shoulder, elbow, wrist)))
-        waist, armpit = along(root, side * 0.05, 0.03, 0), thorax + along(chest, side * 0.088, -0.08, 0)
+        toes = ankle + along(shin, 0, -0.07, 0.15)
+        fingers = wrist - along(fore, 0, 0.09, 0)
+        waist = along(root, side * 0.05, 0.03, 0)
+        armpit = thorax + along(chest, side * 0.088, -0.08, 0)
+        shirt_end = shoulder - along(chest, side * 0.03, 0.03, 0)
         eye = crown + along(head, side * 0.36 * r, -0.05 * r, 1.05 * r)
-        parts += [("thigh", hip, knee, 0.086, 0.060), ("shank", knee, ankle, 0.060, 0.042),
-                  ("shoe", ankle, ankle + along(shin, 0, -0.07, 0.15), 0.048, 0.036),
-                  ("upper arm", shoulder, elbow, 0.056, 0.043), ("forearm", elbow, wrist, 0.043, 0.034),
-                  ("skin", wrist, wrist - along(fore, 0, 0.09, 0), 0.036, 0.042),
-                  ("trousers", pelvis, hip, 0.085, 0.085, "trunk"),
-                  ("shirt", waist, armpit, 0.088, 0.098, "trunk"),
-                  ("shirt", thorax, shoulder - along(chest, side * 0.03, 0.03, 0), 0.060, 0.060, "trunk"),
-                  ("eye", eye, eye - along(head, 0, 0.05 * r, 0), 0.22 * h, 0.2 * h, "face", head[:, :, 2])]
-    parts.append(("mark", mark, mark - along(chest, 0, 0.11, 0), 0.05, 0.05, "trunk", chest[:, :, 2]))
+        lid = eye - along(head, 0, 0.05 * r, 0)
+        parts += [Part("thigh", hip, knee, 0.086, 0.060),
+                  Part("shank", knee, ankle, 0.060, 0.042),
+                  Part("shoe", ankle, toes, 0.048, 0.036),
+                  Part("upper arm", shoulder, elbow, 0.056, 0.043),
+                  Part("forearm", elbow, wrist, 0.043, 0.034),
+                  Part("skin", wrist, fingers, 0.036, 0.042),
+                  Part("trousers", pelvis, hip, 0.085, 0.085, "trunk"),
+                  Part("shirt", waist, armpit, 0.088, 0.098, "trunk"),
+                  Part("shirt", thorax, shirt_end, 0.060, 0.060, "trunk"),
+                  Part("eye", eye, lid, 0.22 * h, 0.2 * h, "face", normal=head[:, :, 2])]
+    parts.append(Part("mark", mark, mark - along(chest, 0, 0.11, 0), 0.05, 0.05, "trunk",
+                      normal=chest[:, :, 2]))
     return kind, np.stack([joints[k] for k in range(16)], 1), stack_parts(parts, girth)
 
 
-def pose_hands(u, domain):
-    """Pose left hands: u (N, 39) uniform numbers -> kind (N,), joints (N, 21, 3) metres, stacked parts."""
-    kind, angle = draw_angles(u[:, 12:], domain, GESTURES, HAND_ANGLES, HAND_OPEN | HAND_VIEW[domain],
-                              HAND_LIMITS)
-    back, girth = np.where(u[:, 9] < 0.5, math.pi, 0), 0.9 + 0.3 * u[:, 10]     # the palm or the back is seen
+def pose_hands(u, domain, mix):
+    """Pose left hands: u (N, 39) uniform numbers -> kind (N,), joints (N, 21, 3) metres, `Parts`."""
+    rest = HAND_OPEN | HAND_VIEW[domain]
+    kind, angle = draw_angles(u[:, 12:], domain, mix, GESTURES, HAND_ANGLES, rest, HAND_LIMITS)
+    back = np.where(u[:, 9] < 0.5, math.pi, 0)  # the palm or the back is seen
+    girth = 0.9 + 0.3 * u[:, 10]
     palm = turn(np.eye(3), "zxy", angle["roll"], angle["pitch"], angle["yaw"] + back)
     fore = turn(palm, "zx", angle["deviate"], angle["bend"])
-    wrist, cuff, elbow = np.zeros((len(u), 3)), along(fore, 0, -0.05, 0), along(fore, 0, -0.22, 0)
-    joints, parts = [wrist], [("skin", cuff, wrist, 0.029, 0.024), ("sleeve", elbow, cuff, 0.042, 0.037)]
+    wrist = np.zeros((len(u), 3))
+    cuff = along(fore, 0, -0.05, 0)
+    elbow = along(fore, 0, -0.22, 0)
+    joints = [wrist]
+    parts = [Part("skin", cuff, wrist, 0.029, 0.024), Part("sleeve", elbow, cuff, 0.042, 0.037)]
     for (finger, (base, bones, splay, radii)), factor in zip(HAND_BONES.items(), u.T):
         start = along(palm, *base)
         joints.append(start)
-        if finger == "thumb":                          # bends across the palm: turned about its axis
-            frame = turn(palm, "zxy", angle["radial"], angle["palmar"], np.full(len(u), math.radians(60)))
-            bends = 0 * factor, angle["tflex"], angle["tcurl"]
-        else:                                          # the outer joint follows the middle one
+        if finger == "thumb":  # bends across the palm: turned about its axis
+            axis = np.full(len(u), math.radians(60))
+            frame = turn(palm, "zxy", angle["radial"], angle["palmar"], axis)
+            bends = (np.zeros(len(u)), angle["tflex"], angle["tcurl"])
+        else:  # the outer joint follows the middle one
             frame = turn(palm, "z", math.radians(splay) + angle[finger + "_splay"])
-            bends = angle[finger + "_flex"], angle[finger + "_curl"], 0.6 * angle[finger + "_curl"]
-            parts.append(("skin", along(palm, 0.45 * base[0], 0.012, 0), start, 0.0165, 0.0125, "palm"))
+            curl = angle[finger + "_curl"]
+            bends = (angle[finger + "_flex"], curl, 0.6 * curl)
+            ball = along(palm, 0.45 * base[0], 0.012, 0)
+            parts.append(Part("skin", ball, start, 0.0165, 0.0125, "palm"))
         for i, bend in enumerate(bends):
             frame = turn(frame, "x", bend)
             bone = along(frame, 0, bones[i] * (1 + PROPORTION[domain] * (2 * factor - 1)), 0)
-            parts.append(("skin", start, start + bone, radii[i], radii[i + 1], f"{finger} {i}"))
+            parts.append(Part("skin", start, start + bone, radii[i], radii[i + 1], f"{finger} {i}"))
             start = start + bone
             joints.append(start)
         nail = start + along(frame, 0, 0, -0.6 * radii[3] * girth)
-        parts.append(("nail", nail - 0.5 * bone, nail - 0.12 * bone, 0.0052, 0.005, f"{finger} 2",
-                      -frame[:, :, 2]))
-    for ax, ay, bx, by in ((-24, 66, 20, 72), (-28, 56, 14, 50), (-10, 56, 0, 16)):           # millimetres
-        a, b = along(palm, ax / 1000, ay / 1000, 0.012), along(palm, bx / 1000, by / 1000, 0.012)
-        parts.append(("crease", a, b, 0.0016, 0.0016, "palm", palm[:, :, 2]))
+        parts.append(Part("nail", nail - 0.5 * bone, nail - 0.12 * bone, 0.0052, 0.005, f"{finger} 2",
+                          normal=-frame[:, :, 2]))
+    for ax, ay, bx, by in ((-24, 66, 20, 72), (-28, 56, 14, 50), (-10, 56, 0, 16)):  # millimetres
+        a = along(palm, ax / 1000, ay / 1000, 0.012)
+        b = along(palm, bx / 1000, by / 1000, 0.012)
+        parts.append(Part("crease", a, b, 0.0016, 0.0016, "palm", normal=palm[:, :, 2]))
     return kind, np.stack(joints, 1), stack_parts(parts, girth)
 
 
-def project_figures(u, joints, ends, radii, distances, size):
-    """Perspective cameras that put each figure's box at 60-80 % of the image, roughly centred: joints (N, K,
-    3), ends (N, P, 2, 3) and radii (N, P, 2) from metres to pixels. u: (N, 4) uniform numbers; distances:
-    the nearest and the farthest camera in metres; size: the image's side."""
+def project_figures(u, joints, parts, distances, size):
+    """Perspective cameras that put each figure's box at 60-80 % of the image, roughly centred.
+
+    u: (N, 4) uniform numbers; joints: (N, K, 3); distances: of the nearest and the farthest camera, metres;
+    size: the image's side. Returns joints (N, K, 2), ends (N, P, 2, 2) and radii (N, P, 2) in pixels."""
+    k = joints.shape[1]
+    points = np.concatenate([joints, parts.ends.reshape(len(u), -1, 3)], 1)
     distance = (distances[0] + (distances[1] - distances[0]) * u[:, :1])[..., None]
-    points, k = np.concatenate([joints, ends.reshape(len(u), -1, 3)], 1), joints.shape[1]
-    near = distance / (distance - points[..., 2:])     # magnification (N, K + 2 P, 1)
+    near = distance / (distance - points[..., 2:])  # magnification (N, K + 2 P, 1)
     flat = points[..., :2] * (1, -1) * near
-    low, high = flat[:, :k].min(1), flat[:, :k].max(1)
+    low = flat[:, :k].min(1)
+    high = flat[:, :k].max(1)
     scale = (0.60 + 0.20 * u[:, 1:2]) / (high - low).max(1, keepdims=True)
-    room = np.clip((1 - (high - low) * scale) / 2 - 0.06, 0, 0.06)             # 0.06: flesh around the joints
+    room = np.clip((1 - (high - low) * scale) / 2 - 0.06, 0, 0.06)  # 0.06: flesh around the joints
     shift = 0.5 + (2 * u[:, 2:4] - 1) * room - (low + high) / 2 * scale
     flat = (flat * scale[..., None] + shift[:, None]) * size - 0.5
-    radii = radii * near[:, k:].reshape(radii.shape) * scale[..., None] * size
-    return flat[:, :k], flat[:, k:].reshape(*ends.shape[:3], 2), radii
+    ends = flat[:, k:].reshape(*parts.ends.shape[:3], 2)
+    radii = parts.radii * near[:, k:].reshape(parts.radii.shape) * scale[..., None] * size
+    return flat[:, :k], ends, radii
 
 
 # Tones from a limb's outline to its highlight: radius, shift towards the lamp (both in radii), brightness.
@@ -625,39 +737,53 @@ PATTERNS = (((0.0, 0.2, -1, 1), (0.3, 0.5, -1, 1), (0.6, 0.8, -1, 1), (0.9, 1, -
 
 
 def draw_limbs(draw, order, ends, radii, colours, patches, lamp):
-    """Draw tapered limbs, two circles and what lies between them, as nested tones. order: groups of limbs
-    from far to near; ends (P, 2, 2), radii (P, 2): pixels; colours (P, 2, 3) in [0, 1]: of limb and
-    patches; patches: P rows of PATTERNS; lamp (2,): its direction."""
-    tones = [((ends + shift * radii[..., None] * lamp).tolist(), (scale * radii).tolist(),
-              np.clip(255 * bright * colours, 0, 255).astype(int).tolist()) for scale, shift, bright in TONES]
+    """Draw tapered limbs, two circles and what lies between them, as nested tones.
+
+    order: groups of limbs from far to near; ends (P, 2, 2), radii (P, 2): pixels; colours (P, 2, 3) in
+    [0, 1]: of limb and patches; patches: P rows of PATTERNS; lamp (2,): its direction."""
+    tones = []
+    for scale, shift, bright in TONES:
+        centres = ends + shift * radii[..., None] * lamp
+        fills = np.clip(255 * bright * colours, 0, 255).astype(int)
+        tones.append((centres.tolist(), (scale * radii).tolist(), fills.tolist()))
     for group in order:
         for centres, rings, fills in tones:
             for p in group:
-                ((ax, ay), (bx, by)), (ra, rb), (first, second) = centres[p], rings[p], fills[p]
-                if max(ra, rb) < 0.5:
-                    continue
-                for x, y, r in ((ax, ay, ra), (bx, by, rb)):
-                    draw.ellipse((x - r, y - r, x + r, y + r), fill=tuple(first))
-                dx, dy = bx - ax, by - ay
-                length = math.hypot(dx, dy) + 1e-6
-                for n, (t0, t1, s0, s1) in enumerate(((0, 1, -1, 1), *patches[p])):
-                    corners = []
-                    for t, s in ((t0, s0), (t0, s1), (t1, s1), (t1, s0)):
-                        wide = s * (ra + t * (rb - ra)) / length
-                        corners += ax + t * dx - wide * dy, ay + t * dy + wide * dx
-                    draw.polygon(corners, fill=tuple(second if n else first))
+                if max(rings[p]) >= 0.5:
+                    draw_tone(draw, centres[p], rings[p], fills[p], patches[p])
+
+
+def draw_tone(draw, centres, radii, fills, patches):
+    """Draw one limb in one tone, its patches in another: two centres, radii and fills."""
+    (ax, ay), (bx, by) = centres
+    ra, rb = radii
+    first, second = fills
+    for x, y, r in ((ax, ay, ra), (bx, by, rb)):
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=tuple(first))
+    dx = bx - ax
+    dy = by - ay
+    length = math.hypot(dx, dy) + 1e-6
+    for n, (t0, t1, s0, s1) in enumerate(((0, 1, -1, 1), *patches)):
+        corners = []
+        for t, s in ((t0, s0), (t0, s1), (t1, s1), (t1, s0)):
+            wide = s * (ra + t * (rb - ra)) / length
+            corners += [ax + t * dx - wide * dy, ay + t * dy + wide * dx]
+        draw.polygon(corners, fill=tuple(second if n else first))
 
 
 def draw_shape(draw, rng, extent, colour):
     """Draw an ellipse, a box, a triangle or a bar anywhere; its half-size is in `extent`, canvas sides."""
-    side, corners, turn = draw.im.size[0], rng.choice((3, 4, 4, 24)), math.pi * rng.random()
+    side = draw.im.size[0]
+    corners = rng.choice((3, 4, 4, 24))
+    turn = math.pi * rng.random()
     angle = 2 * math.pi * (np.arange(corners) + 0.5) / corners
     aspect = 0.1 if rng.random() < 0.25 else rng.uniform(0.4, 1)
     outline = np.stack([np.cos(angle), aspect * np.sin(angle)], 1) * rng.uniform(*extent) * side
     outline = outline @ ((math.cos(turn), math.sin(turn)), (-math.sin(turn), math.cos(turn)))
     centre = rng.random(2) * side
     for shrink, tone in ((1, 255), (0.7, 205)):
-        draw.polygon((shrink * outline + centre).ravel().tolist(), fill=tuple((tone * colour).astype(int)))
+        points = (shrink * outline + centre).ravel().tolist()
+        draw.polygon(points, fill=tuple((tone * colour).astype(int)))
 
 
 def draw_background(rng, look, size):
@@ -666,11 +792,13 @@ def draw_background(rng, look, size):
 
     def mute(colour):
         grey = colour.mean(-1, keepdims=True)
-        return np.clip(level + look["background"] * (grey + look["saturation"] * (colour - grey) - 0.5), 0, 1)
+        muted = grey + look["saturation"] * (colour - grey)
+        return np.clip(level + look["background"] * (muted - 0.5), 0, 1)
 
     top, bottom = rng.random((2, 3))
     canvas = top + (bottom - top) * np.linspace(0, 1, size)[:, None, None].repeat(size, 1)
-    for cells in (4, 7, 13, 25) if look is WILD else (4,):
+    grids = (4, 7, 13, 25) if look is WILD else (4,)
+    for cells in grids:
         grid = Image.fromarray(rng.integers(256, size=(cells, cells, 3), dtype=np.uint8))
         smooth = np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC)) / 255 - 0.5
         canvas += look["noise"] * (4 / cells) ** 0.5 * smooth
@@ -683,77 +811,116 @@ def draw_background(rng, look, size):
 
 def choose_colours(rng, look, roles):
     """Colours (P, 2, 3) in [0, 1] of P parts and of their patches, and the patches, by the parts' roles."""
-    tone, (tint, shirt, trousers, shoe, hair, mark) = rng.random(), rng.random((6, 3))
-    skin = (0.95, 0.78, 0.67) - tone * np.array((0.57, 0.54, 0.50)) + 0.06 * (tint - 0.5)    # pale to dark
-    gloved = "nail" in roles and rng.random() < look["gloves"]             # hands alone have nails
-    skin = tint if gloved else skin
-    sleeves, legs = rng.random(2) < (0.5, 0.65)        # long ones
+    tone = rng.random()
+    tint, shirt, trousers, shoe, hair, mark = rng.random((6, 3))
+    skin = (0.95, 0.78, 0.67) - tone * np.array((0.57, 0.54, 0.50)) + 0.06 * (tint - 0.5)  # pale to dark
+    gloved = "nail" in roles and rng.random() < look["gloves"]  # only hands have nails
+    if gloved:
+        skin = tint
+    long_sleeves, long_legs = rng.random(2) < (0.5, 0.65)
     # What tells front from back, hence left from right, must stand out: eyes, mark, nails, creases.
     colours = {"skin": skin, "hair": hair * (0.5, 0.35, 0.25), "eye": (0.04, 0.04, 0.04), "shoe": 0.7 * shoe,
                "mark": 0.3 * mark + (0.0 if shirt.mean() > 0.5 else 0.7), "crease": 0.6 * skin,
                "nail": 0.4 * skin + (0.6, 0.5, 0.5), "shirt": shirt, "upper arm": shirt, "sleeve": shirt,
-               "forearm": shirt if sleeves else skin, "trousers": trousers, "thigh": trousers,
-               "shank": trousers if legs else skin}
+               "forearm": shirt if long_sleeves else skin, "trousers": trousers, "thigh": trousers,
+               "shank": trousers if long_legs else skin}
     first = np.array([colours[role] for role in roles])
-    second, patches = first.copy(), [()] * len(roles)
-    for garment in (shirt, trousers, *[skin] * gloved):
-        worn, pattern, other = (first == garment).all(1), rng.integers(len(PATTERNS)), rng.random(3)
+    second = first.copy()
+    patches = [()] * len(roles)
+    garments = [shirt, trousers]
+    if gloved:
+        garments.append(skin)
+    for garment in garments:
+        worn = (first == garment).all(1)
+        pattern = rng.integers(len(PATTERNS))
+        other = rng.random(3)
         if rng.random() < look["textured"]:
             second[worn] += WILD["pattern_contrast"] * (other - garment)
-            patches = [PATTERNS[pattern] if on else patch for on, patch in zip(worn, patches)]
+            for p in np.flatnonzero(worn):
+                patches[p] = PATTERNS[pattern]
     return np.stack([first, second], 1), patches
 
 
 def photograph(rng, image):
     """What lamp and camera do to a PIL image of the target -> (S, S, 3) uint8."""
-    size, turn, place = image.width, 2 * math.pi * rng.random(), np.linspace(-1, 1, image.width)
-    light = 1 + WILD["light"] * rng.random() * (math.cos(turn) * place + math.sin(turn) * place[:, None])
+    size = image.width
+    turn = 2 * math.pi * rng.random()
+    place = np.linspace(-1, 1, size)
+    slope = math.cos(turn) * place + math.sin(turn) * place[:, None]
+    light = 1 + WILD["light"] * rng.random() * slope
     cast = 1 + WILD["cast"] * rng.uniform(-1, 1, 3)
     pixels = (np.asarray(image) / 255 * (light[..., None] * cast) - 0.5) * rng.uniform(*WILD["contrast"])
     image = Image.fromarray((255 * np.clip(pixels + rng.uniform(0.42, 0.58), 0, 1)).astype(np.uint8))
     # Pillow's blur repeats the border outwards; zeros would leave a dark frame that gives the domain away.
     image = image.filter(ImageFilter.GaussianBlur(WILD["blur"] * size * rng.random()))
-    grain = 255 * WILD["grain"] * rng.random() ** 2 * rng.standard_normal((size, size, 3), dtype=np.float32)
+    grain = 255 * WILD["grain"] * rng.random() ** 2
+    grain = grain * rng.standard_normal((size, size, 3), dtype=np.float32)
     return np.clip(image + grain + 0.5, 0, 255).astype(np.uint8)
 
 
-class Mannequin:
-    """The built-in benchmark: bodies (BODY16) or left hands (HAND21), clean ('source') or wild ('target').
+def benchmark_tables():
+    """All numbers that make the built-in benchmark: with RENDERER_VERSION, its version."""
+    return (WILD, PLAIN, TONES, PATTERNS, POSES, STANDING, JOINT_LIMITS, SEGMENTS, PROPORTION, WIDER,
+            GESTURES, HAND_LIMITS, HAND_OPEN, HAND_VIEW, HAND_BONES)
 
-    cache: a directory for the images, safe to delete; they are rendered when the first is asked for, and
-    progress(done, total) is called. visible: 1 where a keypoint lies inside the image, covered or not.
-    joints: (N, K, 3) metres; upright: (N,) bool, the easy kinds of pose, most of the source."""
+
+class Mannequin:
+    """The built-in benchmark: bodies (BODY16) or left hands (HAND21).
+
+    domain: 'source' is clean and its poses are mostly easy; 'target' is wild and its poses mostly hard;
+    'everyday' looks like the target, with the kinds of pose as often as in the source. cache: a directory
+    for the images, safe to delete; they are rendered when the first is asked for, and progress(done, total)
+    is called. visible: 1 where a keypoint lies inside the image, covered or not. joints: (N, K, 3) metres;
+    upright: (N,) bool, the easy kinds of pose."""
     DEFAULT_COUNTS = {("source", "train"): 6000, ("source", "val"): 500, ("source", "test"): 1000,
-                      ("target", "train"): 2000, ("target", "val"): 500, ("target", "test"): 1000}
+                      ("target", "train"): 2000, ("target", "val"): 500, ("target", "test"): 1000,
+                      ("everyday", "train"): 2000, ("everyday", "val"): 500, ("everyday", "test"): 1000}
 
     def __init__(self, domain, split, size=64, count=None, seed=0, cache=None, progress=None, hand=False):
         if (domain, split) not in self.DEFAULT_COUNTS:
-            raise ValueError(f"domain, split: unknown {domain!r}, {split!r}; use 'source' or 'target' with "
-                             "'train', 'val' or 'test'")
-        count = self.DEFAULT_COUNTS[domain, split] if count is None else count
-        for name, value, least in ("size", size, 1), ("count", count, 1), ("seed", seed, 0):
+            raise ValueError(f"domain, split: unknown {domain!r}, {split!r}; use 'source', 'target' or "
+                             "'everyday' with 'train', 'val' or 'test'")
+        if count is None:
+            count = self.DEFAULT_COUNTS[domain, split]
+        for name, value, least in (("size", size, 1), ("count", count, 1), ("seed", seed, 0)):
             if value < least:
                 raise ValueError(f"{name}: {value} is too small; give {least} or more")
-        self.domain, self.split, self.size, self.seed, self.hand = domain, split, size, seed, hand
-        self.cache, self.progress = cache, progress or (lambda *_: None)
-        self.skeleton, poses, pose, distances = ((HAND21, GESTURES, pose_hands, (0.5, 1.1)) if hand else
-                                                 (BODY16, POSES, pose_bodies, (3.0, 7.0)))
-        self.key = seed, 2 * hand + (domain == "target"), ("train", "val", "test").index(split)
+        self.domain = domain
+        self.split = split
+        self.size = size
+        self.seed = seed
+        self.hand = hand
+        self.cache = cache
+        self.progress = progress or (lambda *_: None)
+        # Whose look, proportions, ranges and random numbers it has, and whose kinds of pose.
+        drawn_as = "source" if domain == "source" else "target"
+        mix = "target" if domain == "target" else "source"
+        self.look = PLAIN if drawn_as == "source" else WILD
+        self.key = (seed, 2 * hand + (drawn_as == "target"), ("train", "val", "test").index(split))
         u = np.stack([np.random.default_rng((*self.key, i)).random(POSE_NUMBERS) for i in range(count)])
-        kind, self.joints, (self.roles, groups, ends, radii) = pose(u[:, 4:], domain)
-        self.groups = [[p for p, g in enumerate(groups) if g == group] for group in dict.fromkeys(groups)]
-        self.depth = ends[..., 2].mean(-1)             # (N, P), towards the camera
-        keypoints, self.ends, self.radii = project_figures(u, self.joints, ends, radii, distances, size)
+        self.skeleton = HAND21 if hand else BODY16
+        kinds = GESTURES if hand else POSES
+        pose = pose_hands if hand else pose_bodies
+        distances = (0.5, 1.1) if hand else (3.0, 7.0)
+        kind, self.joints, parts = pose(u[:, 4:], drawn_as, mix)
+        self.upright = torch.tensor([Kind(*row).easy for row in kinds.values()])[kind]
+        self.roles = parts.roles
+        self.depth = parts.ends[..., 2].mean(-1)  # (N, P), towards the camera
+        together = {}  # the parts of each group, which are drawn together
+        for p, group in enumerate(parts.groups):
+            together.setdefault(group, []).append(p)
+        self.groups = list(together.values())
+        keypoints, self.ends, self.radii = project_figures(u, self.joints, parts, distances, size)
         self.keypoints = torch.from_numpy(keypoints).float()
         self.visible = ((self.keypoints >= 0) & (self.keypoints <= size - 1)).all(-1).float()
-        self.upright = torch.tensor([easy for _, _, easy, _ in poses.values()])[kind]
 
     def __len__(self):
         return len(self.joints)
 
     def names(self, indices):
         """Names of samples, for example 'target-test-000012' or 'hand-target-test-000012'."""
-        return [f"{'hand-' * self.hand}{self.domain}-{self.split}-{int(i):06d}" for i in indices]
+        prefix = f"{'hand-' if self.hand else ''}{self.domain}-{self.split}"
+        return [f"{prefix}-{int(i):06d}" for i in indices]
 
     def __getitem__(self, indices):
         """Images (B, 3, S, S) uint8, keypoints (B, K, 2) and visible (B, K) of 1-D `indices`."""
@@ -762,78 +929,251 @@ class Mannequin:
 
     def render(self, index):
         """Draw one sample: (3, S, S) uint8."""
-        rng, look = np.random.default_rng((*self.key, index)), WILD if self.domain == "target" else PLAIN
-        rng.random(POSE_NUMBERS)                       # the pose's numbers come first
+        look = self.look
+        rng = np.random.default_rng((*self.key, index))
+        rng.random(POSE_NUMBERS)  # the pose's numbers come first
         canvas = draw_background(rng, look, self.size)
-        draw, side, lamp = ImageDraw.Draw(canvas), canvas.width, np.array((-0.5, -0.86))
-        lamp = lamp + (rng.uniform(-0.5, 0.5, 2) if look is WILD else 0)
+        draw = ImageDraw.Draw(canvas)
+        side = canvas.width
+        lamp = np.array((-0.5, -0.86))
+        if look is WILD:
+            lamp = lamp + rng.uniform(-0.5, 0.5, 2)
         colours, patches = choose_colours(rng, look, self.roles)
-        for _ in range(look["distractors"]):           # two limbs in a row, of the figure's colours
-            ends = side * np.cumsum([rng.random(2), *rng.uniform(-0.22, 0.22, (2, 2))], 0)[[[0, 1], [1, 2]]]
+        for _ in range(look["distractors"]):  # two limbs in a row, of the figure's colours
+            chain = np.cumsum([rng.random(2), *rng.uniform(-0.22, 0.22, (2, 2))], 0)
+            ends = side * chain[[[0, 1], [1, 2]]]
             radii = side * rng.uniform(0.02, 0.04) * np.array(((1.2, 1), (1, 0.75)))
             own = rng.integers(len(colours))
             draw_limbs(draw, [[0], [1]], ends, radii, colours[[own, own]], [patches[own]] * 2, lamp)
-        ends, radii = SUPERSAMPLING * (self.ends[index] + 0.5) - 0.5, SUPERSAMPLING * self.radii[index]
+        ends = SUPERSAMPLING * (self.ends[index] + 0.5) - 0.5
+        radii = SUPERSAMPLING * self.radii[index]
         order = sorted(self.groups, key=lambda group: sum(self.depth[index, group]) / len(group))
         draw_limbs(draw, order, ends, radii, colours, patches, lamp)
         for probability in look["occluders"]:
             if rng.random() < probability:
                 draw_shape(draw, rng, (0.05, 0.13), rng.random(3))
         image = canvas.reduce(SUPERSAMPLING)
-        return np.asarray(photograph(rng, image) if look is WILD else image).transpose(2, 0, 1)
-
-    @staticmethod
-    def version():
-        """A text that changes with the benchmark's pictures and poses."""
-        return repr((RENDERER_VERSION, Mannequin.tables()))
-
-    @staticmethod
-    def tables():
-        """The numbers that make them."""
-        return (WILD, PLAIN, TONES, PATTERNS, POSES, STANDING, JOINT_LIMITS, SEGMENTS, PROPORTION, WIDER,
-                GESTURES, HAND_LIMITS, HAND_OPEN, HAND_VIEW, HAND_BONES)
+        pixels = photograph(rng, image) if look is WILD else np.asarray(image)
+        return pixels.transpose(2, 0, 1)
 
     @functools.cached_property
     def _images(self):
         """All images (N, 3, S, S): from the cache if it holds them, else rendered and stored there."""
-        digest = hashlib.sha256(repr((RENDERER_VERSION, self.seed, self.tables())).encode()).hexdigest()[:16]
-        name = f"mannequin-{self.names([len(self)])[0]}-{self.size}px-{digest}.u8"
-        shape, path = (len(self), 3, self.size, self.size), Path(self.cache or ".") / name
-        if self.cache and path.exists() and path.stat().st_size == math.prod(shape):    # else cut off
+        digest = hashlib.sha256(repr((RENDERER_VERSION, self.seed, benchmark_tables())).encode())
+        name = f"mannequin-{self.names([len(self)])[0]}-{self.size}px-{digest.hexdigest()[:16]}.u8"
+        path = Path(self.cache or ".") / name
+        shape = (len(self), 3, self.size, self.size)
+        if self.cache and path.exists() and path.stat().st_size == math.prod(shape):  # else cut off
             return torch.from_numpy(np.fromfile(path, np.uint8).reshape(shape))
         images = np.empty(shape, np.uint8)
         for i in range(len(self)):
             images[i] = self.render(i)
             self.progress(i + 1, len(self))
         if self.cache:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as file:
-                file.write(images)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as file:
+                    file.write(images)
+            except OSError as error:  # they are only rendered again
+                print(f"cache: cannot be written ({error}); the next run renders its images again",
+                      file=sys.stderr)
         return torch.from_numpy(images)
 
 
-# --- Datasets on disk --------------------------------------------------------------------------------------
+# --- Pictures read from a disk -----------------------------------------------------------------------------
+
+JPEG = ("JPEG", "MPO")  # Pillow's formats whose header tells the orientation
+MID_GREY = 128  # what stands behind the transparent parts of a picture
+# How a picture comes upright, by its EXIF orientation. 1 is upright, 5 to 8 lie on their side.
+UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+           4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+           6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
+
+
+class Picture(NamedTuple):
+    """A decoded picture, upright, 8-bit RGB."""
+    image: Image.Image  # a JPEG may be reduced
+    sides: tuple  # width and height of the whole picture, in its own pixels
+    box: tuple  # (left, top, right, bottom), where the whole picture lies in `image`
+
+
+def open_picture(path):
+    """An image file as everybody means it: an upright, 8-bit RGB image (PIL).
+
+    It is turned and mirrored by its EXIF orientation; a damaged EXIF block counts as upright. 16-bit grey is
+    scaled to 8 bits. Transparent parts show a mid-grey background. Of an animation the first picture counts.
+
+    FileNotFoundError where there is no such file. DataError where it cannot be read or decoded, or where its
+    values are 32-bit integers or floating point, whose range nothing tells; the message names the file."""
+    return decode_picture(path).image
+
+
+def decode_picture(path, least=None):
+    """As `open_picture` -> Picture. least: (width, height) that suffice of the whole upright picture: JPEG
+    decodes at 1/2, 1/4 or 1/8 at a fraction of the cost, and never below these sides."""
+    with _open_image(path) as image:
+        try:
+            width, height = image.size
+            draft = None
+            if least is not None and image.format in JPEG:
+                draft = image.draft(None, least[::-1] if _orientation(image) > 4 else least)
+            image.load()
+            if draft is None:
+                width, height = image.size
+            orientation = _orientation(image)  # after decoding: Pillow turns a TIFF by itself
+            picture = _to_rgb(image, path)
+        except DataError:
+            raise
+        except Exception as error:  # Pillow's readers raise errors of any kind on damaged files
+            raise DataError(f"{path}: cannot be decoded ({error}); fetch the image again") from error
+    reduction = 1 if draft is None else width / draft[1][2]  # 1, 2, 4 or 8
+    if orientation > 1:
+        picture = picture.transpose(UPRIGHT[orientation])
+    if orientation > 4:
+        width, height = height, width
+    across = width / reduction
+    down = height / reduction
+    # Its last pixels may be covered in part; turning and mirroring make them the first.
+    left = picture.width - across if orientation in (2, 3, 6, 7) else 0
+    top = picture.height - down if orientation in (3, 4, 7, 8) else 0
+    return Picture(picture, (width, height), (left, top, left + across, top + down))
+
+
+def picture_sides(path):
+    """Width and height of a picture as `open_picture` gives it, from the header of a JPEG or a square."""
+    with _open_image(path) as image:
+        if image.width == image.height:
+            return image.size
+        if image.format in JPEG:
+            return image.size[::-1] if _orientation(image) > 4 else image.size
+    return decode_picture(path).sides
+
+
+def _open_image(path):
+    """A file's header -> PIL image, not yet decoded."""
+    try:
+        return Image.open(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: missing") from error
+    except Exception as error:  # Pillow's readers raise errors of any kind on damaged files
+        raise DataError(f"{path}: not a readable image ({error}); fetch it again, or save it anew as JPEG or "
+                        "PNG") from error
+
+
+def _orientation(image):
+    """The EXIF orientation of a PIL image, 1 to 8; 1 where there is none."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return orientation if orientation in UPRIGHT else 1
+    except Exception:  # of any kind, where the EXIF block is damaged
+        return 1
+
+
+def _to_rgb(image, path):
+    """A decoded PIL image of any mode -> 8-bit RGB."""
+    # Pillow holds 16-bit grey as I;16 or I, by its version and the format of the file.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        values = np.asarray(image)
+        bits = image.tag_v2.get(ExifTags.Base.BitsPerSample, (16,))[0] if image.format == "TIFF" else 16
+        grey = (values >> (bits - 8)).astype(np.uint8)
+        if "transparency" in image.info:  # the value that is transparent
+            grey[values == image.info["transparency"]] = MID_GREY
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating point numbers"
+        raise DataError(f"{path}: its values are {kind}, whose range nothing tells; save it anew with 8 or "
+                        "16 bits per channel")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        background = Image.new("RGBA", image.size, (MID_GREY, MID_GREY, MID_GREY, 255))
+        image = Image.alpha_composite(background, image)
+    return image.convert("RGB")
+
+
+def letterbox_view(region, size):
+    """Where a region (left, top, right, bottom) of a picture lies in a size x size square: as large as fits,
+    its aspect kept, centred.
+
+    Returns (width, height) and (left, top) of its place, whole pixels, and the view from the picture's
+    pixels to the square's, (2, 3) float64 numpy."""
+    left, top, right, bottom = region
+    scale = size / max(right - left, bottom - top)
+    width = max(1, round((right - left) * scale))
+    height = max(1, round((bottom - top) * scale))
+    x = (size - width) // 2
+    y = (size - height) // 2
+    scale_x = width / (right - left)
+    scale_y = height / (bottom - top)
+    # Pixel i covers i - 1/2 ... i + 1/2, in the picture and in the square.
+    view = np.array([[scale_x, 0, (0.5 - left) * scale_x - 0.5 + x],
+                     [0, scale_y, (0.5 - top) * scale_y - 0.5 + y]])
+    return (width, height), (x, y), view
+
+
+def letterbox(image, region, size):
+    """A region of an RGB picture in a size x size square, black beside it: uint8 (3, size, size)."""
+    fitted, place, _ = letterbox_view(region, size)
+    square = Image.new("RGB", (size, size))
+    square.paste(image.resize(fitted, Image.Resampling.BILINEAR, region), place)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+@contextmanager
+def _listed_in(file):
+    """A picture that is missing in this block is one that the annotation file lists."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; {file} lists it; fetch the image again") from error
+
+
+def _read_crop(path, size, sides, region, annotation):
+    """The region (left, top, right, bottom) of a picture, None for all of it -> uint8 (3, size, size).
+
+    sides: (width, height) that the picture must have; annotation: the file that says so."""
+    width, height = sides
+    left, top, right, bottom = region or (0, 0, width, height)
+    (wide, high), _, _ = letterbox_view((left, top, right, bottom), size)
+    least = (math.ceil(width * wide / (right - left)), math.ceil(height * high / (bottom - top)))
+    with _listed_in(annotation):
+        picture = decode_picture(path, least)
+    if picture.sides != (width, height):
+        raise DataError(f"{path}: {picture.sides[0]} x {picture.sides[1]} pixels, but {annotation} is for "
+                        f"{width} x {height}; take both from the same release")
+    x, y, end_x, end_y = picture.box
+    region = (x + left * (end_x - x) / width, y + top * (end_y - y) / height,
+              x + right * (end_x - x) / width, y + bottom * (end_y - y) / height)
+    return letterbox(picture.image, region, size)
+
 
 MAX_CROPS_BYTES = 2 << 30  # a set whose crops fit is kept in memory; a larger one is decoded at every use
 
 
 class _CropsOnDisk:
-    """Batched indexing over crops of pictures, each decoded when it is first asked for. Layouts, splits and
-    traps of the datasets: docs/datasets.md. root may be the directory named there, or hold it. All that
-    grows with N is an array: SURREAL has millions of samples. A file that is not as described is named."""
+    """Batched indexing over crops of pictures, each decoded when it is first asked for.
+
+    Layouts, splits and traps of the datasets: docs/datasets.md. root may be the directory named there, or
+    hold it. All that grows with N is an array: SURREAL has millions of samples. A file that is not as
+    described is named."""
 
     def __init__(self, root, split, size, folder=""):
         if split not in ("train", "val", "test"):
             raise ValueError(f"split {split!r}: must be 'train', 'val' or 'test'")
-        root, inner = Path(root), Path(root, folder)
-        self.root, self.size, self.split = inner if inner.is_dir() else root, size, split
+        inner = Path(root, folder)
+        self.root = inner if inner.is_dir() else Path(root)
+        self.split = split
+        self.size = size
 
-    def _fill(self, listed_in, names, sides, keypoints, visible):
-        """names: (N,) bytes, the pictures below root; sides: (N, 2), their width and height in pixels."""
+    def _fill(self, annotation, names, sides, keypoints, visible):
+        """names: (N,) bytes, the pictures below root; sides: (N, 2), their width and height in pixels;
+        annotation: the file that lists them, for messages."""
         if len(names) == 0:
-            raise DataError(f"{listed_in}: split {self.split!r} is empty; is the dataset complete?")
-        self.keypoints, self.visible = keypoints, visible
-        self._names, self._sides, self._listed_in = names, sides, listed_in
+            raise DataError(f"{annotation}: split {self.split!r} is empty; is the dataset complete?")
+        self.keypoints = keypoints
+        self.visible = visible
+        self._annotation = annotation
+        self._names = names
+        self._sides = sides
         fits = len(names) * 3 * self.size ** 2 <= MAX_CROPS_BYTES
         self._crop = functools.cache(self._decode) if fits else self._decode
 
@@ -853,44 +1193,176 @@ class _CropsOnDisk:
         return images, self.keypoints[indices], self.visible[indices]
 
     def _decode(self, i):
-        file = self.root / self._names[i].decode()
-        return _read_crop(file, self.size, self._sides[i].tolist(), None, self._listed_in)
+        path = self.root / self._names[i].decode()
+        return _read_crop(path, self.size, self._sides[i].tolist(), None, self._annotation)
+
+    def check_files(self, progress=lambda *_: None):
+        """Decode every picture once and keep none, so that a missing or damaged one is named at once.
+
+        It takes one or two ms per picture: made for validation and test splits (a few thousand), which are
+        read when the training is over, not for the millions of a training split. progress(done, total)."""
+        jobs = (functools.partial(self._decode, i) for i in range(len(self)))
+        for done, _ in enumerate(prefetch(jobs, workers=4)):
+            progress(done + 1, len(self))
 
 
-def _find_annotation(root, relative):
+def find_annotation(root, relative):
+    """The path of an annotation file below root. FileNotFoundError says which directory to give."""
     if not (root / relative).is_file():
         raise FileNotFoundError(f"{root / relative}: missing; give the directory that holds {relative}")
     return root / relative
 
 
-def _open_image(file, listed_in):
+# --- SURREAL, prepared as square crops and annotated in JSON files, as Human3.6M and Hand-3D-Studio are ----
+
+INDEX_CACHE_BYTES = 64 << 20  # a larger annotation file leaves its arrays beside it for the next time
+
+
+class Annotations(NamedTuple):
+    """What the loaders need of n samples."""
+    names: np.ndarray  # (n,) bytes, the pictures below the dataset's root
+    keypoints: np.ndarray  # (n, K, 2) float32 pixels of the pictures
+    sides: np.ndarray  # (n,) uint16, the side of each square picture in pixels
+
+
+def is_safe_path(name):
+    """Whether a name from an annotation file is a path below the directory that it is joined to."""
+    plain = isinstance(name, str) and re.fullmatch("[^/\0][^\0]{,254}", name)
+    return bool(plain) and ".." not in name.split("/")
+
+
+def read_json_list(file):
+    """The entries of a JSON list, parsed one at a time: millions do not stay as Python objects. ValueError
+    where the file is something else."""
+    text = Path(file).read_text(encoding="utf-8-sig")  # with or without a byte order mark
+    decode = json.JSONDecoder().raw_decode
+    space = re.compile(r"[ \t\r\n]*")
+    at = space.match(text).end()
+    if re.compile(r"\[\s*\]\s*").fullmatch(text, at):
+        return
+    before = "["
+    while text.startswith(before, at):
+        at = space.match(text, at + 1).end()
+        entry, at = decode(text, at)
+        yield entry
+        at = space.match(text, at).end()
+        before = ","
+    if text[at:].rstrip() != "]":
+        raise ValueError("not a JSON list of samples")
+
+
+def _read_annotations(file, prefix, total, joints, keep):
+    """A JSON list of {name, keypoint2d [total, 2], ...} -> Annotations.
+
+    prefix: put before each name; joints: the keypoints to take; keep(entry): whether the sample counts. A
+    side is the entry's `size`, or 0 where it has none."""
+    names = bytearray()
+    keypoints = array.array("f")
+    sides = array.array("H")
+    count = 0
     try:
-        return Image.open(file)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{file}: missing; {listed_in} lists it; fetch the image again") from error
-    except Exception as error:  # Pillow's readers raise errors of any kind on damaged files
-        raise DataError(f"{file}: not a readable image ({error}); fetch it again") from error
+        for entry in read_json_list(file):
+            count += 1
+            if not isinstance(entry, dict):
+                raise ValueError("not a JSON object")
+            if not keep(entry):
+                continue
+            name = entry.get("name")
+            if not is_safe_path(name):
+                raise ValueError(f"name {str(name)[:60]!r} is not a path below the images")
+            side = entry.get("size", 0)
+            if type(side) not in (int, float) or side != int(side) or not 0 <= side < 1 << 16:
+                raise ValueError(f"size {side!r} is not a number of pixels")
+            points = np.array(entry.get("keypoint2d"), np.float64)
+            if points.shape != (total, 2) or not (np.abs(points) < 1e6).all():  # NaN compares as False
+                raise ValueError(f"keypoint2d of {name!r} is not {total} pairs of coordinates")
+            names.extend((prefix + name).encode() + b"\0")
+            keypoints.frombytes(points[joints].astype(np.float32).tobytes())
+            sides.append(int(side))
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise DataError(f"{file}: at entry {count}: {error}; expected a list of {{name, keypoint2d "
+                        f"[{total}, 2], ...}}; fetch or prepare it again") from error
+    return Annotations(np.array(bytes(names).split(b"\0")[:-1], "S"),
+                       np.array(keypoints, np.float32).reshape(-1, len(joints), 2),
+                       np.array(sides, np.uint16))
 
 
-def _read_crop(file, size, sides, region, listed_in):
-    """The region (left, top, right, bottom) of a picture, None for all of it -> uint8 (3, size, size)."""
-    with _open_image(file, listed_in) as image:
-        width, height = image.size
-        if [width, height] != sides:
-            raise DataError(f"{file}: {width} x {height} pixels, but {listed_in} is for {sides[0]} x "
-                            f"{sides[1]}; take both from the same release")
-        left, top, right, bottom = region = region or (0, 0, width, height)
-        (wide, high), _, _ = letterbox_view(region, size)
+def _load_annotations(root, path, prefix, total, joints, keep=lambda _: True, side=0,
+                      progress=lambda *_: None):
+    """`_read_annotations`, or what an earlier call left beside a large file, with all sides known.
+
+    side: of all pictures, or 0: as the entry says, or else the header of the image."""
+    file = find_annotation(root, path)
+    status = file.stat()
+    stamp = np.array([status.st_size, status.st_mtime_ns])
+    large = status.st_size > INDEX_CACHE_BYTES
+    index = file.with_name(f"{file.stem}.{zlib.crc32(bytes(joints)):08x}.npz")
+    if large and index.is_file():
         try:
-            # JPEG decodes at 1/2, 1/4 or 1/8 at a fraction of the cost, never below the size asked for.
-            draft = image.draft(None, (math.ceil(width * wide / (right - left)),
-                                       math.ceil(height * high / (bottom - top))))
-            picture = image.convert("RGB")
-        except Exception as error:
-            raise DataError(f"{file}: cannot be decoded ({error}); fetch the image again") from error
-    if draft is not None:  # its box is the whole picture, in exact fractions of the reduced pixels
-        region = tuple(edge * draft[1][2] / width for edge in region)
-    return letterbox(picture, region, size)
+            with open(index, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
+                if np.array_equal(stored["stamp"], stamp):
+                    return Annotations(stored["names"], stored["keypoints"], stored["sides"])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            pass  # damaged: made again below
+    found = _read_annotations(file, prefix, total, list(joints), keep)
+    if side:
+        found.sides[:] = side
+    unknown = np.flatnonzero(found.sides == 0)
+    with _listed_in(file):
+        paths = (root / found.names[i].decode() for i in unknown)
+        jobs = (functools.partial(picture_sides, path) for path in paths)
+        for n, (width, _) in enumerate(prefetch(jobs, workers=16)):  # it is the disk that takes time
+            found.sides[unknown[n]] = width
+            progress(n + 1, len(unknown))
+    if large and os.access(file.parent, os.W_OK):
+        with replacing(index) as stream:
+            np.savez(stream, stamp=stamp, **found._asdict())
+    return found
+
+
+def _published_order(n):
+    """0 ... n - 1 in the order of the published splits (`random.seed(42)`), and how many are held out."""
+    order = array.array("q", range(n))
+    random.Random(42).shuffle(order)
+    return np.array(order), min(int(n * 0.2), 3200)
+
+
+class _SquareCrops(_CropsOnDisk):
+    def _take(self, annotation, parts, order):
+        """Take the samples `order` of the concatenated `parts`, each of `_load_annotations`."""
+        names = np.concatenate([part.names for part in parts])[order]
+        keypoints = np.concatenate([part.keypoints for part in parts])[order]
+        sides = np.concatenate([part.sides for part in parts])[order]
+        scale = (self.size / sides).astype(np.float32)[:, None, None]
+        keypoints = torch.from_numpy((keypoints + 0.5) * scale - 0.5)  # pixel i covers i - 1/2 ... i + 1/2
+        visible = torch.ones(1, 1).expand(len(names), len(self.skeleton))  # one number, seen N x K times
+        self._fill(annotation, names, np.stack([sides, sides], 1), keypoints, visible)
+
+
+class SURREAL(_SquareCrops):
+    """SURREAL, prepared: `{train,val}/run{0,1,2}.json` and square crops of synthetic people (BODY16).
+
+    split: of the runs of `train`, shuffled with seed 42, the first min(20 %, 3200) are 'test', the others
+    'train'; 'val' is the runs of `val`. shoulders: collar joints ('published') or 'true'. Published code
+    fills keypoints 12 and 13 with SMPL's collar joints, not with its shoulders. progress(done, total):
+    called while image headers are read, where entries have no `size`."""
+    skeleton = BODY16
+    SHOULDERS = {"published": (13, 14), "true": (16, 17)}  # of SMPL's 24 joints
+
+    def __init__(self, root, split="train", size=256, shoulders="published", progress=lambda *_: None):
+        super().__init__(root, split, size)
+        folder = "val" if split == "val" else "train"
+        joints = (7, 4, 1, 2, 5, 8, 0, 9, 12, 15, 20, 18, *self.SHOULDERS[shoulders], 19, 21)
+        parts = []
+        for run in range(3):
+            parts.append(_load_annotations(self.root, f"{folder}/run{run}.json", f"{folder}/run{run}/", 24,
+                                           joints, progress=progress))
+        order, held_out = _published_order(sum(len(part.names) for part in parts))
+        if split == "train":
+            order = order[held_out:]
+        elif split == "test":
+            order = order[:held_out]
+        self._take(self.root / folder / "run*.json", parts, order)
 
 
 # --- LSP and LSP Extended, annotated in MATLAB files (level 5, what MATLAB writes with -v6 and -v7) --------
@@ -898,6 +1370,9 @@ def _read_crop(file, size, sides, region, listed_in):
 MAX_MAT_BYTES = 1 << 28  # of one variable: seventy times the largest annotation that the loaders read
 _MAT_STORAGE = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
 _MAT_CLASS = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13: "u4", 14: "i8", 15: "u8"}
+_MAT_MATRIX = 14
+_MAT_COMPRESSED = 15
+_MAT_COMPLEX = 8  # a bit of the flags
 
 
 def read_mat(path, name):
@@ -914,16 +1389,19 @@ def _read_mat(data, name):
         raise DataError("a MATLAB v7.3 (HDF5) file; load it in MATLAB and save it with save(..., '-v7')")
     if data[124:128] != b"\x00\x01IM":
         raise DataError("not a little-endian MATLAB level-5 file; save it with MATLAB's save(..., '-v7')")
-    start, present = 128, []
+    start = 128
+    present = []
     while start < len(data):
         kind, nbytes = struct.unpack_from("<II", data, start)
-        body, inflate = data[start + 8:start + 8 + nbytes], None
+        body = data[start + 8:start + 8 + nbytes]
         start += 8 + nbytes
-        if kind == 15:  # compressed: inflate its header first
+        inflate = None
+        if kind == _MAT_COMPRESSED:  # inflate its header first
             inflate = zlib.decompressobj()
             body = inflate.decompress(body, 4096)
-            (kind, nbytes), body = struct.unpack_from("<II", body), body[8:]
-        if kind != 14:
+            kind, nbytes = struct.unpack_from("<II", body)
+            body = body[8:]
+        if kind != _MAT_MATRIX:
             raise DataError(f"an element of type {kind}, not a variable: the file is damaged")
         flags, _, at = _mat_element(body, 0)
         dimensions, _, at = _mat_element(body, at)
@@ -933,12 +1411,14 @@ def _read_mat(data, name):
             break
     else:
         raise DataError(f"no variable {name!r}; the file holds {', '.join(present[:20]) or 'none'}")
+
     matrix_class = flags[0] if len(flags) == 8 else None
-    if matrix_class not in _MAT_CLASS or flags[1] & 8 or not 8 <= len(dimensions) <= 128:  # 8: complex
+    if matrix_class not in _MAT_CLASS or flags[1] & _MAT_COMPLEX or not 8 <= len(dimensions) <= 128:
         raise DataError(f"variable {name!r} (class {matrix_class}) is not a real numeric array")
     shape = struct.unpack(f"<{len(dimensions) // 4}i", dimensions)
     # An empty axis counts as one, or an empty array could claim billions of rows.
-    if min(shape) < 0 or max(nbytes, 8 * math.prod(max(n, 1) for n in shape)) > MAX_MAT_BYTES:
+    claimed = 8 * math.prod(max(n, 1) for n in shape)
+    if min(shape) < 0 or max(nbytes, claimed) > MAX_MAT_BYTES:
         raise DataError(f"variable {name!r} of shape {shape} is beyond the limit of {MAX_MAT_BYTES} bytes")
     if inflate is not None:  # to one byte more than declared, so that zlib verifies its checksum
         body += inflate.decompress(inflate.unconsumed_tail, max(nbytes - len(body), 0) + 1)
@@ -956,9 +1436,14 @@ def _read_mat(data, name):
 def _mat_element(data, at):
     """The element at byte `at` of `data` -> (its bytes, type, where the next one begins)."""
     kind, nbytes = struct.unpack_from("<II", data, at)
-    begin, following = at + 8, at + 8 + nbytes + -nbytes % 8
     if kind >> 16:  # small: size and type share the first word, up to four bytes follow at once
-        kind, nbytes, begin, following = kind & 0xFFFF, kind >> 16, at + 4, at + 8
+        nbytes = kind >> 16
+        kind = kind & 0xFFFF
+        begin = at + 4
+        following = at + 8
+    else:
+        begin = at + 8
+        following = begin + nbytes + -nbytes % 8
     if begin + nbytes > min(following, len(data)):
         raise DataError(f"truncated: an element declares {nbytes} bytes, more than there are")
     return data[begin:begin + nbytes], kind, following
@@ -973,178 +1458,75 @@ class LSP(_CropsOnDisk):
     'train', half 'test'; LSP Extended 80 % 'train', 5 % 'val', 15 % 'test'. None: True for LSP alone."""
     skeleton = BODY16
     SLOTS = [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15, 8, 9]  # keypoint of each of the 14 joints
+    HALVES = {"train": (0, 50), "test": (50, 100)}  # per cent
+    EXTENDED = {"train": (0, 80), "val": (80, 85), "test": (85, 100)}
 
     def __init__(self, root, split="train", size=256, transductive=None):
         super().__init__(root, split, size)
-        file = _find_annotation(self.root, "joints.mat")
+        file = find_annotation(self.root, "joints.mat")
         self.root = self.root / "images"
-        extended, positions, visible = _read_lsp_joints(file)
+        extended, positions, labelled = _read_lsp_joints(file)
         names = _lsp_images(self.root, len(positions), extended, file)
-        percent = ({"train": (0, 80), "val": (80, 85), "test": (85, 100)} if extended else
-                   {"train": (0, 50), "test": (50, 100)})
-        if transductive or (transductive is None and not extended):
-            percent = {split: (0, 100)}
-        if split not in percent:
+        parts = self.EXTENDED if extended else self.HALVES
+        if transductive is None:
+            transductive = not extended
+        if transductive:
+            parts = {split: (0, 100)}
+        if split not in parts:
             raise DataError("split 'val': LSP has only 'train' and 'test'; or choose transductive=True")
-        chosen = slice(*(len(names) * end // 100 for end in percent[split]))
-        names, positions = names[chosen], positions[chosen]
-        sides, keypoints = np.zeros((len(names), 2), np.int64), torch.zeros(len(names), 16, 2)
+        begin, end = (len(names) * percent // 100 for percent in parts[split])
+        names = names[begin:end]
+        positions = positions[begin:end]
+        sides = np.zeros((len(names), 2), np.int64)
+        keypoints = torch.zeros(len(names), 16, 2)
+        visible = torch.zeros(len(names), 16)
+        visible[:, self.SLOTS] = torch.from_numpy(labelled[begin:end]).float()
         for i, name in enumerate(names):
-            with _open_image(self.root / name.decode(), file) as image:
-                sides[i] = image.size
+            with _listed_in(file):
+                sides[i] = picture_sides(self.root / name.decode())
             _, _, view = letterbox_view((0, 0, *sides[i].tolist()), size)
-            keypoints[i, self.SLOTS] = torch.from_numpy(positions[i] @ view[:, :2].T + view[:, 2]).float()
-        seen = torch.zeros(len(names), 16)
-        seen[:, self.SLOTS] = torch.from_numpy(visible[chosen]).float()
+            placed = positions[i] @ view[:, :2].T + view[:, 2]
+            keypoints[i, self.SLOTS] = torch.from_numpy(placed).float()
         if extended:
-            keypoints[seen == 0] = 0
-        self._fill(file, names, sides, keypoints, seen)
+            keypoints[visible == 0] = 0
+        self._fill(file, names, sides, keypoints, visible)
 
 
 def _read_lsp_joints(file):
     """joints.mat -> (extended, positions (N, 14, 2) in pixels of the photographs, visible (N, 14) bool). LSP
     is (3, 14, N), the third value 1 where occluded; LSP Extended (14, 3, N), and 1 where labelled."""
-    joints = np.atleast_3d(read_mat(file, "joints"))  # MATLAB drops a last axis of one
+    joints = np.atleast_3d(read_mat(file, "joints")).astype(np.float64)  # MATLAB drops a last axis of one
     if joints.ndim != 3 or joints.shape[:2] not in ((3, 14), (14, 3)) or joints.shape[2] == 0:
         raise DataError(f"{file}: 'joints' has shape {joints.shape}, expected (3, 14, N) or (14, 3, N)")
     extended = joints.shape[0] == 14
-    joints = joints.transpose((2, 0, 1) if extended else (2, 1, 0)).astype(np.float64)
-    positions, flag = joints[..., :2], joints[..., 2]
+    joints = joints.transpose(2, 0, 1) if extended else joints.transpose(2, 1, 0)
+    positions = joints[..., :2]
+    flag = joints[..., 2]
     if not np.isin(flag, (0, 1)).all():
         raise DataError(f"{file}: the third value of a joint must be 0 or 1")
     visible = flag == extended
-    bad = (visible | (not extended)) & ~(np.abs(positions) < 1e6).all(-1)  # NaN counts as bad, too
+    has_place = visible | (not extended)  # an occluded joint of LSP has one
+    bad = has_place & ~(np.abs(positions) < 1e6).all(-1)  # NaN counts as bad, too
     if bad.any():
         raise DataError(f"{file}: coordinates out of range in image {np.argwhere(bad)[0, 0] + 1}")
     return extended, positions, visible
 
 
-def _lsp_images(folder, n, extended, listed_in):
+def _lsp_images(folder, n, extended, annotation):
     """Names of the n images of joints.mat, (n,) bytes; none may be missing or left over."""
-    names = [f"im{i + 1:0{5 if extended else 4}d}.jpg" for i in range(n)]
+    digits = 5 if extended else 4
+    names = [f"im{i + 1:0{digits}d}.jpg" for i in range(n)]
     found = {name for name in os.listdir(folder) if re.fullmatch(r"im\d+\.jpg", name)}
     for wrong in sorted(found.symmetric_difference(names)):
-        kind, what = (FileNotFoundError, "missing") if wrong in names else (DataError, "has no annotation")
-        raise kind(f"{folder / wrong}: {what}; {listed_in} is for {names[0]} ... {names[-1]}, the directory "
-                   f"holds {len(found)} images. Take both from the same release")
+        release = (f"{annotation} is for {names[0]} ... {names[-1]}, the directory holds {len(found)} "
+                   "images. Take both from the same release")
+        if wrong in names:
+            raise FileNotFoundError(f"{folder / wrong}: missing; {release}")
+        raise DataError(f"{folder / wrong}: has no annotation; {release}")
     return np.array(names, "S")
 
 
-# --- SURREAL, Human3.6M and Hand-3D-Studio: prepared as square crops, annotated in JSON files --------------
-
-INDEX_CACHE_BYTES = 64 << 20  # a larger annotation file leaves its arrays beside it for the next time
-
-
-def _is_safe_path(name):
-    return isinstance(name, str) and re.fullmatch("[^/\0][^\0]{,254}", name) and ".." not in name.split("/")
-
-
-def _read_annotations(file, prefix, total, joints, keep):
-    """A JSON list of {name, keypoint2d [total, 2], ...} -> names (n,) bytes, keypoints (n, K, 2), sides (n,).
-
-    Each entry is packed as soon as it is parsed: millions do not stay as Python objects. prefix: put
-    before each name; joints: the keypoints to take; keep(entry): whether the sample counts; sides: the
-    entry's `size`, the side of its square picture in pixels, or 0 where it has none."""
-    names, keypoints, sides, count = bytearray(), array.array("f"), array.array("H"), 0
-
-    def pack(entry):
-        nonlocal count
-        count += 1
-        if not keep(entry):
-            return
-        name, side = entry.get("name"), entry.get("size", 0)
-        points = np.array(entry.get("keypoint2d"), np.float64)
-        if not _is_safe_path(name):
-            raise ValueError(f"name {str(name)[:60]!r} is not a path below the images")
-        if type(side) is not int or not 0 <= side < 1 << 16:
-            raise ValueError(f"size {side!r} is not a number of pixels")
-        if points.shape != (total, 2) or not (np.abs(points) < 1e6).all():  # NaN compares as False
-            raise ValueError(f"keypoint2d of {name!r} is not {total} pairs of coordinates")
-        names.extend((prefix + name).encode() + b"\0")
-        keypoints.frombytes(points[joints].astype(np.float32).tobytes())
-        sides.append(side)
-
-    try:
-        with open(file, encoding="utf-8") as stream:
-            listed = json.load(stream, object_hook=pack)
-        if listed != [None] * count:
-            raise ValueError("not a JSON list of samples")
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise DataError(f"{file}: at entry {count}: {error}; expected a list of {{name, keypoint2d "
-                        f"[{total}, 2], ...}}; fetch or prepare it again") from error
-    return (np.array(bytes(names).split(b"\0")[:-1], "S"),
-            np.array(keypoints, np.float32).reshape(-1, len(joints), 2), np.array(sides, np.uint16))
-
-
-def _load_annotations(root, path, prefix, total, joints, keep=lambda _: True, side=0, progress=lambda *_: 0):
-    """`_read_annotations`, or what an earlier call left beside a large file, with all sides known. side: of
-    all pictures, or 0: as the entry says, or else the header of the image."""
-    file = _find_annotation(root, path)
-    index = file.with_name(f"{file.stem}.{zlib.crc32(bytes(joints)):08x}.npz")
-    stamp = np.array([file.stat().st_size, file.stat().st_mtime_ns])
-    large = stamp[0] > INDEX_CACHE_BYTES
-    if large and index.is_file():
-        try:
-            with np.load(index, allow_pickle=False) as stored:
-                if np.array_equal(stored["stamp"], stamp):
-                    return stored["names"], stored["keypoints"], stored["sides"]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass  # damaged: made again below
-    names, keypoints, sides = _read_annotations(file, prefix, total, list(joints), keep)
-    sides[:] = side or sides
-
-    def side_of(i):
-        with _open_image(root / names[i].decode(), file) as image:
-            return image.width
-
-    unknown = np.flatnonzero(sides == 0)
-    found = prefetch((functools.partial(side_of, i) for i in unknown), 16)    # it is the disk that takes time
-    for n, (i, width) in enumerate(zip(unknown, found)):
-        sides[i] = width
-        progress(n + 1, len(unknown))
-    if large and os.access(file.parent, os.W_OK):
-        with replacing(index) as stream:
-            np.savez(stream, stamp=stamp, names=names, keypoints=keypoints, sides=sides)
-    return names, keypoints, sides
-
-
-def _shuffled(n):
-    """0 ... n - 1 in the order of the published splits (`random.seed(42)`), and how many are held out."""
-    order = array.array("q", range(n))
-    random.Random(42).shuffle(order)
-    return np.array(order), min(int(n * 0.2), 3200)
-
-
-class _SquareCrops(_CropsOnDisk):
-    def _take(self, listed_in, parts, order):
-        """Take the samples `order` of the concatenated `parts`, each of `_load_annotations`."""
-        names, keypoints, sides = (np.concatenate(column)[order] for column in zip(*parts))
-        scale = (self.size / sides).astype(np.float32)[:, None, None]
-        keypoints = torch.from_numpy((keypoints + 0.5) * scale - 0.5)  # pixel i covers i - 1/2 ... i + 1/2
-        visible = torch.ones(1, 1).expand(len(names), len(self.skeleton))  # one number, seen N x K times
-        self._fill(listed_in, names, np.stack([sides, sides], 1), keypoints, visible)
-
-
-class SURREAL(_SquareCrops):
-    """SURREAL, prepared: `{train,val}/run{0,1,2}.json` and square crops of synthetic people (BODY16).
-
-    split: of the runs of `train`, shuffled with seed 42, the first min(20 %, 3200) are 'test', the others
-    'train'; 'val' is the runs of `val`. shoulders: 'published' fills keypoints 12 and 13 with SMPL's
-    *collar* joints, as all published results do (hence their low scores on shoulders); 'true' takes the
-    shoulders. progress(done, total): called while image headers are read, where entries have no `size`."""
-    skeleton = BODY16
-
-    def __init__(self, root, split="train", size=256, shoulders="published", progress=lambda *_: None):
-        super().__init__(root, split, size)
-        smpl = {"published": (13, 14), "true": (16, 17)}[shoulders]
-        folder = "val" if split == "val" else "train"
-        joints = (7, 4, 1, 2, 5, 8, 0, 9, 12, 15, 20, 18, *smpl, 19, 21)
-        parts = [_load_annotations(self.root, f"{folder}/run{run}.json", f"{folder}/run{run}/", 24, joints,
-                                   progress=progress) for run in range(3)]
-        order, held_out = _shuffled(sum(len(names) for names, _, _ in parts))
-        chosen = {"train": order[held_out:], "val": order, "test": order[:held_out]}[split]
-        self._take(self.root / folder / "run*.json", parts, chosen)
-
+# --- Human3.6M ---------------------------------------------------------------------------------------------
 
 class Human36M(_SquareCrops):
     """Human3.6M, prepared: `annotations/keypoints2d_{subject}.json` and `crop_images/` of actors (BODY16).
@@ -1155,31 +1537,16 @@ class Human36M(_SquareCrops):
 
     def __init__(self, root, split="train", size=256):
         super().__init__(root, split, size)
-        subjects = (9, 11) if split == "test" else (1, 5, 6, 7, 8)
-        parts = [_load_annotations(self.root, f"annotations/keypoints2d_{subject}.json", "crop_images/", 16,
-                                   range(16), side=512) for subject in subjects]
-        order = range(sum(len(names) for names, _, _ in parts))
-        if split == "test" and order:
+        parts = []
+        for subject in (9, 11) if split == "test" else (1, 5, 6, 7, 8):
+            parts.append(_load_annotations(self.root, f"annotations/keypoints2d_{subject}.json",
+                                           "crop_images/", 16, range(16), side=512))
+        order = range(sum(len(part.names) for part in parts))
+        if split == "test" and len(order) > 0:
             order = random.Random(42).choices(order, k=3200)
         elif split == "val":
             order = random.Random(42).sample(order, min(3200, len(order)))
         self._take(self.root / "annotations", parts, np.array(order, np.int64))
-
-
-class Hand3DStudio(_SquareCrops):
-    """Hand-3D-Studio, prepared: `H3D_crop/annotation.json` and square crops of hands (HAND21).
-
-    Only hands with `without_object` 1 count. split: shuffled with seed 42, the first min(20 %, 3200) are
-    'test', the others 'train'; 'val' is as many again, the first of 'train', as published."""
-    skeleton = HAND21
-
-    def __init__(self, root, split="train", size=256):
-        super().__init__(root, split, size, "H3D_crop")
-        part = _load_annotations(self.root, "annotation.json", "", 21, range(21),
-                                 lambda entry: entry.get("without_object") in (1, "1"))
-        order, held_out = _shuffled(len(part[0]))
-        begin, end = {"test": (0, held_out), "val": (held_out, 2 * held_out)}.get(split, (held_out, None))
-        self._take(self.root / "annotation.json", [part], order[begin:end])
 
 
 # --- RHD, annotated in pickles -----------------------------------------------------------------------------
@@ -1201,7 +1568,8 @@ class _PickledArray:
     array = None
 
     def fill(self, values, dtype, shape=(), order="C"):
-        values = values.encode("latin-1") if isinstance(values, str) else values  # a string of Python 2
+        if isinstance(values, str):  # of Python 2
+            values = values.encode("latin-1")
         self.array = np.frombuffer(values, dtype.dtype).reshape(shape, order=order)
         return self
 
@@ -1214,7 +1582,7 @@ class _ArrayUnpickler(pickle.Unpickler):
     """Maps the names of a pickled NumPy array (2 renamed its core) to the stand-ins, refuses all others."""
     ADMITTED = {"numpy.ndarray": _PickledArray, "numpy.dtype": _PickledDtype,
                 "multiarray._reconstruct": lambda *_: _PickledArray(),
-                "multiarray.scalar": lambda dtype, values: _PickledArray().fill(values, dtype),
+                "multiarray.scalar": lambda dtype, values: _PickledArray().fill(values, dtype).array[()],
                 "numeric._frombuffer": lambda *state: _PickledArray().fill(*state),
                 "_codecs.encode": lambda text, _: text.encode("latin-1")}  # bytes, in old protocols
 
@@ -1255,28 +1623,35 @@ class RenderedHandPose(_CropsOnDisk):
     def __init__(self, root, split="train", size=256):
         super().__init__(root, split, size, "RHD_published_v2")
         part = "evaluation" if split == "test" else "training"
-        file = _find_annotation(self.root, f"{part}/anno_{part}.pickle")
+        file = find_annotation(self.root, f"{part}/anno_{part}.pickle")
         ids, hands = self._read(file)
-        positions, seen = hands[..., :2], hands[..., 2] > 0.5      # (pictures, left or right hand, 21, 2)
-        low, high = positions.min(2), positions.max(2)
+        positions = hands[..., :2]  # (pictures, left or right hand, 21, 2)
+        seen = hands[..., 2] > 0.5
+        low = positions.min(2)
+        high = positions.max(2)
         corner, side = square_box(low, high, (self.SIDE, self.SIDE))
-        shared = np.minimum(corner + side[..., None], high[:, ::-1] + 1) - np.maximum(corner, low[:, ::-1])
-        covered = shared.clip(min=0).prod(-1) / side.clip(min=1) ** 2
+        begin = np.maximum(corner, low[:, ::-1])  # of what the box shares with the other hand's
+        end = np.minimum(corner + side[..., None], high[:, ::-1] + 1)
+        covered = (end - begin).clip(min=0).prod(-1) / side.clip(min=1) ** 2
         picture, hand = np.nonzero((side - 1 > 64) & (seen.sum(-1) > 16) & (covered < 0.3))
         if split == "val":
-            picture, hand = picture[::5], hand[::5]
-        corner, side = corner[picture, hand], side[picture, hand, None]
+            picture = picture[::5]
+            hand = hand[::5]
+        corner = corner[picture, hand]
+        side = side[picture, hand, None]
         self._regions = np.concatenate([corner, corner + side], 1)
         self.left = torch.from_numpy(hand == 0)
         keypoints = (positions[picture, hand] - corner[:, None] + 0.5) * (size / side[..., None]) - 0.5
         keypoints = torch.from_numpy(keypoints).float()
         keypoints[~self.left, :, 0] = size - 1 - keypoints[~self.left, :, 0]
+        visible = torch.from_numpy(seen[picture, hand]).float()
         names = [f"{part}/color/{ids[i]:05d}.png {('left', 'right')[h]}" for i, h in zip(picture, hand)]
-        self._fill(file, np.array(names, "S"), None, keypoints, torch.from_numpy(seen[picture, hand]).float())
+        self._fill(file, np.array(names, "S"), None, keypoints, visible)
 
     def _decode(self, i):
-        file = self.root / self._names[i].decode().split()[0]
-        crop = _read_crop(file, self.size, [self.SIDE] * 2, self._regions[i].tolist(), self._listed_in)
+        name = self._names[i].decode().split()[0]
+        region = self._regions[i].tolist()
+        crop = _read_crop(self.root / name, self.size, (self.SIDE, self.SIDE), region, self._annotation)
         return crop if self.left[i] else crop.flip(-1)
 
     def _read(self, file):
@@ -1284,14 +1659,19 @@ class RenderedHandPose(_CropsOnDisk):
         annotations = read_array_pickle(file)
         if not isinstance(annotations, dict) or not annotations:
             raise DataError(f"{file}: not a dict id -> {{uv_vis [42, 3], ...}}")
-        for i, entry in annotations.items():
+        ids = []
+        hands = []
+        for identity, entry in annotations.items():
             values = entry.get("uv_vis") if isinstance(entry, dict) else None
-            if not (type(i) is int and 0 <= i < 10 ** 9 and isinstance(values, np.ndarray)
-                    and values.shape == (42, 3) and (abs(values) < 1e6).all()):
-                raise DataError(f"{file}: entry {str(i)[:40]!r} is not the number of a picture -> uv_vis, "
-                                "[42, 3] pixel coordinates")
-        hands = np.stack([entry["uv_vis"] for entry in annotations.values()]).astype(np.float64)
-        return list(annotations), hands.reshape(-1, 2, 21, 3)[:, :, self.ROWS]
+            numbered = isinstance(identity, (int, np.integer)) and 0 <= identity < 10 ** 9
+            placed = isinstance(values, np.ndarray) and values.shape == (42, 3) and (abs(values) < 1e6).all()
+            if not numbered or not placed:
+                raise DataError(f"{file}: entry {str(identity)[:40]!r} is not the number of a picture -> "
+                                "uv_vis, [42, 3] pixel coordinates")
+            ids.append(int(identity))
+            hands.append(values)
+        hands = np.stack(hands).astype(np.float64)
+        return ids, hands.reshape(-1, 2, 21, 3)[:, :, self.ROWS]
 
 
 def square_box(low, high, sides):
@@ -1303,168 +1683,30 @@ def square_box(low, high, sides):
     return np.clip(corner, 0, np.array(sides) - side[..., None]), side
 
 
-# --- Preparation: the original releases of SURREAL and Human3.6M -> the layouts that the loaders read ------
+# --- Hand-3D-Studio ----------------------------------------------------------------------------------------
 
-def _in_processes(work, tasks, jobs, title):
-    """work(*task) for all tasks in `jobs` processes -> (results, messages of the tasks that failed)."""
-    show, pool, results, errors = Progress(title), ProcessPoolExecutor(max(jobs, 1)), [], []
-    try:
-        for task, future in [(task, pool.submit(work, *task)) for task in tasks]:
-            try:
-                results.append(future.result())
-            except BrokenProcessPool:
-                raise
-            except Exception as error:  # Pillow's readers raise errors of any kind on damaged files
-                errors.append(f"{task[0]}: {error}")
-            show(len(results) + len(errors), len(tasks))
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return results, errors
+class Hand3DStudio(_SquareCrops):
+    """Hand-3D-Studio, prepared: `H3D_crop/annotation.json` and square crops of hands (HAND21).
 
+    Only hands with `without_object` 1 count. split: shuffled with seed 42, the first min(20 %, 3200) are
+    'test', the others 'train'; 'val' is as many again, the first of 'train', as published."""
+    skeleton = HAND21
 
-def _save_crop(picture, box, side, file, name, keypoints):
-    """Save a box (left, top, right, bottom) of a picture, resized to a square. Returns its entry as JSON."""
-    if not file.is_file():
-        crop = picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC, box)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as stream:
-            crop.save(stream, "JPEG", quality=95)
-    keypoints = (keypoints - box[:2] + 0.5) * (side / (box[2] - box[0])) - 0.5
-    return json.dumps({"name": name, "keypoint2d": np.round(keypoints, 3).tolist(), "size": side})
-
-
-def prepare_surreal(raw, out, jobs):
-    """SURREAL's original release (the directory of `cmu`, or `cmu` itself) -> the layout of `SURREAL`.
-
-    A frame is cropped to its `square_box`; frames that show no joint, or a person of less than 16 pixels,
-    are left out. Started again, it does the clips that are not done. Yields, per run, a summary and the
-    messages of the clips that failed."""
-    raw, ffmpeg = raw / "cmu" if (raw / "cmu").is_dir() else raw, shutil.which("ffmpeg")
-    runs = [run for split in ("train", "val", "test") for run in sorted((raw / split).glob("run[012]"))]
-    if not runs:
-        raise FileNotFoundError(f"{raw}: no SURREAL release; give the directory that holds cmu/train/run0")
-    for folder in runs:
-        run = folder.relative_to(raw)
-        listed, parts = out / f"{run}.json", out / f"{run}.parts"    # parts: the entries of each clip done
-        if listed.is_file() and not parts.is_dir():
-            yield f"{listed}: there already", []
-            continue
-        if ffmpeg is None:
-            raise FileNotFoundError("ffmpeg: not found; it decodes the videos: `apt-get install ffmpeg`")
-        parts.mkdir(parents=True, exist_ok=True)
-        videos = sorted(folder.glob("*/*.mp4"))
-        clips = [parts / f"{video.parent.name}--{video.stem}.json" for video in videos]
-        tasks = [(video, ffmpeg, out / run, part) for video, part in zip(videos, clips) if not part.is_file()]
-        _, errors = _in_processes(_prepare_clip, tasks, jobs, f"{run}: clip")
-        done = [part.read_text() for part in clips if part.is_file()]
-        entries = "".join(done).splitlines()
-        write_text(listed, "[\n" + ",\n".join(entries) + "\n]\n")
-        if not errors:
-            shutil.rmtree(parts)  # kept otherwise: the next start tries the failed clips alone
-        yield f"{listed}: {len(entries)} frames of {len(done)} clips, {len(errors)} clips failed", errors
-
-
-def _prepare_clip(video, ffmpeg, folder, part):
-    """Write the crops of a clip, then its entries, one per line."""
-    info, entries = video.with_name(f"{video.stem}_info.mat"), []
-    points = np.atleast_3d(read_mat(info, "joints2D")).T.astype(np.float64)  # (T, 24, 2)
-    if points.shape[1:] != (24, 2) or not (np.abs(points) < 1e6).all():
-        raise DataError(f"{info}: joints2D of shape {points.T.shape} is not (2, 24, T) pixel coordinates")
-    command = [ffmpeg, "-v", "error", "-nostdin", "-threads", "1", "-i", str(video.resolve()), "-frames:v",
-               str(len(points) + 1), "-f", "rawvideo", "-pix_fmt", "rgb24", "pipe:1"]  # + 1: to see too many
-    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
-    frames = len(done.stdout) / (240 * 320 * 3)
-    if done.returncode or frames != len(points):
-        said = done.stderr.decode("utf-8", "replace").strip() or f"{frames:.10g} frames of 320 x 240 pixels"
-        raise DataError(f"ffmpeg: {said}; {info.name} has {len(points)} frames; fetch both again")
-    pictures = np.frombuffer(done.stdout, np.uint8).reshape(-1, 240, 320, 3)
-    for t, (picture, places) in enumerate(zip(pictures, points)):
-        corner, side = square_box(places.min(0), places.max(0), (320, 240))
-        if side >= 16 and ((places >= 0) & (places <= (319, 239))).all(-1).any():
-            name, box = f"{video.parent.name}/{video.stem}_f{t:03d}.jpg", (*corner, *(corner + side))
-            entries.append(_save_crop(Image.fromarray(picture), box, int(side), folder / name, name, places))
-    write_text(part, "".join(entry + "\n" for entry in entries))
-
-
-def prepare_human36m(raw, out, jobs):
-    """Human3.6M's JSON release -> the layout of `Human36M`.
-
-    Every fifth frame is cropped to its `square_box` and resized to 512 x 512. Started again, it goes on.
-    Yields, per subject, a summary and the messages of the images that failed."""
-    found = "annotations/Human36M_subject{}_data.json"
-    subjects = [n for n in (1, 5, 6, 7, 8, 9, 11) if (raw / found.format(n)).is_file()]
-    if not subjects:
-        _find_annotation(raw, found.format(1))
-    (out / "annotations").mkdir(parents=True, exist_ok=True)
-    for subject in subjects:
-        listed = out / f"annotations/keypoints2d_{subject}.json"
-        if listed.is_file():
-            yield f"{listed}: there already", []
-            continue
-        tasks = [(raw / "images" / name, out / "crop_images" / name, name, places)
-                 for name, places in _project_human36m(raw / "annotations", subject)]
-        entries, errors = _in_processes(_crop_human36m, tasks, jobs, f"subject {subject}: image")
-        if not entries:  # an empty list would look finished at the next start
-            raise DataError(f"subject {subject}: no image could be read: {(errors or ['none is listed'])[0]}")
-        write_text(listed, "[\n" + ",\n".join(entries) + "\n]\n")
-        again = "; delete it to try these again" if errors else ""
-        yield f"{listed}: {len(entries)} images, {len(errors)} failed{again}", errors
-
-
-def _project_human36m(folder, subject):
-    """Annotations of a subject -> [(file name, keypoints (16, 2) in pixels of the photograph)]."""
-    samples, loaded = [], []
-    try:
-        for kind in ("camera", "data", "joint_3d"):
-            file = folder / f"Human36M_subject{subject}_{kind}.json"
-            loaded.append(json.loads(file.read_text(encoding="utf-8")))
-        cameras, images, joints = loaded
-        file = folder / f"Human36M_subject{subject}_*.json"
-        for image in images["images"][::5]:
-            name, camera = image["file_name"], cameras[str(image["cam_idx"])]
-            action, subaction, frame = (str(image[f"{key}_idx"]) for key in ("action", "subaction", "frame"))
-            rotation, t, f, c = (np.array(camera[key], np.float64) for key in ("R", "t", "f", "c"))
-            # 17 joints -> BODY16; keypoint 7 becomes the middle of the shoulders.
-            world = np.array(joints[action][subaction][frame], np.float64).reshape(17, 3)
-            world = world[[3, 2, 1, 4, 5, 6, 0, 11, 8, 10, 16, 15, 14, 11, 12, 13]]
-            world[7] = (world[12] + world[13]) / 2
-            seen = world @ rotation.reshape(3, 3).T + t.reshape(3)
-            if not _is_safe_path(name) or not (seen[:, 2] > 0).all():  # NaN compares as False
-                raise ValueError(f"{str(name)[:60]!r} is no path, or its joints are behind the camera")
-            samples.append((name, seen[:, :2] / seen[:, 2:] * f + c))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
-        raise DataError(f"{file}: {type(error).__name__}: {error}; fetch it again") from error
-    return samples
-
-
-def _crop_human36m(source, target, name, places):
-    with Image.open(source) as image:
-        corner, side = square_box(places.min(0), places.max(0), image.size)
-        return _save_crop(image, (*corner, *(corner + side)), 512, target, name, places)
-
-
-def main(arguments):
-    """`prepare`. Returns the exit status: 1 where clips or images failed, 2 where it could not go on."""
-    parser = argparse.ArgumentParser(prog="data.py", description="Original releases -> the loaders' layouts.")
-    parser.add_argument("command", choices=("prepare",))
-    parser.add_argument("dataset", choices=("surreal", "human36m"))
-    parser.add_argument("raw", type=Path, help="directory of the original release")
-    parser.add_argument("out", type=Path, help="directory to fill; started again, it goes on")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
-    given = parser.parse_args(arguments)
-    work, failures = prepare_surreal if given.dataset == "surreal" else prepare_human36m, []
-    try:
-        for line, errors in work(given.raw, given.out, given.jobs):
-            print(line)
-            failures += errors
-    except (DataError, OSError, BrokenProcessPool) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        return 2
-    for message in failures[:20] + [f"{len(failures) - 20} more"] * (len(failures) > 20):
-        print(f"failed: {message}", file=sys.stderr)
-    print(f"{len(failures)} failed")
-    return 1 if failures else 0
+    def __init__(self, root, split="train", size=256):
+        super().__init__(root, split, size, "H3D_crop")
+        part = _load_annotations(self.root, "annotation.json", "", 21, range(21),
+                                 keep=lambda entry: entry.get("without_object") in (1, "1"))
+        order, held_out = _published_order(len(part.names))
+        if split == "test":
+            order = order[:held_out]
+        elif split == "val":
+            order = order[held_out:2 * held_out]
+        else:
+            order = order[held_out:]
+        self._take(self.root / "annotation.json", [part], order)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    print("data.py: has no commands; an original release is prepared by "
+          "`python -m docs.prepare surreal RAW OUT`", file=sys.stderr)
+    sys.exit(2)

@@ -73,6 +73,7 @@ RENDERED = {
     "mannequin": dict(domain="source"),
     "mannequin-hand": dict(domain="source", hand=True),
     "mannequin-wild": dict(domain="target"),
+    "mannequin-everyday": dict(domain="everyday"),
     "mannequin-hand-wild": dict(domain="target", hand=True),
 }
 # Datasets on disk: their loaders.
@@ -824,7 +825,8 @@ def set_up(settings, device, checkpoint=None, out=None):
         trainer.style_transfer = open_style(s, device, domains)
     if out is not None:
         for dataset in (domains.val, domains.test):
-            data.check_pictures(dataset, Progress("looking at pictures"))
+            if hasattr(dataset, "check_files"):                 # on a disk: fail now, not after training
+                dataset.check_files(Progress("looking at pictures"))
         if rank() == 0:
             write_config(out, settings, skeleton, device)
 

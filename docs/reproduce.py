@@ -132,8 +132,9 @@ def differences(settings):
 @functools.cache
 def demo_version():
     """A digest of the demo's settings and of the built-in benchmark. Lines with another one do not count."""
-    demo = json.dumps(dataclasses.asdict(train.Settings()), sort_keys=True)
-    return hashlib.sha256((demo + data.Mannequin.version()).encode()).hexdigest()[:12]
+    demo = dataclasses.asdict(train.Settings())
+    version = repr((demo, data.RENDERER_VERSION, data.benchmark_tables()))
+    return hashlib.sha256(version.encode()).hexdigest()[:12]
 
 
 def read_kept(path):
