@@ -567,7 +567,10 @@ def load_pose_weights(network, state):
 def channel_statistics(features):
     """(B, C, H, W) -> mean and standard deviation over the pixels, (B, C, 1, 1) each."""
     mean = features.mean((2, 3), keepdim=True)
-    return mean, (features.var((2, 3), keepdim=True) + 1e-5).sqrt()
+    pixels = features.shape[2] * features.shape[3]
+    # On a CPU torch.var takes twenty times as long.
+    variance = (features - mean).square().sum((2, 3), keepdim=True) / (pixels - 1)
+    return mean, (variance + 1e-5).sqrt()
 
 
 def adain(content, style):
@@ -606,20 +609,18 @@ def vgg_networks():
     return nn.Sequential(*encoder), nn.Sequential(*decoder), taps
 
 
-def small_networks(width=24):
-    """An encoder and decoder for the demo: half resolution, trained from nothing on the two domains'
-    images."""
-    encoder = nn.Sequential(nn.Conv2d(3, width, 4, 2, 1, padding_mode="reflect"), nn.ReLU(),
-                            *_conv(width, width), nn.ReLU())
-    decoder = nn.Sequential(*_conv(width, width), nn.ReLU(), *_conv(width, 12), nn.PixelShuffle(2))
-    return encoder, decoder, (1, 4)
+def small_networks(width=48):
+    """An encoder and decoder for the demo, of quarter resolution, trained from nothing on both domains."""
+    encoder = nn.Sequential(nn.Conv2d(3, width, 4, 4), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU())
+    decoder = nn.Sequential(*_conv(width, 48), nn.PixelShuffle(4))         # 48: 3 colours of 4 x 4 pixels
+    return encoder, decoder, (1, 3)
 
 
 class StyleTransfer(nn.Module):
     """Gives images of one domain the look of the other: encode, AdaIN with strength alpha, decode.
 
     networks: "vgg" (the published base method's; load its weights by name into `encoder` and `decoder`) or
-    "small" (half resolution, for the demo). Images are normalised, (B, 3, H, W).
+    "small" (quarter resolution, for the demo). Images are normalised, (B, 3, H, W).
     """
 
     def __init__(self, networks="small"):

@@ -60,8 +60,9 @@ ADAPTING = (*TAUGHT, "regda")
 # --preset paper: §4 of the paper and the published base method. What is not named here is as in the demo.
 PAPER = dict(
     architecture="resnet101", weights="imagenet", image_size=256, sigma=2.0, subcell=False,
-    iters_per_epoch=500, workers=8, lr=1e-4, lr_drops=(44.0, 59.0), lr_factor=0.1, ema=0.999,
-    pace=2.0, vae_steps=20000, occlusion_confidence=0.9, style="vgg", style_iters=20000)
+    iters_per_epoch=500, workers=8, schedule="steps", lr=1e-4, ema=0.999, pace=2.0, vae_steps=20000,
+    occlusion_confidence=0.9, style="vgg", style_iters=20000,
+    rotation=60.0, shear=30.0, zoom=(0.6, 1.3), crop=(0.6, 1.0))
 # What a source of hands changes. Gamma: as many random source pairs are similar as for bodies.
 HANDS = {
     "mannequin-hand": dict(target="mannequin-hand-wild", gamma=0.019),
@@ -118,9 +119,12 @@ class Settings:
     iters_per_epoch: int = option(45, "iterations per epoch", low=1)
     batch_size: int = option(32, "images of each domain per batch, over all processes", low=1)
     workers: int = option(0, "threads that decode batches ahead (0: none)", low=0)
-    lr: float = option(1e-3, "learning rate of Adam", above=0)
-    lr_drops: tuple = option((45.0, 60.0), "epochs at which it drops, counted from 0")
-    lr_factor: float = option(0.3, "factor of each drop", above=0)
+    schedule: str = option("cosine", "of the learning rate", ("cosine", "steps"))
+    lr: float = option(6e-3, "highest learning rate of Adam", above=0)
+    warmup: float = option(0.03, "cosine: share of all iterations in which it rises", low=0, high=1)
+    lr_end: float = option(0.02, "cosine: share of it that is left at the end", low=0, high=1)
+    lr_drops: tuple = option((44.0, 59.0), "steps: epochs at which it drops, counted from 0")
+    lr_factor: float = option(0.1, "steps: factor of each drop", above=0)
     ema: float = option(0.99, "decay of the teacher's moving average", low=0, high=1)
 
     curriculum: str = option("active", "source samples of an epoch", tuple(actupose.CURRICULA))
@@ -413,7 +417,7 @@ class Trainer:
             network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.student = network.to(self.device, memory_format=torch.channels_last)
         self.optimiser = torch.optim.Adam(self.student.parameters(), lr=self.settings.lr,
-                                          fused=self.device.type == "cuda")
+                                          fused=self.device.type in ("cpu", "cuda"))
 
     def begin_adaptation(self):
         """Called once, before the first epoch after pretraining: the teacher joins, in methods that have one."""
@@ -684,9 +688,6 @@ def train_claimed(settings, out, device, resume):
     for epoch in range(len(run.log), s.epochs):
         if epoch == s.pretrain_epochs:
             trainer.begin_adaptation()
-        lr = s.lr * s.lr_factor ** sum(epoch >= drop for drop in s.lr_drops)
-        trainer.optimiser.param_groups[0]["lr"] = lr
-
         # The source samples of this epoch, then a step per batch of them.
         begun = time.time()
         samples, pool = curriculum.samples(epoch, s.iters_per_epoch * s.batch_size)         # Eq. 3
@@ -694,6 +695,8 @@ def train_claimed(settings, out, device, resume):
         stats = EpochStats(run, out)
         for step, batch in zip(steps, prefetch(batches(run, samples, steps), s.workers)):
             indices, source_batch, target_images = batch
+            lr = learning_rate(s, step)
+            trainer.optimiser.param_groups[0]["lr"] = lr
             terms, confidence = trainer.step(step, source_batch, target_images)
             stats.add(step, indices, terms, confidence)
             progress(step + 1, s.epochs * s.iters_per_epoch, f"epoch {epoch + 1}/{s.epochs}")
@@ -730,6 +733,22 @@ def train_claimed(settings, out, device, resume):
         write_json(out / "result.json", result)                 # with it the run is finished
         draw_figures(run, scores, predictions, out / "figures")
     return result
+
+
+def learning_rate(settings, step):
+    """The learning rate of a step.
+
+    cosine: it rises in the first iterations, then falls along half a cosine. steps: as published, a factor at
+    each of some epochs.
+    """
+    s = settings
+    if s.schedule == "steps":
+        epoch = step // s.iters_per_epoch
+        return s.lr * s.lr_factor ** sum(epoch >= drop for drop in s.lr_drops)
+    total = s.epochs * s.iters_per_epoch
+    rise = min(1.0, (step + 1) / max(s.warmup * total, 1))
+    fall = (1 + math.cos(math.pi * step / total)) / 2
+    return s.lr * rise * (s.lr_end + (1 - s.lr_end) * fall)
 
 
 class EpochStats:
@@ -1555,7 +1574,7 @@ def draw_skeleton(draw, keypoints, visible, skeleton, width, confidence=None):
     points = [tuple(point) for point in np.asarray(keypoints, float).tolist()]
     shown = np.asarray(visible) > 0
     sure = np.ones(len(points)) if confidence is None else np.nan_to_num(np.asarray(confidence)).clip(0, 1)
-    opacity = (255 * (0.2 + 0.8 * sure)).round().astype(int)
+    opacity = (255 * (0.45 + 0.55 * sure)).round().astype(int)
     colours = [joint_colour(name) for name in skeleton.names]
     limbs = limbs_to_draw(skeleton, shown)
     for a, b in limbs:
