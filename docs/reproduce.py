@@ -36,6 +36,7 @@ ABLATIONS = {
     "no-curriculum": dict(curriculum="off"),
     "static": dict(curriculum="static"),            # the same dose of hard poses, without order
     "no-eq4": dict(rescoring="off"),
+    "full-eq4": dict(rescoring="full"),             # confidences of all samples, under the same weights
     "literal-eq4": dict(rescoring="literal"),
     "min-max": dict(scale="minmax"),
     "no-evalpose": dict(w_evalpose=0.0),
@@ -94,13 +95,34 @@ def sweep_rows(name, values):
 
 
 SIX = named_rows("source-only,regda,udape,udape+vae-hm,actupose,oracle")
+TAUGHT = named_rows("udape,udape+vae-hm,actupose")
+ITERATIONS = train.Settings.iters_per_epoch
+LONG = dict(iters_per_epoch=4 * ITERATIONS)
+EVERYDAY = dict(target="mannequin-everyday")
+HANDS = dict(source="mannequin-hand")
+
 # The comparisons of docs/results.md.
 COMPARISONS = {
     "bodies": Comparison(SIX, (0, 1, 2, 3, 4)),
-    "hands": Comparison(SIX, given=dict(source="mannequin-hand")),
+    "everyday": Comparison(SIX, given=EVERYDAY),
+    "hands": Comparison(SIX, given=HANDS),
     "ablations": Comparison(named_rows(",".join(["actupose", *ABLATIONS]))),
+    "everyday-ablations": Comparison(
+        named_rows("udape,actupose,no-curriculum") + sweep_rows("pace", (2.0,)), given=EVERYDAY),
     "pace-spread": Comparison(sweep_rows("pace", (1.0, 2.0, 3.0, 4.0, 6.0))
                               + sweep_rows("spread", (0.12, 0.18, 0.25, 0.5))),
+    "long": Comparison(TAUGHT, given=LONG),
+    "long-ends": Comparison(named_rows("source-only,udape,udape+vae-hm,actupose,oracle"), (0,), LONG),
+    "long-everyday": Comparison(TAUGHT, (0,), {**EVERYDAY, **LONG}),
+    "long-hands": Comparison(TAUGHT, (0,), {**HANDS, **LONG}),
+    "long-ablations": Comparison(named_rows("actupose,no-evalpose,no-cross-domain"), (0,), LONG),
+    "weights": Comparison(
+        sweep_rows("bins", (5, 10, 25, 50, 100))
+        + sweep_rows("w_evalpose", (0.01, 0.03, 0.1, 0.3, 1.0))
+        + sweep_rows("w_cross", (0.001, 0.003, 0.01, 0.1, 1.0))
+        + sweep_rows("gamma", (0.03, 0.04, 0.06, 0.09, 0.13)), (0,)),
+    "photographs": Comparison(named_rows("source-only,udape,actupose"), (0,),
+                              dict(source="mannequin-wild", target="lsp", target_root="lspet", image_size=96)),
 }
 
 
