@@ -1,0 +1,114 @@
+"""What one step of training consists of: `python -m docs.step [options of train.py]`.
+
+Times the parts of `Trainer.step` where they are called, over some steps before and after the teacher has
+joined, and prints a table in Markdown. A GPU is waited for after each part.
+"""
+import sys
+import time
+
+import torch
+
+import actupose
+import data
+import train
+
+# Where the time of a step goes: what to wrap, and the row of the table.
+PARTS = [
+    (train.Trainer, "augment", "warp and colour jitter of the views"),
+    (train.Trainer, "restyle", "style transfer"),
+    (train.Trainer, "forward", "forward passes"),
+    (train.Trainer, "descend", "backward pass and Adam"),
+    (train, "draw_step", "random views and numbers"),
+    (train, "render_heatmaps", "target heatmaps"),
+    (train.kernels, "heatmap_argmax_mean", "argmax and confidence"),
+    (train.kernels, "rectify", "pseudo-labels"),
+    (train.kernels, "soft_argmax", "soft-argmax (Eq. 5), forward"),
+    (train.kernels, "triplet_angle_distance", "angles of poses (Eq. 7)"),
+    (actupose, "occlude_keypoints", "occlusion"),
+    (actupose, "update_teacher", "moving average"),
+]
+
+
+class Clock:
+    """Adds up the seconds of the wrapped functions, by row."""
+
+    def __init__(self, device):
+        self.device = device
+        self.seconds = {}
+
+    def now(self):
+        """The time when the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def wrap(self, owner, name, row):
+        """Replace a function by one that is timed."""
+        function = getattr(owner, name)
+
+        def timed(*arguments, **options):
+            begun = self.now()
+            result = function(*arguments, **options)
+            self.seconds[row] = self.seconds.get(row, 0.0) + self.now() - begun
+            return result
+
+        setattr(owner, name, timed)
+
+    def measure(self, step, count):
+        """Milliseconds per step, the whole first, then each row."""
+        for i in range(5):                                      # warms up
+            step(i)
+        self.seconds = {}
+        begun = self.now()
+        for i in range(count):
+            step(i)
+        whole = 1000 * (self.now() - begun) / count
+        rows = {row: 1000 * seconds / count for row, seconds in self.seconds.items()}
+        return whole, rows
+
+
+def main(arguments):
+    """Print the table."""
+    parser = train.Parser(prog="python -m docs.step", description=__doc__)
+    parser.add_argument("--steps", type=int, default=40, help="steps that are timed [40]")
+    parser.add_argument("--preset", choices=("demo", "paper"), default="demo", help="of the settings [demo]")
+    parser.add_settings()
+    options = vars(parser.parse_args(arguments))
+    device = train.choose_device(options.pop("device"))
+    count = options.pop("steps")
+    settings = train.resolve_amp(train.make_settings(options.pop("preset"), **options), device)
+    trainer = train.make_trainer(settings, data.BODY16, device)
+    if settings.style != "off":
+        trainer.style_transfer = actupose.StyleTransfer(settings.style).to(device).requires_grad_(False).eval()
+    source = data.Mannequin("source", "train", settings.image_size, settings.batch_size)
+    target = data.Mannequin("target", "train", settings.image_size, settings.batch_size)
+    everything = torch.arange(settings.batch_size)
+    source_batch = source[everything]
+    target_images, _, _ = target[everything]
+
+    clock = Clock(device)
+    for part in PARTS:
+        clock.wrap(*part)
+    columns = {"pretraining": clock.measure(lambda i: trainer.step(i, source_batch, target_images), count)}
+    trainer.begin_adaptation()
+    columns["adaptation"] = clock.measure(lambda i: trainer.step(i, source_batch, target_images), count)
+
+    print(f"{train.kernels.common.device_name(device)}, {torch.get_num_threads()} threads, --amp {settings.amp}, "
+          f"torch {torch.__version__}; milliseconds per step (per cent)\n")
+    print("| part | " + " | ".join(columns) + " |\n" + "|---" * (1 + len(columns)) + "|")
+    names = [row for _, _, row in PARTS]
+    for name in [*names, "losses and the rest", "whole step"]:
+        cells = [name]
+        for whole, rows in columns.values():
+            if name == "whole step":
+                value = whole
+            elif name == "losses and the rest":
+                value = whole - sum(rows.values())
+            else:
+                value = rows.get(name, 0.0)
+            cells.append(f"{value:.1f} ({100 * value / whole:.0f} %)")
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
