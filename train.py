@@ -1250,14 +1250,16 @@ def claimed(out):
     handle = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError:
+        os.close(handle)
         raise UserError(f"--out: another process is at work in {out}; give another directory") from None
+    try:
+        yield
     finally:
-        os.close(handle)                                        # lets go of it
         for path in missing:                                    # nothing was written before a mistake was found
             if path.exists() and not any(path.iterdir()):
                 path.rmdir()
+        os.close(handle)                                        # lets go of it
 
 
 def check_writable(path, name):
