@@ -122,7 +122,7 @@ class Settings:
     lr_factor: float = option(0.3, "factor of each drop", above=0)
     ema: float = option(0.99, "decay of the teacher's moving average", low=0, high=1)
 
-    curriculum: str = option("active", "source samples of an epoch", tuple(actupose.CURRICULA))
+    curriculum: str = option("active", "source samples of an epoch", actupose.CURRICULA)
     bins: int = option(25, "N_b, complexity bins", low=1)
     hard_bins: int = option(8, "bins that udape+vae-hm trains on", low=1)
     pace: float = option(6.0, "lambda of Eq. 3: how fast the peak moves to hard bins", above=0)
@@ -314,6 +314,9 @@ def open_split(settings, role, split):
 
 def batches(run, samples, steps):
     """Jobs for `prefetch`: one `load_step` per step, of this epoch's source samples in order."""
+    count = len(steps) * run.settings.batch_size
+    if len(samples) != count:
+        raise ValueError(f"{type(run.curriculum).__name__}.samples: gave {len(samples)} samples, not {count}")
     for step, indices in zip(steps, torch.from_numpy(samples).split(run.settings.batch_size)):
         yield functools.partial(load_step, run, step, indices)
 
@@ -816,7 +819,9 @@ def set_up(settings, device, checkpoint=None, out=None):
     where = "the checkpoint"
     domains = open_domains(s)
     source = domains.source
+    labelled = domains.target if s.method == "oracle" else source
     skeleton = source.skeleton
+    make_curriculum(s, np.zeros(len(source)), len(labelled))    # what it refuses is said before the Pose-VAE
     trainer = make_trainer(s, skeleton, device)
     if checkpoint is None:
         if s.weights:
@@ -839,12 +844,7 @@ def set_up(settings, device, checkpoint=None, out=None):
     broadcast([complexity])
     if not complexity.isfinite().all():
         raise UserError("--vae-kl: the Pose-VAE diverged, its scores are not finite; lower it")
-    labelled = domains.target if s.method == "oracle" else source
-    try:
-        curriculum = actupose.CURRICULA[s.curriculum](s, complexity.numpy(), len(labelled))
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
-
+    curriculum = make_curriculum(s, complexity.numpy(), len(labelled))
     run = SimpleNamespace(settings=s, domains=domains, labelled=labelled, vae=vae,
                           complexity=complexity.numpy(), curriculum=curriculum, trainer=trainer, log=[])
     if checkpoint is None:
@@ -863,6 +863,20 @@ def set_up(settings, device, checkpoint=None, out=None):
         raise UserError(f"{where}: {error}; go on with the data that the run was started on") from None
     run.log = checkpoint["log"]
     return run
+
+
+def make_curriculum(settings, complexity, count):
+    """The curriculum of a run, by its row of actupose.CURRICULA: complexity (N,) of the source's poses, count
+    of the labelled samples. UserError where it refuses the settings, TypeError where it lacks something."""
+    try:
+        curriculum = actupose.CURRICULA[settings.curriculum](settings, complexity, count)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    missing = [name for name in vars(actupose.FixedCurriculum)
+               if not name.startswith("_") and not hasattr(curriculum, name)]
+    if missing:
+        raise TypeError(f"{type(curriculum).__name__}: has no {', '.join(missing)}; see actupose.FixedCurriculum")
+    return curriculum
 
 
 def style_images(dataset, i, settings, device):
