@@ -1221,18 +1221,18 @@ def load_run(path):
 
 def load_torch(file, path):
     """A torch file as a dictionary of tensors and plain values. Nothing in it is executed."""
-    advice = "fetch it again"
+    advice = "fetch it again, or save the weights by torch.save(model.state_dict(), FILE)"
     try:
         # UDAPE's and RegDA's files hold the options they were written with: plain values, too.
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(file, map_location="cpu", weights_only=True)
         reason = f"it holds a {type(state).__name__}"
         advice = "save the weights alone: torch.save(model.state_dict(), FILE)"
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+    except OSError as error:                                    # not there, a directory, not ours to read
+        raise UserError(f"{path}: {error.strerror}") from None
     except Exception as error:                                  # of many kinds, where the file is damaged
         state = None
-        reason = type(error).__name__
+        reason = "damaged, or not written by torch.save"
         refused = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
         if refused:
             reason = f"it holds {refused[1] or 'a TorchScript module'}, which could run code"
@@ -1365,8 +1365,8 @@ def load_initial_weights(network, weights, path):
     except ValueError as error:
         raise UserError(f"--weights: {path}: {error}; give its --architecture, or other weights") from None
     if rank() == 0:
-        print(f"weights from {path}: {len(loaded)} tensors; ignored: {', '.join(ignored) or 'none'}; left at "
-              f"the initialisation: {', '.join(left) or 'none'}")
+        say(f"weights from {path}: {len(loaded)} tensors; ignored: {', '.join(ignored) or 'none'}; left at "
+            f"the initialisation: {', '.join(left) or 'none'}")
 
 
 # --- Pictures -----------------------------------------------------------------------------------------------
@@ -1869,7 +1869,7 @@ def predict_run(run, inputs, out, box, device):
             hint = f" (is --box {show(box)} within its pixels?)" if box else ""
             warn(f"{file}: {error}{hint}")
         progress(done, len(files))
-    print(f"{len(files) - failed} of {len(files)} photographs done by {run}, in {out}")
+    say(f"{len(files) - failed} of {len(files)} photographs done by {run}, in {out}")
     return 1 if failed else 0
 
 
@@ -2092,7 +2092,10 @@ def warn(message):
     if Progress.unfinished:
         print(file=sys.stderr)
         Progress.unfinished = False
-    print(f"train.py: {message}", file=sys.stderr, flush=True)
+    try:
+        print(f"train.py: {message}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        sys.stderr = open(os.devnull, "w")
 
 
 def main(arguments):
