@@ -818,6 +818,10 @@ def set_up(settings, device, checkpoint=None, out=None):
     s = settings
     where = "the checkpoint"
     domains = open_domains(s)
+    counts = [len(dataset) for dataset in domains]
+    if checkpoint is not None and checkpoint["samples"] != counts:
+        raise UserError(f"{where}: is of {checkpoint['samples']} samples (source; target: train, val, test), the "
+                        f"data has {counts}; go on with the data that the run was started on")
     source = domains.source
     labelled = domains.target if s.method == "oracle" else source
     skeleton = source.skeleton
@@ -1191,7 +1195,7 @@ def state_of(run):
         return None if part is None else part.state_dict()
 
     trainer = run.trainer
-    return {"log": run.log, "student": state(trainer.student), "teacher": state(trainer.teacher),
+    return {"log": run.log, "samples": [len(dataset) for dataset in run.domains], "student": state(trainer.student), "teacher": state(trainer.teacher),
             "style": state(trainer.style_transfer), "vae": state(run.vae),
             "optimiser": state(trainer.optimiser), "curriculum": state(run.curriculum)}
 
