@@ -1943,17 +1943,19 @@ class Parser(argparse.ArgumentParser):
                                type=PARSERS.get(kind, kind), help=text.replace("%", "%%"),
                                metavar=None if choices else metavar)
 
-    def parse_args(self, words):
-        """argparse's, which remembers the words for `error`."""
-        Parser.words = words
-        return super().parse_args(words)
+    def parse_known_args(self, words=None, namespace=None):
+        """argparse's, which remembers for `error` who reads what: a parser, or that of `evaluate` inside it."""
+        Parser.reading = self
+        self.words = words
+        return super().parse_known_args(words, namespace)
 
     def error(self, message):
         """UserError instead of argparse's exit."""
-        known = list(self._option_string_actions)
-        for word in Parser.words:
+        known = list(Parser.reading._option_string_actions)
+        for word in Parser.reading.words:
             word = word.partition("=")[0]
             if word.startswith("--") and word not in known:
+                message = f"unknown option {word}"
                 for near in difflib.get_close_matches(word, known, 1, 0.75):
                     message += f"; did you mean {near}?"
         raise UserError(f"{message} (--help lists the options)")
@@ -2054,6 +2056,8 @@ def command(arguments):
         raise UserError("compare is now a program of its own: python -m docs.reproduce (see its --help)")
     options = vars(make_parser().parse_args(arguments))
     word = options.pop("word")
+    if word and arguments[0] != word:
+        raise UserError(f"{word}: comes first, its options after it")
     if word and world_size() > 1:
         raise UserError(f"{word}: takes one process; run it without torchrun")
     if word == "evaluate":
