@@ -1295,7 +1295,7 @@ def starting_point(out, resume):
     if not resume and any(file.exists() for file in files):
         raise UserError(f"--out: {out} holds a run; give another, add --resume, or `evaluate {out}`")
     if rank() == 0:                                             # of a run that was killed while it wrote
-        for stale in (*out.glob("*.tmp"), *out.glob("figures/*.tmp")):
+        for stale in out.glob("*.tmp"):
             stale.unlink()
     if not resume:
         return None
@@ -1669,6 +1669,8 @@ def draw_figures(run, scores, predictions, folder):
     A picture that cannot be drawn costs a line on stderr: the result is written already.
     """
     s = run.settings
+    for stale in folder.glob("*.tmp"):                          # of a run that was killed while it drew
+        stale.unlink()
     curriculum = run.curriculum
     source = run.domains.source
     bins = actupose.assign_bins(run.complexity, s.bins)
