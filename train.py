@@ -18,6 +18,7 @@ import re
 import resource
 import sys
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -1228,7 +1229,8 @@ def load_torch(file, path):
     advice = "fetch it again, or save the weights by torch.save(model.state_dict(), FILE)"
     try:
         # UDAPE's and RegDA's files hold the options they were written with: plain values, too.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")                     # torch's about TorchScript: the answer is a line
             state = torch.load(file, map_location="cpu", weights_only=True)
         reason = f"it holds a {type(state).__name__}"
         advice = "save the weights alone: torch.save(model.state_dict(), FILE)"
