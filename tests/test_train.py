@@ -538,7 +538,9 @@ MISTAKES = """
 --batch-size 31 --source-count 60 --target-count 30 => --batch-size: 31 is more than the 30;
 --hard-bins 8 --method udape+vae-hm --source-count 60 --image-size 32 => --hard-bins: 8 bins hold fewer samples;
 --epochz 3 => did you mean --epochs?; --metod=udape => did you mean --method?; evalate x => evalate;
-evaluate no/run => no/run; evaluate => run; evaluate no/run --lr 1 => --lr; compare => python -m docs.reproduce;
+evaluate no/run => no/run; evaluate => run; evaluate no/run --lr 1 => --lr;
+--device cpu evaluate no/run => evaluate: comes first; evaluate no/run --cash x => did you mean --cache?;
+compare => python -m docs.reproduce;
 compare --seeds 1 --jobs 2 => python -m docs.reproduce; --cache /dev/null/x => --cache: /dev/null is not a directory;
 --method udape --w-cross 1 => --w-cross: --method udape has 0; --out /dev/null/x => --out: /dev/null is not"""
 
