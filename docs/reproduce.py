@@ -614,7 +614,10 @@ def chosen(options):
 
 def our_row(comparison):
     """The row that is ACTUPose itself, with which the others are compared; "" where there is none."""
-    ours = run_settings(comparison, named_row("actupose"), 0)
+    try:
+        ours = run_settings(comparison, named_row("actupose"), 0)
+    except UserError:                                           # --epochs 20, say, is enough for the oracle alone
+        return ""
     for row in comparison.rows:
         if run_settings(comparison, row, 0) == ours:
             return row.name
