@@ -18,6 +18,7 @@ import re
 import resource
 import sys
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,7 +128,7 @@ class Settings:
     lr_factor: float = option(0.1, "steps: factor of each drop", above=0)
     ema: float = option(0.99, "decay of the teacher's moving average", low=0, high=1)
 
-    curriculum: str = option("active", "source samples of an epoch", tuple(actupose.CURRICULA))
+    curriculum: str = option("active", "source samples of an epoch", actupose.CURRICULA)
     bins: int = option(25, "N_b, complexity bins", low=1)
     hard_bins: int = option(8, "bins that udape+vae-hm trains on", low=1)
     pace: float = option(6.0, "lambda of Eq. 3: how fast the peak moves to hard bins", above=0)
@@ -319,6 +320,9 @@ def open_split(settings, role, split):
 
 def batches(run, samples, steps):
     """Jobs for `prefetch`: one `load_step` per step, of this epoch's source samples in order."""
+    count = len(steps) * run.settings.batch_size
+    if len(samples) != count:
+        raise ValueError(f"{type(run.curriculum).__name__}.samples: gave {len(samples)} samples, not {count}")
     for step, indices in zip(steps, torch.from_numpy(samples).split(run.settings.batch_size)):
         yield functools.partial(load_step, run, step, indices)
 
@@ -835,8 +839,14 @@ def set_up(settings, device, checkpoint=None, out=None):
     s = settings
     where = "the checkpoint"
     domains = open_domains(s)
+    counts = [len(dataset) for dataset in domains]
+    if checkpoint is not None and checkpoint["samples"] != counts:
+        raise UserError(f"{where}: is of {checkpoint['samples']} samples (source; target: train, val, test), the "
+                        f"data has {counts}; go on with the data that the run was started on")
     source = domains.source
+    labelled = domains.target if s.method == "oracle" else source
     skeleton = source.skeleton
+    make_curriculum(s, np.zeros(len(source)), len(labelled))    # what it refuses is said before the Pose-VAE
     trainer = make_trainer(s, skeleton, device)
     if checkpoint is None:
         if s.weights:
@@ -860,12 +870,7 @@ def set_up(settings, device, checkpoint=None, out=None):
     broadcast([complexity])
     if not complexity.isfinite().all():
         raise UserError("--vae-kl: the Pose-VAE diverged, its scores are not finite; lower it")
-    labelled = domains.target if s.method == "oracle" else source
-    try:
-        curriculum = actupose.CURRICULA[s.curriculum](s, complexity.numpy(), len(labelled))
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
-
+    curriculum = make_curriculum(s, complexity.numpy(), len(labelled))
     run = SimpleNamespace(settings=s, domains=domains, labelled=labelled, vae=vae,
                           complexity=complexity.numpy(), curriculum=curriculum, trainer=trainer, log=[])
     if checkpoint is None:
@@ -884,6 +889,20 @@ def set_up(settings, device, checkpoint=None, out=None):
         raise UserError(f"{where}: {error}; go on with the data that the run was started on") from None
     run.log = checkpoint["log"]
     return run
+
+
+def make_curriculum(settings, complexity, count):
+    """The curriculum of a run, by its row of actupose.CURRICULA: complexity (N,) of the source's poses, count
+    of the labelled samples. UserError where it refuses the settings, TypeError where it lacks something."""
+    try:
+        curriculum = actupose.CURRICULA[settings.curriculum](settings, complexity, count)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    missing = [name for name in vars(actupose.FixedCurriculum)
+               if not name.startswith("_") and not hasattr(curriculum, name)]
+    if missing:
+        raise TypeError(f"{type(curriculum).__name__}: has no {', '.join(missing)}; see actupose.FixedCurriculum")
+    return curriculum
 
 
 def style_images(dataset, i, settings, device):
@@ -1198,7 +1217,7 @@ def state_of(run):
         return None if part is None else part.state_dict()
 
     trainer = run.trainer
-    return {"log": run.log, "student": state(trainer.student), "teacher": state(trainer.teacher),
+    return {"log": run.log, "samples": [len(dataset) for dataset in run.domains], "student": state(trainer.student), "teacher": state(trainer.teacher),
             "style": state(trainer.style_transfer), "vae": state(run.vae),
             "optimiser": state(trainer.optimiser), "curriculum": state(run.curriculum)}
 
@@ -1228,18 +1247,19 @@ def load_run(path):
 
 def load_torch(file, path):
     """A torch file as a dictionary of tensors and plain values. Nothing in it is executed."""
-    advice = "fetch it again"
+    advice = "fetch it again, or save the weights by torch.save(model.state_dict(), FILE)"
     try:
         # UDAPE's and RegDA's files hold the options they were written with: plain values, too.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")                     # torch's about TorchScript: the answer is a line
             state = torch.load(file, map_location="cpu", weights_only=True)
         reason = f"it holds a {type(state).__name__}"
         advice = "save the weights alone: torch.save(model.state_dict(), FILE)"
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+    except OSError as error:                                    # not there, a directory, not ours to read
+        raise UserError(f"{path}: {error.strerror}") from None
     except Exception as error:                                  # of many kinds, where the file is damaged
         state = None
-        reason = type(error).__name__
+        reason = "damaged, or not written by torch.save"
         refused = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
         if refused:
             reason = f"it holds {refused[1] or 'a TorchScript module'}, which could run code"
@@ -1271,14 +1291,16 @@ def claimed(out):
     handle = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     except BlockingIOError:
+        os.close(handle)
         raise UserError(f"--out: another process is at work in {out}; give another directory") from None
+    try:
+        yield
     finally:
-        os.close(handle)                                        # lets go of it
         for path in missing:                                    # nothing was written before a mistake was found
             if path.exists() and not any(path.iterdir()):
                 path.rmdir()
+        os.close(handle)                                        # lets go of it
 
 
 def check_writable(path, name):
@@ -1296,7 +1318,7 @@ def starting_point(out, resume):
     if not resume and any(file.exists() for file in files):
         raise UserError(f"--out: {out} holds a run; give another, add --resume, or `evaluate {out}`")
     if rank() == 0:                                             # of a run that was killed while it wrote
-        for stale in (*out.glob("*.tmp"), *out.glob("figures/*.tmp")):
+        for stale in out.glob("*.tmp"):
             stale.unlink()
     if not resume:
         return None
@@ -1370,8 +1392,8 @@ def load_initial_weights(network, weights, path):
     except ValueError as error:
         raise UserError(f"--weights: {path}: {error}; give its --architecture, or other weights") from None
     if rank() == 0:
-        print(f"weights from {path}: {len(loaded)} tensors; ignored: {', '.join(ignored) or 'none'}; left at "
-              f"the initialisation: {', '.join(left) or 'none'}")
+        say(f"weights from {path}: {len(loaded)} tensors; ignored: {', '.join(ignored) or 'none'}; left at "
+            f"the initialisation: {', '.join(left) or 'none'}")
 
 
 # --- Pictures -----------------------------------------------------------------------------------------------
@@ -1670,6 +1692,8 @@ def draw_figures(run, scores, predictions, folder):
     A picture that cannot be drawn costs a line on stderr: the result is written already.
     """
     s = run.settings
+    for stale in folder.glob("*.tmp"):                          # of a run that was killed while it drew
+        stale.unlink()
     curriculum = run.curriculum
     source = run.domains.source
     bins = actupose.assign_bins(run.complexity, s.bins)
@@ -1874,7 +1898,7 @@ def predict_run(run, inputs, out, box, device):
             hint = f" (is --box {show(box)} within its pixels?)" if box else ""
             warn(f"{file}: {error}{hint}")
         progress(done, len(files))
-    print(f"{len(files) - failed} of {len(files)} photographs done by {run}, in {out}")
+    say(f"{len(files) - failed} of {len(files)} photographs done by {run}, in {out}")
     return 1 if failed else 0
 
 
@@ -1944,17 +1968,19 @@ class Parser(argparse.ArgumentParser):
                                type=PARSERS.get(kind, kind), help=text.replace("%", "%%"),
                                metavar=None if choices else metavar)
 
-    def parse_args(self, words):
-        """argparse's, which remembers the words for `error`."""
-        Parser.words = words
-        return super().parse_args(words)
+    def parse_known_args(self, words=None, namespace=None):
+        """argparse's, which remembers for `error` who reads what: a parser, or that of `evaluate` inside it."""
+        Parser.reading = self
+        self.words = words
+        return super().parse_known_args(words, namespace)
 
     def error(self, message):
         """UserError instead of argparse's exit."""
-        known = list(self._option_string_actions)
-        for word in Parser.words:
+        known = list(Parser.reading._option_string_actions)
+        for word in Parser.reading.words:
             word = word.partition("=")[0]
             if word.startswith("--") and word not in known:
+                message = f"unknown option {word}"
                 for near in difflib.get_close_matches(word, known, 1, 0.75):
                     message += f"; did you mean {near}?"
         raise UserError(f"{message} (--help lists the options)")
@@ -2055,6 +2081,8 @@ def command(arguments):
         raise UserError("compare is now a program of its own: python -m docs.reproduce (see its --help)")
     options = vars(make_parser().parse_args(arguments))
     word = options.pop("word")
+    if word and arguments[0] != word:
+        raise UserError(f"{word}: comes first, its options after it")
     if word and world_size() > 1:
         raise UserError(f"{word}: takes one process; run it without torchrun")
     if word == "evaluate":
@@ -2097,7 +2125,10 @@ def warn(message):
     if Progress.unfinished:
         print(file=sys.stderr)
         Progress.unfinished = False
-    print(f"train.py: {message}", file=sys.stderr, flush=True)
+    try:
+        print(f"train.py: {message}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        sys.stderr = open(os.devnull, "w")
 
 
 def main(arguments):

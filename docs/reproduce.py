@@ -138,24 +138,28 @@ def run_options(comparison, row, seed):
 
 # --- Kept runs: a line of JSON each -------------------------------------------------------------------------
 
-PLACES = ("cache", "workers", "source_root", "target_root")     # what decides no result, and paths
-
 
 def differences(settings):
-    """The settings that differ from the demo's, places left out."""
+    """The settings that differ from the demo's. Places are left out, of other paths the names are kept."""
     differing = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if value != field.default and field.name not in PLACES:
-            differing[field.name] = value
+        if field.name in train.PLACES or value == field.default:
+            continue
+        if field.name in train.PATHS:
+            value = Path(value).name
+        differing[field.name] = value
     return json.loads(json.dumps(differing))                    # tuples as lists, as in the file
 
 
 @functools.cache
 def demo_version():
-    """A digest of the demo's settings and of the built-in benchmark. Lines with another one do not count."""
-    demo = dataclasses.asdict(train.Settings())
-    version = repr((demo, data.RENDERER_VERSION, data.benchmark_tables()))
+    """A digest of the demo's settings and of the built-in benchmark. Lines with another one do not count.
+
+    What is 0, off or empty is left out: a new setting that the demo does not use leaves the kept runs valid.
+    """
+    used = {name: value for name, value in dataclasses.asdict(train.Settings()).items() if value}
+    version = repr((sorted(used.items()), data.RENDERER_VERSION, data.benchmark_tables()))
     return hashlib.sha256(version.encode()).hexdigest()[:12]
 
 
@@ -216,7 +220,7 @@ def collect(comparison, kept_in, out=None, jobs=1, device="auto"):
 
 def run_missing(comparison, kept_in, out, jobs, device):
     """Train what has no line yet, and keep it. Returns what failed."""
-    commit = subprocess.getoutput(f"git -C '{ROOT}' describe --always --dirty --exclude='*'")
+    commit = present_commit()
     kept = read_kept(kept_in)
     commands = {}
     settings_of = {}
@@ -234,6 +238,15 @@ def run_missing(comparison, kept_in, out, jobs, device):
             settings_of[run] = settings
             commands[run] = command_of(comparison, row, seed, run, device)
     return run_all(commands, jobs, lambda run: keep(kept_in, settings_of[run], run, commit))
+
+
+def present_commit():
+    """The commit of the code, with -dirty where it was edited; "" where it is no clone."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:                                             # there is no git
+        return ""
 
 
 def run_directory(out, row, seed):
@@ -455,7 +468,9 @@ def draw_sweep(path, name, rows, results):
         "validation": [[r["val"] for r in results[row.name]] for row in rows],
         "test": [[r["pck"]["all"] for r in results[row.name]] for row in rows],
     }
-    every = np.concatenate([scores for row in series.values() for scores in row])
+    every = np.concatenate([*series["validation"], *series["test"]]).astype(float)
+    if np.isnan(every).any():                                   # without labels there is nothing to draw
+        return
     help_text = train.Settings.__dataclass_fields__[name].metadata["help"]
     canvas, draw = train.blank(1800, 720)
     chart = train.Chart(draw, (110, 80, 1780, 600), (-0.6, len(rows) - 0.4), (every.min() - 1, every.max() + 1),
@@ -592,7 +607,7 @@ def make_parser():
         help="the table: all columns, without joints, PCK by complexity bin, or seed by seed")
     add("--tasks", metavar="NAME,DIR,...", help="Table 2, of comparisons by name or directory")
     add("--tables", action="store_true", help="print the tables of README.md and docs/results.md into them")
-    add("--out", type=Path, help="directory of new runs and of their runs.jsonl [runs/NAME, docs/runs.jsonl]")
+    add("--out", type=train.parse_path, help="directory of new runs and of their runs.jsonl [runs/NAME, docs/runs.jsonl]")
     add("--jobs", type=int, default=1, help="runs at a time, which share the cores [1]")
     add("--preset", choices=("demo", "paper"), default="demo", help="values of options that are not given")
     parser.add_settings(skip=("method", "seed"))
@@ -611,8 +626,8 @@ def chosen(options):
         rows = named_rows(options.methods) if options.methods is not None else ()
         for swept in options.sweep:
             rows += swept
-        comparison = Comparison(rows or SIX, preset=options.preset)
-    comparison = comparison._replace(given={**comparison.given, **given})
+        comparison = Comparison(rows or SIX)
+    comparison = comparison._replace(given={**comparison.given, **given}, preset=options.preset)
     if options.seeds:
         comparison = comparison._replace(seeds=tuple(dict.fromkeys(options.seeds)))
     return comparison
@@ -620,7 +635,10 @@ def chosen(options):
 
 def our_row(comparison):
     """The row that is ACTUPose itself, with which the others are compared; "" where there is none."""
-    ours = run_settings(comparison, named_row("actupose"), 0)
+    try:
+        ours = run_settings(comparison, named_row("actupose"), 0)
+    except UserError:                                           # --epochs 20, say, is enough for the oracle alone
+        return ""
     for row in comparison.rows:
         if run_settings(comparison, row, 0) == ours:
             return row.name
@@ -634,7 +652,7 @@ def results_of(task):
     else:
         results = {}
         for name in (*train.METHODS, *ABLATIONS):
-            paths = sorted(Path(task).glob(f"{name}-s[0-9]*/result.json"))
+            paths = sorted(Path(task).expanduser().glob(f"{name}-s[0-9]*/result.json"))
             if paths:
                 results[name] = [train.read_json(path) for path in paths]
     tasks = {(r["source"], r["target"]) for runs in results.values() for r in runs}
@@ -685,6 +703,10 @@ def draw_pictures(out, comparison, results, device):
 def command(arguments):
     """What the command line asks for."""
     options = make_parser().parse_args(arguments)
+    alone = {"--tables": options.tables, f"--tasks={options.tasks}": options.tasks}
+    for word, given in alone.items():
+        if given and options != make_parser().parse_args([word]):
+            raise UserError(f"{word}: prints finished runs; leave the other options out")
     if options.tables:
         fill_documents()
         return
@@ -692,15 +714,19 @@ def command(arguments):
         raise UserError(f"--jobs: must be at least 1, got {options.jobs}")
     if not options.name and not options.out and not options.tasks:
         raise UserError(f"give the NAME of a comparison ({', '.join(COMPARISONS)}), or the --out of your own")
-    print(table_of(options, options.out or Path("runs") / str(options.name)), flush=True)
+    train.say(table_of(options, options.out or Path("runs") / str(options.name)))
 
 
 def main(arguments):
     """`command`, with expected errors on one line. Returns the exit status."""
+    train.mend_streams()
     try:
         command(arguments)
     except (UserError, data.DataError) as error:
         print(f"docs.reproduce: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:                                    # a full disk, say
+        print(f"docs.reproduce: {error}; the same command goes on", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("docs.reproduce: interrupted; the same command goes on", file=sys.stderr)

@@ -5,6 +5,7 @@ subprocesses of the tests must not inherit it. On the CPU the operators use the 
 for users; the kernel tests set `kernels.common.INTERPRET` themselves. With TRITON_INTERPRET=1 in the
 environment the whole suite goes through the kernels, slowly.
 """
+import functools
 import os
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from tiny_runs import TINY
 
 if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -29,6 +32,26 @@ def interruptible():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """launch(out, *options): `train.py` with the options of a tiny run, in this process, 30 images to score.
+
+    Returns the exit status. launch.cache: where rendered images are kept.
+    """
+    import data
+    import train
+
+    def launch(out, *options):
+        return train.main([*TINY, "--cache", launch.cache, "--out", str(out), *map(str, options)])
+
+    launch.cache = str(tmp_path_factory.mktemp("cache"))
+    few = {key: min(count, 30) for key, count in data.Mannequin.DEFAULT_COUNTS.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.Mannequin, "DEFAULT_COUNTS", few)
+        patch.setattr(train, "draw_panels", functools.partial(train.draw_panels, side=40))     # saves seconds
+        yield launch
 
 
 @pytest.fixture(scope="session")

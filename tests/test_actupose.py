@@ -9,6 +9,7 @@ import torch
 
 import actupose
 import data
+import kernels
 
 CHAIN = torch.tensor([[0, 1], [1, 2], [2, 3]])       # limbs of a chain of four keypoints
 
@@ -56,6 +57,35 @@ def test_coordinates_of_missing_keypoints_do_not_count():
     assert torch.equal(poses, disturbed)
     nothing, weight = actupose.normalise_poses(keypoints, torch.zeros(5, 16), (2, 3))
     assert torch.isfinite(nothing).all() and weight.sum() == 0
+
+
+def test_a_missing_keypoint_lies_between_its_own_stand_ins():
+    """Keypoint 2 between 0 and 1, keypoint 3 at what is known of 0 and 2, a keypoint without a known stand-in
+    in the middle. All keypoints' box is 0 ... 8 wide: divided by 8, centred."""
+    keypoints = torch.tensor([[[0.0, 0.0], [8.0, 4.0], [99.0, 99.0], [99.0, 99.0]]] * 2)
+    visible = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0]])
+    poses, weight = actupose.normalise_poses(keypoints, visible, [(1,), (0,), (0, 1), (0, 2)])
+    expected = torch.tensor([[-0.5, -0.25], [0.5, 0.25], [0.0, 0.0], [-0.5, -0.25]])
+    assert torch.allclose(poses.view(2, 4, 2)[0], expected)
+    assert weight.view(2, 4, 2)[0].tolist() == [[1, 1], [1, 1], [0, 0], [0, 0]]
+    poses, _ = actupose.normalise_poses(keypoints, visible, [(1,), (0,), (3,), (2,)])
+    assert torch.equal(poses.view(2, 4, 2)[0, 2:], torch.zeros(2, 2))
+
+
+def test_unlabelled_pelvis_and_thorax_leave_the_ranking():
+    """LSP labels neither: its poses do not become harder by that. A pelvis lies between the hips, a thorax
+    between the shoulders."""
+    source = data.Mannequin("source", "train", 64, 4000)
+    target = data.Mannequin("target", "train", 64, 500)
+    stand_ins = data.BODY16.stand_in_rows
+    vae = actupose.train_pose_vae(source.keypoints, source.visible, stand_ins, steps=1200)
+    hidden = target.visible.clone()
+    hidden[:, [6, 7]] = 0
+    ranks = []
+    for visible in (target.visible, hidden):
+        complexity = actupose.pose_complexity(vae, target.keypoints, visible, stand_ins)
+        ranks.append(complexity.argsort().argsort().numpy())
+    assert np.corrcoef(*ranks)[0, 1] > 0.999
 
 
 def test_rare_poses_score_high():
@@ -136,7 +166,7 @@ def test_an_epochs_sample_follows_eq3():
         assert len(set(drawn.tolist())) == len(drawn)
         counts = np.bincount(bins[drawn], minlength=25)
         assert np.abs(counts - curriculum.probabilities(epoch) * 200).max() < 1
-        assert np.array_equal(counts, curriculum.drawn_per_bin)
+        assert counts.tolist() == curriculum.drawn[epoch]
     assert np.array_equal(curriculum.sample(20), make_curriculum(5000).sample(20))
     assert not np.array_equal(curriculum.sample(20), make_curriculum(5000, seed=1).sample(20))
     narrow = make_curriculum(30, spread=1e-4)
@@ -152,16 +182,57 @@ def test_the_draw_is_unbiased():
     assert counts / 2000 == pytest.approx(expected, abs=0.06)
 
 
-def test_static_curriculum_by_hand():
+def test_samples_are_the_pool_cut_off_or_repeated():
+    """As many as an epoch has room for, from the pool's beginning; and how large the pool is."""
+    curriculum = make_curriculum(100, num_bins=5)
+    pool = curriculum.sample(3)
+    for count in (7, len(pool), 250):
+        samples, size = curriculum.samples(3, count)
+        assert size == len(pool) and samples.dtype == np.int64
+        assert samples.tolist() == (pool.tolist() * 20)[:count]
+
+
+def test_a_fixed_curriculum_passes_over_its_pool_again_and_again():
+    """Every sample once per pass, each pass in a new order, wherever epochs begin; a function of the seed."""
+    pool = np.array([3, 1, 4, 15, 9, 2, 6])
+    curriculum = actupose.FixedCurriculum(pool, seed=5)
+    drawn = []
+    for epoch in range(7):
+        samples, size = curriculum.samples(epoch, 4)
+        assert size == 7
+        drawn += samples.tolist()
+    passes = [drawn[start:start + 7] for start in range(0, 28, 7)]
+    assert all(sorted(each) == sorted(pool) for each in passes)
+    assert len({tuple(each) for each in passes}) == 4
+    longer, _ = actupose.FixedCurriculum(pool, seed=5).samples(0, 28)       # more than a pass in an epoch
+    other, _ = actupose.FixedCurriculum(pool, seed=6).samples(0, 28)
+    assert longer.tolist() == drawn != other.tolist()
+    curriculum.observe(pool, np.full(7, 0.1))
+    curriculum.rerank()
+    assert curriculum.samples(2, 4)[0].tolist() == drawn[8:12]
+
+
+@pytest.mark.parametrize("method, curriculum, pool", [
+    ("udape+vae-hm", "hardest", range(12, 20)), ("actupose", "off", range(20))])
+def test_what_a_fixed_curriculum_holds(method, curriculum, pool):
+    """UDAPE + VAE-HM: the hardest 2 of 5 bins of 20 samples, which are numbered by complexity here; off: all."""
+    from train import make_settings
+    settings = make_settings(method=method, curriculum=curriculum, bins=5, hard_bins=2, batch_size=8)
+    made = actupose.CURRICULA[curriculum](settings, np.arange(20.0), 20)
+    assert sorted(made.samples(0, len(pool))[0]) == list(pool)
+
+
+@pytest.mark.parametrize("epochs, shares", [
+    (2, [1, 1]), (3, [1, (2 * math.exp(-2) + 1) / (2 + math.exp(-2))])])
+def test_static_curriculum_by_hand(epochs, shares):
     """Two bins, two epochs, pace 1, s = 0 and 1: p = (1, q), then (q, 1), q = exp(-2). Their mean shares are
     equal; with three epochs the peak is at bin 0 twice. Confidences change nothing."""
-    q = math.exp(-2)
-    for epochs, shares in ((2, [1, 1]), (3, [1, (2 * q + 1) / (2 + q)])):
-        curriculum = actupose.ActiveCurriculum(np.arange(40), epochs, 2, 1.0, 0.5, static=True)
-        curriculum.observe(np.arange(40), np.linspace(1, 0.1, 40))
-        curriculum.rerank()
-        assert all(curriculum.probabilities(epoch) == pytest.approx(shares) for epoch in range(epochs))
-        assert curriculum.order.tolist() == [*range(40)] and sum(curriculum.sample(0) < 20) == 20
+    curriculum = actupose.StaticCurriculum(np.arange(40), epochs, 2, 1.0, 0.5)
+    curriculum.observe(np.arange(40), np.linspace(1, 0.1, 40))
+    curriculum.rerank()
+    assert not curriculum.reranks and not curriculum.observes_all
+    assert all(curriculum.probabilities(epoch) == pytest.approx(shares) for epoch in range(epochs))
+    assert curriculum.order.tolist() == [*range(40)] and sum(curriculum.sample(0) < 20) == 20
 
 
 # Per epoch: the calls of `observe`, then the scores after `rerank`.
@@ -170,13 +241,19 @@ EQ4_RELATIVE = [
     ([([1], [0.2]), ([2], [0.6])], [1, 4, 2, 4]),                # mean 0.4: factors 2 and 2/3
     ([([0, 3], [0.9, 0.3])], [2 / 3, 4, 2, 8]),                  # mean 0.6; samples 1 and 2 as before
 ]
+# All samples are seen, under the same weights: the scores of the Pose-VAE over confidence / mean.
+EQ4_FULL = [
+    ([([0, 1, 2, 3], [0.2, 0.4, 0.2, 0.8])], [2, 2, 6, 2]),      # mean 0.4
+    ([([0, 1, 2, 3], [0.9, 0.3, 0.6, 0.6])], [2 / 3, 4, 3, 4]),  # mean 0.6; nothing is left of the epoch before
+]
 EQ4_LITERAL = [
     ([([0, 1, 2], [0.1, 0.5, 0.5])], np.array([10, 4, 6, 4]) / 6),
     ([([1, 3], [0.4, 0.8])], np.array([10, 10, 6, 5]) / 7.75),
 ]
 
 
-@pytest.mark.parametrize("mode, epochs", [("relative", EQ4_RELATIVE), ("literal", EQ4_LITERAL)])
+@pytest.mark.parametrize("mode, epochs", [("relative", EQ4_RELATIVE), ("literal", EQ4_LITERAL),
+                                          ("full", EQ4_FULL)])
 def test_eq4_by_hand(mode, epochs):
     """Relative: a confidence counts against its epoch's mean, and what is not drawn keeps its factor.
 
@@ -184,6 +261,7 @@ def test_eq4_by_hand(mode, epochs):
     Fig. 6, low confidence moves a sample to harder bins, high confidence to easier ones.
     """
     curriculum = actupose.ActiveCurriculum(np.float32([1, 2, 3, 4]), epochs=9, num_bins=2, rescoring=mode)
+    assert curriculum.reranks and curriculum.observes_all == (mode == "full")
     for calls, expected in epochs:
         for indices, confidence in calls:
             curriculum.observe(indices, confidence)
@@ -194,12 +272,24 @@ def test_eq4_by_hand(mode, epochs):
         assert curriculum.score == pytest.approx(expected)
 
 
+def test_without_eq4_the_ranking_stays():
+    curriculum = make_curriculum(50, rescoring="off")
+    order = curriculum.order.copy()
+    curriculum.observe(np.arange(50), np.linspace(0.1, 0.9, 50))
+    curriculum.rerank()
+    assert not curriculum.reranks and np.array_equal(curriculum.order, order)
+
+
 def test_curriculum_state_round_trip():
-    curriculum, other = make_curriculum(200), make_curriculum(200)
+    """The ranking and what was drawn."""
+    curriculum = make_curriculum(200)
+    other = make_curriculum(200)
+    curriculum.sample(0)
     curriculum.observe(np.arange(50), np.linspace(0.1, 0.9, 50))
     curriculum.rerank()
     other.load_state_dict(curriculum.state_dict())
     assert np.array_equal(curriculum.sample(3), other.sample(3))
+    assert curriculum.drawn == other.drawn and set(other.drawn) == {0, 3}
     with pytest.raises(ValueError, match="200 samples"):
         make_curriculum(100).load_state_dict(curriculum.state_dict())
 
@@ -210,16 +300,17 @@ def test_curriculum_errors_name_the_argument(bad):
         make_curriculum(**bad)
 
 
-def test_six_million_samples_are_arrays():
-    """For the paper's six million frames, the curriculum holds a few arrays and nothing larger."""
-    n = 6_000_000
+def test_the_state_is_a_few_arrays():
+    """For the paper's six million frames about 100 MB: four numbers of four bytes per sample."""
+    n = 600_000
     scores = np.random.default_rng(0).random(n, dtype=np.float32)
     curriculum = actupose.ActiveCurriculum(scores, epochs=70)
     curriculum.observe(np.arange(1000), np.full(1000, 0.5))
     curriculum.rerank()
-    assert len(curriculum.sample(10)) == curriculum.drawn_per_bin.sum() > n / 10
+    assert len(curriculum.sample(10)) == sum(curriculum.drawn[10]) > n / 10
     held = sum(value.nbytes for value in vars(curriculum).values() if isinstance(value, np.ndarray))
-    assert held <= 6 * 4 * n
+    others = [value for value in vars(curriculum).values() if isinstance(value, (list, dict))]
+    assert held <= 4 * 4 * n + 1000 and sum(map(len, others)) < 10
 
 
 # --- §3.2 -------------------------------------------------------------------------------------------------
@@ -280,9 +371,64 @@ def test_style_transfer_learns_to_carry_colour():
     assert not any(p.requires_grad for p in transfer.parameters())
 
 
+class Doubling(torch.nn.Module):
+    """A layer with a weight of 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x):
+        return self.weight * x
+
+
+def test_the_style_losses_by_hand():
+    """Content x = 0, 1, 2, 3 has features 2x and 4x; in the style of 2x they are to be 4x and 8x. AdaIN gives 8x,
+    which is decoded to 16x and encoded to 32x and 64x. Without a style, 4x is decoded to 8x."""
+    transfer = actupose.StyleTransfer("small")
+    transfer.encoder = torch.nn.Sequential(Doubling(), Doubling())
+    transfer.decoder = Doubling()
+    transfer.taps = (0, 1)
+    x = torch.arange(4.0).view(1, 1, 2, 2)
+    found = [loss.item() for loss in transfer.losses(x, 2 * x)]
+    square, mean, variance = 3.5, 1.5, 5 / 3                    # of x: mean square, mean, sample variance
+    expected = [(8 - 1) ** 2 * square, (64 - 8) ** 2 * square,
+                ((32 - 4) ** 2 + (64 - 8) ** 2) * (mean ** 2 + variance)]
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("train_encoder, total", [(False, 10 + 0.1 * 100), (True, 1 + 10 + 0.1 * 100)])
+def test_what_the_style_decoder_descends(train_encoder, total, monkeypatch):
+    """A given encoder: content + 0.1 style, as published; one of our own: the reconstruction as well. In both
+    directions."""
+    transfer = actupose.StyleTransfer("small")
+    transfer.decoder = Doubling()
+    weight = transfer.decoder.weight
+    directions = []
+
+    def losses(content, style):
+        directions.append((content, style))
+        return weight, 10 * weight, 100 * weight
+
+    transfer.losses = losses
+    actupose.train_style_transfer(transfer, lambda i: ("source", "target"), 1, train_encoder)
+    assert directions == [("source", "target"), ("target", "source")]
+    assert weight.grad.item() == pytest.approx(2 * total) and weight < 2
+
+
+def test_a_given_encoder_is_not_trained():
+    transfer = actupose.StyleTransfer("small")
+    before = [parameter.clone() for parameter in transfer.parameters()]
+    images = torch.randn(2, 3, 16, 16)
+    actupose.train_style_transfer(transfer, lambda i: (images, images + 1), 2, train_encoder=False)
+    same = [torch.equal(old, new) for old, new in zip(before, transfer.parameters())]
+    encoder = len(list(transfer.encoder.parameters()))
+    assert all(same[:encoder]) and not any(same[encoder:])
+
+
 def test_rectified_maps_agree_with_published(golden):
     heatmaps = golden["rectify_in"].float()
-    out, _, confidence = actupose.rectify(heatmaps, sigma=2.0)
+    out, _, confidence = kernels.rectify(heatmaps, 2.0, False)
     assert torch.allclose(out, golden["rectify_out"], atol=1e-6)
     assert torch.equal(confidence, heatmaps.amax((2, 3)))
 
@@ -373,13 +519,13 @@ def test_eq7_by_hand():
     """A straight and a right-angled arm, one triplet of three keypoints: angles pi and pi/2, over K = 3."""
     poses = torch.tensor([[[0.0, 0], [1, 0], [2, 0]], [[0, 0], [1, 0], [1, 5]]])
     triplets, distance = torch.tensor([[0, 1, 2]]), (math.pi / 2) / 3
-    pairs = actupose.mine_pairs(poses, poses, triplets, distance + 1e-3, min_triplets=1)
-    assert pairs.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
-    pairs = actupose.mine_pairs(poses, poses, triplets, distance - 1e-3, min_triplets=1, capacity=3)
-    assert pairs.tolist() == [[0, 0], [1, 1], [-1, -1]]
+    found = kernels.triplet_angle_distance(poses, poses, triplets, min_triplets=1)
+    assert torch.allclose(found, torch.tensor([[0, distance], [distance, 0]]), atol=1e-6)
     unsure = torch.tensor([[True, True, False], [True, True, True]])        # prunes the triplet of pose 0
-    for masks, left in (((unsure, None), [[1, 0], [1, 1]]), ((None, unsure), [[0, 1], [1, 1]])):
-        assert actupose.mine_pairs(poses, poses, triplets, 1.0, *masks, min_triplets=1).tolist() == left
+    found = kernels.triplet_angle_distance(poses, poses, triplets, unsure, min_triplets=1)
+    assert found[0].isinf().all() and found[1].isfinite().all()
+    found = kernels.triplet_angle_distance(poses, poses, triplets, None, unsure, min_triplets=1)
+    assert found[:, 0].isinf().all() and found[:, 1].isfinite().all()
 
 
 def test_eq8_by_hand():
@@ -482,40 +628,3 @@ def test_subcell_decoding():
     assert (cells - centres).abs().max() < 0.1 and confidence[0, 2] == 1
     whole, _ = actupose.decode_keypoints(heatmaps)
     assert whole[0].tolist() == [[5, 8], [10, 3], [0, 15]]
-
-
-def test_comparison_table_by_hand():
-    """Table 1, with validation, remarks and quoted figures where they belong; the t-interval of 3 seeds."""
-    def result(value, seed, teacher=None, target="mannequin-wild"):
-        pck = {"elbow": value and value - 1, "wrist": None, "all": value}
-        return dict(pck=pck, evalpose=50.0 + seed, seed=seed, teacher=teacher and {"pck": {"all": teacher}},
-                    val=value and value + 2, source="surreal", target=target)
-
-    rows = {"source-only": [result(30.0, 0), result(32.0, 1)], "oracle": [result(61.0, 0), result(61.0, 9)],
-            "udape": [result(42.0, 0, 43.0), result(44.0, 1, 45.0)]}
-    table = actupose.comparison_table(rows).splitlines()
-    # The deviation of 42 and 44 is sqrt(2); on the seed of all, (42 - 30) / (61 - 30) of the gap are closed.
-    assert table[4] == "| udape | 2 | 42.0 | - | **43.0** ± 1.4 | 44.0 | 50.5 | 39 % |"
-    rows["actupose"] = [result(47.0, 1), result(41.0, 0), result(90.0, 2)]         # by seed: 42 - 41, 44 - 47
-    table = actupose.comparison_table(rows).splitlines()
-    assert table[0].endswith("| gap closed | to actupose |") and table[4].endswith("| 39 % | -1.0 ± 2.8 |")
-    assert table[5].startswith("| actupose | 3 |") and table[5].endswith("| - |")
-    only = actupose.comparison_table({"udape": rows["udape"][:1]}).splitlines()
-    assert only[0].endswith("| EvalPose |") and only[2] == "| udape | 1 | 41.0 | - | **42.0** | 43.0 | 50.0 |"
-    # Differences 1, -3 and 5: mean 1, deviation 4; 4.303 x 4 / sqrt(3) = 9.94 to both sides.
-    rows["udape"].append(result(95.0, 2))
-    table = actupose.comparison_table(rows, val=True).splitlines()
-    assert table[4].endswith("| +1.0 ± 4.0 [-8.9, +10.9] |")
-    assert "| **60.3** ± 30.0 | 62.3 ± 30.0 |" in table[4]
-    # One sided 2.5 % of Student's t beyond each quantile, by numerical integration of its density.
-    for n, quantile in enumerate(actupose.T95, 3):
-        x = np.linspace(quantile, 400, 400_000)
-        density = (1 + x * x / (n - 1)) ** (-n / 2) * math.gamma(n / 2) / math.gamma((n - 1) / 2)
-        assert np.trapezoid(density, x) / math.sqrt(math.pi * (n - 1)) == pytest.approx(0.025, abs=3e-5)
-    unlabelled = dict.fromkeys(("oracle", "udape", "source-only"), [result(None, 0), result(None, 1)])
-    assert "| udape | 2 | - | - | **-** | - | - | 50.5 |" in actupose.comparison_table(unlabelled, "", True)
-    for target, quoted in (("lsp", "78.4 | 73.2 | 77.9"), ("human36m", "- | - | 79.6"), ("h3d", None)):
-        lines = actupose.comparison_table({"oracle": [result(9.0, 0, target=target)]}).splitlines()
-        assert lines[2].startswith("| oracle (trained on its test images") == (target == "lsp")
-        row = f"| PoseDA (quoted from the paper) | - | {quoted} | - | - |"
-        assert lines[3:] == ([row] if quoted else [])

@@ -1,5 +1,4 @@
 """Several processes (torchrun, gloo, two on a CPU) take the steps of one, write once and end together."""
-import json
 import os
 import subprocess
 import sys
@@ -12,35 +11,34 @@ import torch.distributed as dist
 import actupose
 import data
 import train
+from tiny_runs import SCRIPT, read
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 # Weights hardly change, or rounding would grow from step to step.
-TINY = """--epochs 3 --pretrain-epochs 1 --iters-per-epoch 4 --batch-size 6 --source-count 60 --style-iters 2
+OPTIONS = """--epochs 3 --pretrain-epochs 1 --iters-per-epoch 4 --batch-size 6 --source-count 60 --style-iters 2
           --target-count 30 --vae-steps 5 --bins 5 --hard-bins 5 --image-size 32 --amp off --device cpu
           --lr 1e-9 --gamma 1.2 --occlusion 1 --occlusion-confidence 0""".split()
 
 # train.py with BatchNorm frozen, which on CPUs would look at each process's share alone. Keeps each step's
 # terms, confidences, gradient and first keypoints in OUT.steps. Process 1 fails if it writes, and with FAULT.
-SCRIPT = """
-import os, sys
+COMMAND = SCRIPT + """
+import os
 import torch
-import data, train
 
-data.Mannequin.DEFAULT_COUNTS = {key: min(n, 19) for key, n in data.Mannequin.DEFAULT_COUNTS.items()}
 torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)
-train.draw_panels = train.draw_complexity = lambda *arguments: None
-command, found = train.command, []
+command = train.command
+found = []
 
 def observe(step):
-    def observed(trainer, number, *batches):
+    def observed(trainer, number, source_batch, target_images):
         if number == 5 and train.rank() == 1 and "FAULT" in os.environ:
             raise data.DataError("im1.jpg: cannot be read")
-        terms, confidence = step(trainer, number, *batches)
+        terms, confidence = step(trainer, number, source_batch, target_images)
         means = train.gather(torch.stack(list(terms.values()))[None]).mean(0)
         gradient = torch.cat([p.grad.flatten() for p in trainer.student.parameters() if p.grad is not None])
-        first = train.gather(batches[0][1][:, 0])
-        found.append((dict(zip(terms, means.tolist())), train.gather(confidence), gradient, first))
+        first = train.gather(source_batch[1][:, 0])
+        found.append((dict(zip(terms, means.tolist())), confidence, gradient, first))
         return terms, confidence
     return observed
 
@@ -51,16 +49,17 @@ def kept(arguments):
     torch.save(found, arguments[-1] + f".steps{train.rank()}")
     return 0
 
-train.Trainer.step, train.Trainer.regda_step = map(observe, (train.Trainer.step, train.Trainer.regda_step))
+train.Trainer.step = observe(train.Trainer.step)
+train.RegDATrainer.adversarial_step = observe(train.RegDATrainer.adversarial_step)
 train.command = kept
 sys.exit(train.main(sys.argv[1:]))
 """
 
 
 def run(processes, *arguments, **environment):
-    """Exit status, stdout and stderr of SCRIPT, beside the directory that the last argument names."""
+    """Exit status, stdout and stderr of COMMAND, beside the directory that the last argument names."""
     script = arguments[-1].with_suffix(".py")
-    script.write_text(SCRIPT)
+    script.write_text(COMMAND)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT),
                    **environment}
     environment.pop("TRITON_INTERPRET", None)
@@ -80,7 +79,7 @@ def runs(tmp_path_factory):
         state[name] += (0.4 if name == "head.weight" else 0.05) * torch.randn(state[name].shape)
     torch.save(state, folder / "start.pth")
     for processes in (1, 2):
-        status, output, errors = run(processes, *TINY, "--weights", folder / "start.pth", "--out",
+        status, output, errors = run(processes, *OPTIONS, "--weights", folder / "start.pth", "--out",
                                      folder / f"of-{processes}")
         assert status == 0, errors
         assert output.count("PCK@0.05") == output.count("weights from") == 1            # one process speaks
@@ -92,7 +91,8 @@ def test_two_processes_do_what_one_does(runs):
     find the same terms, confidences in the batch's order and gradient, restyled or not, in both phases.
     So the epochs, the re-ranking and the log are the same, in one set of files that process 0 writes."""
     alone = torch.load(f"{runs[0]}.steps0", weights_only=True)
-    coins = [train.draw_step(0, step, 6, 16, "cpu").restyle_source < 0.5 for step in range(12)]
+    settings = train.make_settings(batch_size=6)
+    coins = [train.draw_step(settings, step, 16, "cpu").restyle_source < 0.5 for step in range(12)]
     assert {(step < 4, coin) for step, coin in enumerate(coins)} == {(a, b) for a in (0, 1) for b in (0, 1)}
     assert all(terms["hidden"] > 0.5 and 0.1 < terms["kept"] < 0.9 for terms, *_ in alone[4:])
     assert sum(terms["pairs"] > 0 for terms, *_ in alone[4:]) > 4
@@ -103,21 +103,22 @@ def test_two_processes_do_what_one_does(runs):
             assert (theirs[2] - ours[2]).norm() < 1e-4 * ours[2].norm()
 
     files = [sorted(str(path.relative_to(out)) for path in out.rglob("*")) for out in runs]
-    rows = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in runs]
-    assert files[0] == files[1] and len(rows[0]) == 3 == (runs[1] / "speed.jsonl").read_text().count("\n")
+    rows = [read(out / "log.jsonl") for out in runs]
+    assert files[0] == files[1] and len(rows[0]) == 3 == len(read(runs[1] / "speed.jsonl"))
     assert all(theirs == pytest.approx(ours, rel=1e-4, abs=1e-6) for ours, theirs in zip(*rows, strict=True))
 
     # Each sample's confidence counts by its epoch's mean; samples are known by their first keypoint.
-    keypoints, relative = data.Mannequin("source", "train", 32, 60).keypoints[:, 0], torch.ones(60)
+    keypoints = data.Mannequin("source", "train", 32, 60).keypoints[:, 0]
+    relative = torch.ones(60)
     for epoch in alone[:4], alone[4:8], alone[8:]:
         confidence = torch.cat([confidence for _, confidence, *_ in epoch]).clamp(0.05, 1.0)
         seen = (torch.cat([first for *_, first in epoch])[:, None] == keypoints).all(-1)
         for sample, value in zip(seen.nonzero()[:, 1], confidence / confidence.mean(), strict=True):
             relative[sample] = value
-    states = [train.load_run(out / "last.pt") for out in runs]
+    states = [train.load_run(out / "last.pt")["curriculum"] for out in runs]
     assert states[0]["drawn"] == states[1]["drawn"] and len(relative.unique()) > 10
     for state in states:
-        assert torch.allclose(state["curriculum"]["relative"], relative, rtol=1e-4)
+        assert torch.allclose(state["relative"], relative, rtol=1e-4)
 
 
 def test_regda_in_two_processes(runs, tmp_path):
@@ -126,7 +127,7 @@ def test_regda_in_two_processes(runs, tmp_path):
     for processes in (1, 2):
         out = tmp_path / f"of-{processes}"
         options = "--method", "regda", "--epochs", "2", "--weights", runs[0].parent / "start.pth"
-        assert run(processes, *TINY, *options, "--out", out)[0] == 0
+        assert run(processes, *OPTIONS, *options, "--out", out)[0] == 0
         found.append(torch.load(f"{out}.steps0", weights_only=True))
     for ours, theirs in zip(*found, strict=True):
         assert theirs[0] == pytest.approx(ours[0], rel=1e-4, abs=1e-6)
@@ -144,10 +145,11 @@ def test_what_several_processes_refuse(monkeypatch):
 def test_an_error_in_one_process_ends_all_and_one_process_goes_on(tmp_path):
     """What process 1 alone cannot read: its message, a status that is not 0, nobody waits for ever. A single
     process takes up the run where it was saved."""
-    status, _, errors = run(2, *TINY, "--out", tmp_path / "r", FAULT="1")
+    status, _, errors = run(2, *OPTIONS, "--out", tmp_path / "r", FAULT="1")
     before = (tmp_path / "r" / "log.jsonl").read_text()
     assert status != 0 and "train.py: im1.jpg: cannot be read" in errors and before.count("\n") == 1
+    assert not list((tmp_path / "r").glob("*.tmp"))
     status, _, errors = run(1, "--resume", "--device", "cpu", "--out", tmp_path / "r")
     after = (tmp_path / "r" / "log.jsonl").read_text()
     assert status == 0 and after.startswith(before) and after.count("\n") == 3, errors
-    assert json.loads((tmp_path / "r" / "result.json").read_text())["epochs"] == 3
+    assert read(tmp_path / "r" / "result.json")["epochs"] == 3

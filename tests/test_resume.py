@@ -1,4 +1,5 @@
-"""Runs that survive: killed anywhere, damaged, out of disk or interrupted, they end in the same bits."""
+"""Runs that survive: killed anywhere, damaged, out of disk or interrupted, they end in the same bits. A directory
+has one owner, and data may be moved."""
 import hashlib
 import json
 import os
@@ -9,35 +10,47 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import train
+from miniatures import make_tree
+from tiny_runs import SCRIPT, TINY, check_one_line, read
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-TINY = """--epochs 3 --pretrain-epochs 1 --iters-per-epoch 2 --batch-size 4 --source-count 40 --style-iters 2
-          --target-count 30 --vae-steps 5 --image-size 32 --amp off --device cpu""".split()
+ROOT = Path(__file__).resolve().parents[1]
 
 # Imports the project once and forks a process per start of a run, with one thread: sums have one order. A job
 # may have it end by a signal at the n-th moment of a kind, or limit the size of its files.
-STARTER = """
-import io, json, os, resource, signal, sys, threading
+STARTER = SCRIPT + """
+import io, json, os, resource, signal, threading
 import torch
-import actupose, data, train
+import actupose
 
-data.Mannequin.DEFAULT_COUNTS = {key: min(n, 20) for key, n in data.Mannequin.DEFAULT_COUNTS.items()}
-train.draw_panels = train.draw_complexity = lambda *arguments: None         # the slow ones
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def arm(kind, which, number):
     moments = iter(range(1, 10 ** 6))
-    end = lambda: next(moments) == which and os.kill(os.getpid(), number)
+
+    def end():
+        if next(moments) == which:
+            os.kill(os.getpid(), number)
+
+    def ends_around(function):
+        def ending(*arguments, **options):
+            end()
+            result = function(*arguments, **options)
+            end()
+            return result
+        return ending
 
     class HalfWriter(io.FileIO):
         def write(self, content):
             half = super().write(content[:len(content) // 2])
-            return half + (end() or super().write(content[half:]))
+            end()
+            return half + super().write(content[half:])
 
     if kind == "clock":
         threading.Timer(which, os.kill, (os.getpid(), number)).start()
@@ -46,21 +59,22 @@ def arm(kind, which, number):
         resource.setrlimit(resource.RLIMIT_FSIZE, (which, which))
     elif kind == "write":
         data.open = lambda path, mode: HalfWriter(path, "w") if mode == "wb" else open(path, mode)
-    elif kind:                                                  # before and after the calls of a function
+    elif kind:
         module, name = kind.split(".")
-        function = getattr(globals()[module], name)
-        setattr(globals()[module], name, lambda *a, **k: (end(), function(*a, **k), end())[1])
+        setattr(globals()[module], name, ends_around(getattr(globals()[module], name)))
 
 for line in sys.stdin:
     arguments, log, kind, which, number = json.loads(line)
     if os.fork() == 0:
-        status, sys.stdout = 99, open(log, "w")
-        sys.stderr = sys.stdout
+        status = 99
+        sys.stdout = open(log, "w")
+        sys.stderr = open(log + ".errors", "w")
         try:
             arm(kind, which, number)
             status = train.main(arguments)
         finally:
             sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(status)
     print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
@@ -68,21 +82,27 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """start(out, kind, which, number) -> exit status (-9: killed) and output of one start of the tiny run, or
-    of one with other options. Where its settings are written, `--resume --out RUN` alone resumes it."""
-    log, cache = tmp_path_factory.mktemp("start") / "output.txt", tmp_path_factory.mktemp("cache")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    """start(out, kind, which, number): one start of the tiny run, or of one with other options. Where its settings
+    are written, `--resume --out RUN` alone goes on with it; where its result is, `evaluate` draws its pictures.
+
+    Returns the exit status (-9: killed) and what is on stderr.
+    """
+    log = tmp_path_factory.mktemp("start") / "output"
+    cache = tmp_path_factory.mktemp("cache")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
 
     def start(out, kind="", which=0, number=signal.SIGKILL, others=()):
-        anew = [*TINY, *others, "--cache", str(cache)]
-        options = ["--resume"] if (out / "config.json").exists() else anew
-        job = [*options, "--out", str(out)], str(log), kind, which, number
-        print(json.dumps(job), file=process.stdin, flush=True)
-        return int(process.stdout.readline()), log.read_text()
+        words = [*TINY, "--amp", "off", *others, "--cache", str(cache), "--out", str(out)]
+        if (out / "config.json").exists():
+            words = ["--resume", "--device", "cpu", "--out", str(out)]
+        if (out / "result.json").exists():
+            words = ["evaluate", str(out), "--device", "cpu"]
+        print(json.dumps([words, str(log), kind, which, number]), file=process.stdin, flush=True)
+        return int(process.stdout.readline()), log.with_name("output.errors").read_text()
 
-    with subprocess.Popen([sys.executable, "-c", STARTER], cwd=Path(__file__).parents[1], env=environment,
-                          text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", STARTER], env=environment, text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:
         yield start
 
 
@@ -96,7 +116,7 @@ def finished(tmp_path_factory, start):
 
 @pytest.fixture
 def unfinished(finished, tmp_path):
-    """The run as it was when it had saved its last epoch and neither its pictures nor its result."""
+    """The run as it was when it had saved its last epoch and neither its result nor its pictures."""
     out = tmp_path / "runs" / "actupose-mannequin-wild-s0"                  # --out by default
     return shutil.copytree(finished, out, ignore=shutil.ignore_patterns("result.json", "figures"))
 
@@ -126,27 +146,45 @@ def assert_same_run(one, two):
     assert plain(load(one / "last.pt")) == plain(load(two / "last.pt")) != plain(load(one / "previous.pt"))
 
 
-LARGEST = {"actupose.total_loss": 12, "torch.save": 6, "write": 12, "os.fsync": 20, "os.replace": 20,
-           "train.draw_chart": 4, "clock": 0.5}                            # moments of a kind in a whole run
+# Moments of a kind in a whole run.
+LARGEST = {"actupose.total_loss": 12, "torch.save": 6, "write": 12, "os.fsync": 24, "os.replace": 24,
+           "train.save_picture": 6, "clock": 0.5}
 
 
 def test_killed_anywhere_and_resumed_to_the_same_bits(start, finished, tmp_path):
-    """12 kills, seeded: within steps, in the middle of writing, at syncs and renames, between pictures and
-    result, by the clock. No finished epoch is lost, and each chain of kills ends as the run never killed."""
-    choice, kills, chain = random.Random(7), [*LARGEST, *LARGEST][:12], 0
+    """12 kills, seeded: within steps, in the middle of writing, at syncs and renames, between result and
+    pictures, by the clock. No finished epoch is lost, and each chain of kills ends as the run never killed."""
+    choice = random.Random(7)
+    kills = [*LARGEST, *LARGEST][:12]
     choice.shuffle(kills)
+    chain = 0
     while kills:
-        out, chain, status, epochs = tmp_path / f"chain{chain}", chain + 1, -9, 0
+        out = tmp_path / f"chain{chain}"
+        chain += 1
+        status = -9
+        epochs = 0
         while status:
-            kind, most = (kills[-1], LARGEST[kills[-1]]) if kills else ("", 1)
+            kind = kills[-1] if kills else ""
+            most = LARGEST.get(kind, 1)
             which = choice.uniform(0, most) if kind == "clock" else choice.randint(1, most)
-            status, output = start(out, kind, which)
-            assert status in (0, -9), output
-            kills = kills[:-1] if status else kills
-            before, epochs = epochs, max(len(load(out / name)["log"]) for name in ("last.pt", "previous.pt"))
+            status, errors = start(out, kind, which)
+            assert status in (0, -9), errors
+            if status:
+                kills.pop()
+            before = epochs
+            epochs = max(len(load(out / name)["log"]) for name in ("last.pt", "previous.pt"))
             assert epochs >= before
         assert_same_run(finished, out)
     assert chain < 12                                                       # one chain had several kills
+
+
+@pytest.mark.parametrize("which", [1, 4])
+def test_killed_between_result_and_pictures(which, start, finished, tmp_path):
+    """With its result a run is finished: `evaluate` draws what is missing."""
+    assert start(tmp_path, "train.save_picture", which)[0] == -9
+    assert (tmp_path / "result.json").read_bytes() == (finished / "result.json").read_bytes()
+    assert start(tmp_path)[0] == 0
+    assert_same_run(finished, tmp_path)
 
 
 @pytest.mark.parametrize("kind, which, number, expected, text, epochs", [
@@ -157,9 +195,11 @@ def test_ended_at_one_moment(kind, which, number, expected, text, epochs, start,
     """Killed before the first epoch was saved, even while it wrote its settings, a run starts anew. Ctrl-C or
     files that may not grow to the size of a checkpoint with a teacher, which the second epoch writes, end it
     with one line and leave nothing half-written. Each goes on to the same bits."""
-    out, which = tmp_path / "r", which or (finished / "last.pt").stat().st_size - 20_000
-    status, output = start(out, kind, which, number)
-    assert status == expected and text in output and output.count("\n") == ("--resume" in output) == epochs
+    out = tmp_path / "r"
+    if kind == "limit":
+        which = (finished / "last.pt").stat().st_size - 20_000
+    status, errors = start(out, kind, which, number)
+    assert status == expected and text in errors and errors.count("\n") == ("--resume" in errors) == epochs
     assert len(load(out / "last.pt")["log"]) == epochs and not (text and list(out.rglob("*.tmp")))
     assert start(out)[0] == 0
     assert_same_run(finished, out)
@@ -168,7 +208,9 @@ def test_ended_at_one_moment(kind, which, number, expected, text, epochs, start,
 def test_regda_goes_on_to_the_same_bits(start, tmp_path):
     """Killed before its first epoch with two regressors was saved, then in the second, which goes on with
     their weights, their BatchNorm and the new optimiser's state."""
-    whole, killed, regda = tmp_path / "whole", tmp_path / "killed", ("--method", "regda")
+    whole = tmp_path / "whole"
+    killed = tmp_path / "killed"
+    regda = ("--method", "regda")
     assert start(whole, others=regda)[0] == 0
     for moment, epochs in ((3, 1), (3, 2)):                                 # before the second torch.save
         assert start(killed, "torch.save", moment, others=regda)[0] == -9
@@ -188,12 +230,12 @@ def test_resume_refuses_other_settings(option, value, finished, unfinished, monk
     before = {path: path.stat().st_mtime_ns for out in (finished, unfinished) for path in out.rglob("*")}
     for place in ["--out", str(unfinished)], ["--out", str(finished)], []:
         assert train.main(["--resume", *TINY, option, value, *place]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith(f"train.py: {option}: ") and value in error and error.count("\n") == 1
+        check_one_line(capsys.readouterr().err, f"train.py: {option}: ", value)
     assert train.main(["--resume", *TINY, "--out", str(finished)]) == 0
     assert "is finished" in capsys.readouterr().out
     for place in unfinished, finished, unfinished / "last.pt":              # the last is no directory
-        assert train.main([*TINY, "--out", str(place)]) == 2 and "--out: " in capsys.readouterr().err
+        assert train.main([*TINY, "--out", str(place)]) == 2
+        check_one_line(capsys.readouterr().err, "--out: ")
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
@@ -206,19 +248,129 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, start, finishe
     last.unlink()
     if damage != "missing":
         last.write_bytes(content[:-1000] if damage == "cut" else content)
-    status, output = start(unfinished)
-    said = [line for line in output.splitlines() if line.startswith("train.py: ")]
-    assert status == 0 and len(said) == 1 and said[0].startswith(f"train.py: {last}: "), output
-    assert f"going on from {previous}, 2 epochs" in said[0]
+    status, errors = start(unfinished)
+    assert status == 0
+    check_one_line(errors, f"train.py: {last}: ", f"going on from {previous}, 2 epochs")
     assert len(load(previous)["log"]) == 2                                  # not the damaged one, kept
     assert_same_run(finished, unfinished)
 
     (unfinished / "result.json").unlink()
     for path in (last, previous):
         path.write_bytes(content)
-    status, output = start(unfinished)
-    assert status == 2 and f"{previous}: damaged" in output and output.count("\n") == 1, output
-    assert "goes on from" not in output                                     # there is nothing to go on from
+    status, errors = start(unfinished)
+    assert status == 2 and "goes on from" not in errors                     # there is nothing to go on from
+    check_one_line(errors, f"{previous}: damaged")
+
+
+# --- Directories and places ---------------------------------------------------------------------------------
+
+
+def test_a_directory_has_one_owner(launch, tmp_path, monkeypatch, capsys):
+    """While a run is at work, another process is refused on one line, whether it is to begin or to resume. What it
+    was refused stays as it is, and the result is that of an undisturbed run."""
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT + "for options in [[], ['--resume']]:\n"
+                      "    assert train.main([*sys.argv[1:], *options]) == 2\n")
+    out = tmp_path / "run"
+    options = [*TINY, "--style", "off", "--out", str(out)]
+    answers = []
+    step = train.Trainer.step
+
+    def disturbed(trainer, number, *batch):
+        if number == 3:                                         # after an epoch
+            done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True,
+                                  env={**os.environ, "PYTHONPATH": str(ROOT)})
+            answers.append((done.returncode, done.stdout, done.stderr.splitlines(keepends=True)))
+        return step(trainer, number, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "step", disturbed)
+        assert launch(out, "--style", "off") == 0
+    [(status, said, lines)] = answers
+    assert (status, said, len(lines)) == (0, "", 2)
+    for line in lines:
+        check_one_line(line, "--out: another process is at work", str(out))
+    assert launch(tmp_path / "alone", "--style", "off") == 0
+    for name in ("log.jsonl", "result.json", "last.pt"):
+        assert (out / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def test_a_refused_process_leaves_the_owners_directory(tmp_path):
+    """Also where it is still empty, and was not there when the refused one looked."""
+    out = tmp_path / "a" / "b"
+    owner = train.claimed(out)
+    check_writable = train.check_writable
+    with pytest.MonkeyPatch.context() as patch:
+        def made_meanwhile(path, name):
+            patch.setattr(train, "check_writable", check_writable)
+            owner.__enter__()
+
+        patch.setattr(train, "check_writable", made_meanwhile)
+        with pytest.raises(train.UserError, match="another process"), train.claimed(out):
+            pass
+    assert out.is_dir()
+    owner.__exit__(None, None, None)
+    assert not list(tmp_path.iterdir())                         # the owner wrote nothing into it
+
+
+def test_a_directory_with_settings_holds_a_run(launch, tmp_path, capsys, monkeypatch):
+    """A run that was killed in the Pose-VAE, say: it is not overwritten by another, and --resume begins it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train.actupose, "train_pose_vae", Mock(side_effect=KeyboardInterrupt))
+        assert launch(tmp_path / "r", "--style", "off") == 130
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["config.json"]
+    capsys.readouterr()
+    assert launch(tmp_path / "r", "--style", "off", "--lr", 0.5) == 2
+    check_one_line(capsys.readouterr().err, "--out: ", "holds a run")
+    assert train.main(["--resume", "--device", "cpu", "--out", str(tmp_path / "r")]) == 0
+    assert read(tmp_path / "r" / "config.json")["lr"] == 0.001
+
+
+def test_the_home_directory_in_a_runs_paths(tmp_path, monkeypatch):
+    """~ is expanded in --out and --cache, and in every path of the settings."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    options = "--method source-only --epochs 1 --out=~/runs/x --cache=~/cache".split()
+    assert train.main([*TINY, *options]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "cache"}
+    assert list((tmp_path / "cache").glob("*.u8"))
+    assert train.main(["evaluate", "~/runs/x", "--device", "cpu"]) == 0
+    for name in train.PATHS:
+        given = {"style": "vgg", "style_weights": "~/s", "source": "surreal", "source_root": "~/a", "target": "lsp",
+                 "target_root": "~/b", name: "~/there"}
+        assert getattr(train.make_settings(**given), name) == str(tmp_path / "there")
+
+
+def test_a_dataset_that_moved(launch, tmp_path, capsys, monkeypatch):
+    """--resume and `evaluate` take its new place, and --resume writes it down. Other data are refused."""
+    sizes = [(90 + 5 * i, 80) for i in range(6)]
+    for name, count in (("old", 6), ("other", 5)):
+        (tmp_path / name).mkdir()
+        make_tree(tmp_path / name, False, sizes[:count])
+    monkeypatch.setattr(train.data.random.Random, "choices", lambda self, order, k: order[:3])
+    out = tmp_path / "run"
+    options = ["--target", "lsp", "--style", "off", "--curriculum", "off", "--bins", 3, "--hard-bins", 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_speed", Mock(side_effect=KeyboardInterrupt))
+        assert launch(out, *options, "--target-root", tmp_path / "old") == 130
+    (tmp_path / "old").rename(tmp_path / "new")
+    capsys.readouterr()
+    resume = ["--resume", "--device", "cpu", "--out", str(out)]
+    assert train.main(resume) == 2
+    check_one_line(capsys.readouterr().err, "--target-root: ", str(tmp_path / "old"))
+    assert train.main([*resume, "--target-root", str(tmp_path / "other")]) == 2
+    check_one_line(capsys.readouterr().err, "go on with the data that the run was started on")
+    assert train.main([*resume, "--target-root", str(tmp_path / "new")]) == 0
+    assert read(out / "config.json")["target_root"] == str(tmp_path / "new")
+    (tmp_path / "new").rename(tmp_path / "third")
+    assert train.main(["evaluate", str(out), "--device", "cpu"]) == 2
+    capsys.readouterr()
+    words = ["evaluate", str(out), "--device", "cpu", "--target-root", str(tmp_path / "third")]
+    assert train.main(words) == 0
+    assert "the same as" in capsys.readouterr().out
+
+
+# --- Hostile files ------------------------------------------------------------------------------------------
 
 
 STATE = {"student": {"weight": torch.arange(64.0), "count": torch.tensor(3)}, "log": [{"epoch": 0}]}
@@ -230,12 +382,16 @@ def test_corrupted_and_hostile_checkpoints(tmp_path, monkeypatch):
     """100 files with a bit flipped, cut, with bytes removed, added or set to zero: none loads as something
     else. With a digest that fits one may, but nothing is raised but UserError, and nothing is executed."""
     monkeypatch.chdir(tmp_path)
-    path, choice, refused = tmp_path / "last.pt", random.Random(1), 0
+    path = tmp_path / "last.pt"
+    choice = random.Random(1)
+    refused = 0
     train.save_checkpoint(path, STATE)
     content = path.read_bytes()
     for i in range(100):
-        at, size = choice.randrange(len(content)), choice.randint(1, 200)
-        flipped, after = bytes([content[at] ^ 1 << i % 8]) + content[at + 1:], content[at + size:]
+        at = choice.randrange(len(content))
+        size = choice.randint(1, 200)
+        flipped = bytes([content[at] ^ 1 << i % 8]) + content[at + 1:]
+        after = content[at + size:]
         changed = content[:at] + [flipped, b"", after, bytes(size) + content[at:], bytes(size) + after][i % 5]
         path.write_bytes(changed)
         state = load(path)

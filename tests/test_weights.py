@@ -4,15 +4,21 @@ import collections
 import json
 import os
 import pickle
+import struct
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 import actupose
+import data
 import train
+from tiny_runs import check_one_line
 
+CPU = torch.device("cpu")
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 Payload = type("Payload", (), {"__reduce__": lambda self: (os.mkdir, ("executed",))})    # if it is unpickled
 
@@ -69,7 +75,8 @@ def test_udape(tmp_path):
 def test_regda():
     """`model`: the pretrained network whole; of the adapted one all but its two heads of two layers. One
     with RegDA's two regressors takes the adapted one whole, and of the pretrained one psi."""
-    check("resnet18", {"model": (state := ours("resnet18", 21)), "epoch": 1}, state)
+    state = ours("resnet18", 21)
+    check("resnet18", {"model": state, "epoch": 1}, state)
     state = ours("resnet18", leave_out="head")
     heads = {name: torch.rand(3) for name in ("head.0.weight", "head.1.bias", "head_adv.0.weight")}
     check("resnet18", {"model": state | heads}, state, heads, {"head"})
@@ -91,20 +98,82 @@ def test_ours(tmp_path):
         check("narrow", train.read_weights(train.make_settings(weights=str(path)))[0], state)
 
 
-def test_style_weights(tmp_path):
-    """AdaIN's files: every parameter of ours is theirs, none is left to train. A wrong shape is refused."""
-    encoder, decoder = (published("adain_state_dict.json", key) for key in ("vgg_normalised", "decoder"))
-    torch.save(encoder, tmp_path / "vgg_normalised.pth")
-    torch.save(decoder, tmp_path / "decoder.pth")
-    settings = train.make_settings(style="vgg", style_weights=str(tmp_path))
-    transfer = train.prepare_style(settings, None, SimpleNamespace(device="cpu"))
-    for network, state in ((transfer.encoder, encoder), (transfer.decoder, decoder)):
-        assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+# --- Style networks -----------------------------------------------------------------------------------------
+
+
+def open_style(**options):
+    """The style networks of a run on tiny images, VGG's."""
+    settings = train.make_settings(style="vgg", image_size=32, batch_size=8, **options)
+    domains = SimpleNamespace(source=data.Mannequin("source", "train", 32, 8),
+                              target=data.Mannequin("target", "train", 32, 8))
+    return train.open_style(settings, CPU, domains), domains, settings
+
+
+def test_adains_encoder_and_a_decoder_by_name(tmp_path, monkeypatch):
+    """Every parameter of ours is theirs. A decoder beside the encoder is not taken: it has to be given. A wrong
+    shape is refused."""
+    encoder = published("adain_state_dict.json", "vgg_normalised")
+    decoder = published("adain_state_dict.json", "decoder")
+    for name, state in (("vgg_normalised.pth", encoder), ("decoder.pth", decoder)):
+        torch.save(state, tmp_path / name)
+    transfer, _, _ = open_style(style_weights=str(tmp_path))
+    assert all(torch.equal(value, encoder[name]) for name, value in transfer.encoder.state_dict().items())
+    assert not torch.equal(transfer.decoder.state_dict()["1.weight"], decoder["1.weight"])
     unused = {int(name.split(".")[0]) for name in encoder.keys() - transfer.encoder.state_dict().keys()}
     assert unused == {32, 35, 38, 42, 45, 48, 51}                           # beyond relu4_1
+    monkeypatch.setattr(train, "check_decoder", lambda *_: None)            # these values are random
+    given = dict(style_weights=str(tmp_path), style_decoder=str(tmp_path / "decoder.pth"))
+    transfer, _, _ = open_style(**given)
+    assert all(torch.equal(value, decoder[name]) for name, value in transfer.decoder.state_dict().items())
     torch.save({**decoder, "1.bias": torch.zeros(3)}, tmp_path / "decoder.pth")
-    with pytest.raises(train.UserError, match="decoder.pth: 1.bias"):
-        train.prepare_style(settings, None, SimpleNamespace(device="cpu"))
+    with pytest.raises(train.UserError, match="decoder.pth: .*1.bias"):
+        open_style(**given)
+
+
+def convolution(factor, shift):
+    """A 1x1 layer that gives factor * x + shift, factor and shift per channel."""
+    layer = torch.nn.Conv2d(3, 3, 1)
+    layer.weight.data = torch.diag(torch.as_tensor(factor)).view(3, 3, 1, 1)
+    layer.bias.data = torch.as_tensor(shift)
+    return layer
+
+
+MEAN = torch.tensor([0.485, 0.456, 0.406])
+STD = torch.tensor([0.229, 0.224, 0.225])
+ONES = torch.ones(3)
+
+
+@pytest.mark.parametrize("encoder, decoder, text", [
+    # The encoder takes what is normalised to 2x + 1; the decoder of this domain takes it back.
+    ((2 * ONES, ONES), (ONES / 2, -ONES / 2), None),
+    # AdaIN's pair, trained on 0 ... 1 on both sides; a decoder that turns normalised images into 0 ... 1.
+    ((2 * ONES, ONES), (ONES / 2 * STD, MEAN - STD / 2), "decodes to images in 0 ... 1"),
+    # Of another domain: the channels are wrong, or nothing but the mean colour is there.
+    ((2 * ONES, ONES), (-ONES / 2, ONES / 2), "does not reproduce the images"),
+    ((2 * ONES, ONES), (0 * ONES, ONES), "does not reproduce the images")])
+def test_a_given_decoder_is_tried(encoder, decoder, text, tmp_path, monkeypatch, capsys):
+    """Before anything is written: normalised images have to come back without a style."""
+    monkeypatch.setattr(actupose, "vgg_networks", lambda: (
+        torch.nn.Sequential(convolution(ONES, 0 * ONES)), torch.nn.Sequential(convolution(ONES, 0 * ONES)), (0,)))
+    torch.save(torch.nn.Sequential(convolution(*encoder)).state_dict(), tmp_path / "vgg_normalised.pth")
+    torch.save(torch.nn.Sequential(convolution(*decoder)).state_dict(), tmp_path / "decoder.pth")
+    given = dict(style_weights=str(tmp_path), style_decoder=str(tmp_path / "decoder.pth"))
+    if text is None:
+        transfer, domains, settings = open_style(**given)
+        before = [parameter.clone() for parameter in transfer.parameters()]
+        trainer = SimpleNamespace(style_transfer=transfer, device=CPU, autocast=None)
+        train.train_style(SimpleNamespace(settings=settings, trainer=trainer, domains=domains))
+        assert all(map(torch.equal, before, transfer.parameters()))         # what is given is not trained
+        assert not any(parameter.requires_grad for parameter in transfer.parameters())
+        return
+    words = ["--style", "vgg", "--source-count", "60", "--target-count", "60", "--image-size", "32"]
+    words += [f"{train.option_of(name)}={value}" for name, value in given.items()]
+    assert train.main([*words, "--device", "cpu", "--out", str(tmp_path / "r")]) == 2
+    check_one_line(capsys.readouterr().err, "--style-decoder: ", "decoder.pth", text)
+    assert not (tmp_path / "r").exists()
+
+
+# --- What is refused ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("state, texts", [
@@ -125,19 +194,61 @@ def test_what_does_not_fit_is_refused_whole(state, texts):
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
 
 
+MODULE = torch.nn.Linear(2, 2)
+ADVICE = "torch.save(model.state_dict(), FILE)"
+
+
+def write_safetensors(path):
+    """One tensor of four numbers: the header's length, the header, the numbers."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
+
+
+def write_script(path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                     # TorchScript is deprecated
+        torch.jit.trace(MODULE, torch.zeros(1, 2)).save(path)
+
+
+def cut(path):
+    torch.save(MODULE.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+# What writes the file, and what the answer says.
+FILES = {
+    "a NumPy scalar": (lambda path: torch.save({"a": torch.zeros(1), "best": np.float64(1)}, path),
+                       ["multiarray.scalar", "could run code", ADVICE]),
+    "a module": (lambda path: torch.save(MODULE, path), ["torch.nn.modules.linear.Linear", ADVICE]),
+    "TorchScript": (write_script, ["TorchScript", ADVICE]),
+    "safetensors": (write_safetensors, ["it is a safetensors file", "safetensors.torch.load_file"]),
+    "a tensor": (lambda path: torch.save(torch.zeros(3), path), ["it holds a Tensor", ADVICE]),
+    "another network": (lambda path: torch.save(ours("resnet18"), path), ["another architecture", "--architecture"]),
+    "a NumPy archive": (lambda path: np.savez(path.open("wb"), a=1), ["not written by torch.save", ADVICE]),
+    "cut off": (cut, ["damaged", "fetch it again"]),
+    "a page": (lambda path: path.write_text("<html>404"), ["damaged", "fetch it again"]),
+    "hostile": (lambda path: path.write_bytes(pickle.dumps({"student": Payload()}, protocol=2)), [ADVICE]),
+    "hostile, by torch": (lambda path: torch.save({"student": Payload()}, path), ["mkdir", "could run code"]),
+    "nothing": (lambda path: None, ["No such file"]),
+    "an empty folder": (Path.mkdir, ["last.pt: no such file"]),
+}
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("weights", ["imagenet", "no/such.pth", "empty", "other.pth", "text.pth",
-                                     "tensor.pth", "evil1.pth", "evil2.pth"])
-def test_mistakes_get_one_line_before_anything_is_written(weights, tmp_path, monkeypatch, capsys):
-    """And nothing of a hostile file is executed."""
+@pytest.mark.parametrize("kind", FILES)
+def test_files_that_are_not_loaded(kind, tmp_path, monkeypatch, capsys):
+    """One line says what was refused and what to do, before anything is written. A valid file is not called
+    damaged. Nothing of a hostile file is executed."""
     monkeypatch.chdir(tmp_path)
-    Path("empty").mkdir()
-    Path("text.pth").write_text("not a checkpoint")
-    Path("evil1.pth").write_bytes(pickle.dumps({"student": Payload()}, protocol=2))
-    torch.save({"student": Payload()}, "evil2.pth")
-    torch.save(torch.zeros(3), "tensor.pth")
-    torch.save(ours("resnet18"), "other.pth")
-    assert train.main(["--device", "cpu", "--weights", weights, "--out", "r"]) == 2
+    write, texts = FILES[kind]
+    write(Path("x.pth"))
+    assert train.main(["--device", "cpu", "--weights", "x.pth", "--out", "r"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("train.py: ") and weights in error and error.count("\n") == 1, error
+    check_one_line(error, "x.pth", *texts)
+    assert kind in ("cut off", "a page", "a NumPy archive", "hostile") or "damaged" not in error
     assert not Path("r").exists() and not Path("executed").exists()
+
+
+def test_imagenet_weights_need_a_resnet(capsys, tmp_path):
+    assert train.main(["--weights", "imagenet", "--out", str(tmp_path / "r"), "--device", "cpu"]) == 2
+    check_one_line(capsys.readouterr().err, "--architecture: --weights imagenet needs resnet18")

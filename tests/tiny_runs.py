@@ -1,0 +1,39 @@
+"""Runs that take seconds: their options, and ways to look into them."""
+import json
+
+TINY = ("--epochs 3 --pretrain-epochs 1 --iters-per-epoch 2 --batch-size 4 --source-count 60 --target-count 30 "
+        "--image-size 32 --style-iters 2 --vae-steps 5 --bins 5 --hard-bins 2 --lr-drops 1,2 --lr-factor 0.5 "
+        "--device cpu").split()
+# train.py with few images to score and without the slow pictures, for runs in processes of their own.
+SCRIPT = """
+import sys
+import data, train
+
+data.Mannequin.DEFAULT_COUNTS = {key: min(n, 20) for key, n in data.Mannequin.DEFAULT_COUNTS.items()}
+train.draw_panels = train.draw_complexity = lambda *arguments: None
+"""
+
+
+def read(path):
+    """A JSON file, or the list that a file of JSON lines is."""
+    text = path.read_text()
+    if path.suffix == ".json":
+        return json.loads(text)
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def record(patch, calls, owner, *names):
+    """Append (name, arguments, result) of each call of these functions of `owner` to calls."""
+    for name in names:
+        def spy(*arguments, name=name, function=getattr(owner, name), **options):
+            result = function(*arguments, **options)
+            calls.append((name, arguments, result))
+            return result
+        patch.setattr(owner, name, spy)
+
+
+def check_one_line(error, *texts):
+    """A mistake is answered on one line of stderr, which says all this."""
+    assert error.startswith(("train.py: ", "docs.reproduce: ")) and error.count("\n") == 1, error
+    for text in texts:
+        assert text in error, error
