@@ -486,7 +486,8 @@ class PoseResNet(nn.Module):
         block, layers, widths, stem, width = ARCHITECTURES[architecture]
         self.backbone = Backbone(block, layers, widths, stem)
         self.stride = 4 if stem[1] else 2                                  # pixels per heatmap cell
-        upsampling, channels = [], self.backbone.channels
+        upsampling = []
+        channels = self.backbone.channels
         for _ in range(3):
             upsampling += [nn.ConvTranspose2d(channels, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width),
                            nn.ReLU()]
@@ -551,7 +552,8 @@ def load_pose_weights(network, state):
             if not reasons:
                 raise ValueError(f"this network has no {name}: it is of another architecture")
             ignored[name] = reasons[0]
-    loaded, left = [name for name in own if name in given], [name for name in own if name not in given]
+    loaded = [name for name in own if name in given]
+    left = [name for name in own if name not in given]
     started = {name.split(".")[0] for name in loaded}
     for name in left:
         # Files from before 2018 lack the BatchNorm's counters, which nothing here reads.
@@ -648,14 +650,18 @@ class StyleTransfer(nn.Module):
         return torch.maximum(torch.minimum(images, high), low)
 
     def losses(self, content, style):
-        """Reconstruction, content and style loss of one pair of batches: scalars, to train the decoder."""
-        content_features, style_features = self.encode(content), self.encode(style)
+        """Reconstruction, content and style loss of one pair of batches: scalars, for the decoder."""
+        content_features = self.encode(content)
+        style_features = self.encode(style)
         target = adain(content_features[-1], style_features[-1]).detach()
         restyled = self.encode(self.decoder(target))
         content_loss = F.mse_loss(restyled[-1].float(), target)
-        statistics = [zip(channel_statistics(r.float()), channel_statistics(s.float()))
-                      for r, s in zip(restyled, style_features)]
-        style_loss = sum(F.mse_loss(mine, theirs.detach()) for layer in statistics for mine, theirs in layer)
+        style_loss = 0
+        for ours, theirs in zip(restyled, style_features):
+            mean, deviation = channel_statistics(ours.float())
+            style_mean, style_deviation = channel_statistics(theirs.float())
+            style_loss = style_loss + F.mse_loss(mean, style_mean.detach())
+            style_loss = style_loss + F.mse_loss(deviation, style_deviation.detach())
         reconstruction = F.mse_loss(self.decoder(content_features[-1]).float(), content)
         return reconstruction, content_loss, style_loss
 
@@ -760,7 +766,8 @@ def occlude_keypoints(images, keypoints, confidence, u, half, probability=0.5, m
     across, down = ((line - centre[:, axis, None]).abs() <= half for axis in (0, 1))
     patch = down[:, :, None] & across[:, None, :]
     shift = (1 + u[:, 1:3] * (size - 1)).long()                                    # where it is copied from
-    columns, rows = (line + shift[:, :1]) % size, (line + shift[:, 1:]) % size
+    columns = (line + shift[:, :1]) % size
+    rows = (line + shift[:, 1:]) % size
     source = (rows[:, :, None] * size + columns[:, None, :]).flatten(1)
     moved = images.flatten(2).gather(2, source[:, None].expand(-1, 3, -1)).view_as(images)
     return (torch.where((patch & hide[:, None, None])[:, None], moved, images),
@@ -777,8 +784,9 @@ def limb_cosines(predicted, labelled, limbs, weight):
     that are unlabelled or not trusted.
     Returns (B, L): 0 where an end has no weight or a vector no length.
     """
-    a, b = limbs[:, 0], limbs[:, 1]
-    v, v_hat = labelled[:, b] - labelled[:, a], predicted[:, b] - predicted[:, a]
+    a, b = limbs.unbind(1)
+    v = labelled[:, b] - labelled[:, a]
+    v_hat = predicted[:, b] - predicted[:, a]
     product = (v ** 2).sum(-1) * (v_hat ** 2).sum(-1)
     valid = (weight[:, a] > 0) & (weight[:, b] > 0) & (product > 0)
     cosine = (v * v_hat).sum(-1) / torch.where(valid, product, 1.0).sqrt()
@@ -805,10 +813,13 @@ def cross_domain_loss(source_features, target_features, similar, centred=False):
     domain without their mean over the rows given, the part that all poses share.
     """
     dtype = torch.promote_types(source_features.dtype, torch.float32)             # not in half precision
-    f_s, f_t = source_features.to(dtype), target_features.detach().to(dtype)
+    f_s = source_features.to(dtype)
+    f_t = target_features.detach().to(dtype)
     if centred:
-        f_s, f_t = f_s - f_s.mean(0), f_t - f_t.mean(0)
-    f_s, f_t = F.normalize(f_s, dim=-1), F.normalize(f_t, dim=-1)
+        f_s = f_s - f_s.mean(0)
+        f_t = f_t - f_t.mean(0)
+    f_s = F.normalize(f_s, dim=-1)
+    f_t = F.normalize(f_t, dim=-1)
     return -((f_s @ f_t.T) * similar).sum()                                                          # Eq. 6
 
 
@@ -825,9 +836,11 @@ def make_regressors(network):
 
     Both start new: psi alone survives pretraining. Parameter names are the published ones.
     """
-    width, num_keypoints = network.head.in_channels, network.head.out_channels
+    width = network.head.in_channels
+    num_keypoints = network.head.out_channels
     for name in ("head", "head_adv"):
-        first, last = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, num_keypoints, 1)
+        first = nn.Conv2d(width, width, 3, padding=1)
+        last = nn.Conv2d(width, num_keypoints, 1)
         for layer in (first, last):
             nn.init.normal_(layer.weight, std=0.001)
             nn.init.zeros_(layer.bias)
@@ -931,14 +944,19 @@ def score(predicted, dataset, stride, subcell, bins=None, num_bins=25):
         return None if math.isnan(value) else value
 
     true, weight = scoring_frame(dataset, stride, subcell)
-    size, groups, limbs = dataset.size, dataset.skeleton.groups, torch.tensor(dataset.skeleton.limbs)
+    size = dataset.size
+    groups = dataset.skeleton.groups
+    limbs = torch.tensor(dataset.skeleton.limbs)
     scores = pck(predicted, true, weight, size, groups)
     result = {"pck": {name: number(value) for name, value in scores.items()},
               "evalpose": number(evalpose_score(predicted, true, limbs, weight))}
     if bins is not None:
         scored = list(groups["all"])
         hits, counted = pck_hits(predicted[:, scored], true[:, scored], weight[:, scored], 0.05 * size)
-        per_pose, usable = 100 * hits.sum(1) / counted.sum(1).clamp(min=1), counted.any(1).numpy()
-        result["bins"] = [number(per_pose[torch.from_numpy((bins == j) & usable)].mean().item())
-                          for j in range(num_bins)]
+        per_pose = 100 * hits.sum(1) / counted.sum(1).clamp(min=1)
+        usable = counted.any(1).numpy()
+        result["bins"] = []
+        for j in range(num_bins):
+            of_bin = torch.from_numpy((bins == j) & usable)
+            result["bins"].append(number(per_pose[of_bin].mean().item()))
     return result

@@ -1,8 +1,8 @@
 """Train, evaluate and predict: `python train.py` runs ACTUPose on the built-in benchmark.
 
-Read `Trainer.step`, one iteration of the method (Fig. 4 of the paper), and `train`, the loop. Before them stand
-the settings and the data of a run. After them come evaluation, processes, files, pictures and the command line.
-The tables and sweeps of docs/results.md are made by `python -m docs.reproduce`.
+Read `Trainer.step`, one iteration of the method (Fig. 4 of the paper), and `train`, the loop.
+Before them stand the settings and the data of a run. After them come RegDA's steps, evaluation,
+processes, files, pictures, photographs, the command line. Tables: `python -m docs.reproduce`.
 """
 import argparse
 import dataclasses
@@ -34,16 +34,16 @@ from PIL import Image, ImageDraw, ImageFont
 import actupose
 import data
 import kernels
-from data import (Progress, colour_jitter, compose_views, invert_view, letterbox, letterbox_view, map_keypoints,
-                  normalise, prefetch, random_affine_view, random_crop_view, render_heatmaps, replacing,
-                  shuffled_batch, unit_range, warp, write_text)
+from data import (Progress, colour_jitter, compose_views, invert_view, letterbox, letterbox_view,
+                  map_keypoints, normalise, prefetch, random_affine_view, random_crop_view,
+                  render_heatmaps, replacing, shuffled_batch, unit_range, warp, write_text)
 
 
 class UserError(Exception):
     """A mistake that the user can mend: printed on one line, exit status 2."""
 
 
-# --- Settings -----------------------------------------------------------------------------------------------
+# --- Settings -------------------------------------------------------------------------------------
 
 # A method is the one loop with parts on or off.
 SUPERVISED = dict(curriculum="off", style="off", w_evalpose=0.0, w_cross=0.0)
@@ -58,16 +58,20 @@ METHODS = {
 TAUGHT = ("udape", "udape+vae-hm", "actupose")                  # a teacher joins after pretraining
 ADAPTING = (*TAUGHT, "regda")
 
-# --preset paper: §4 of the paper and the published base method. What is not named here is as in the demo.
+# --preset paper: §4 of the paper and the published base method.
 PAPER = dict(
     architecture="resnet101", weights="imagenet", image_size=256, sigma=2.0, subcell=False,
-    iters_per_epoch=500, workers=8, schedule="steps", lr=1e-4, ema=0.999, pace=2.0, vae_steps=20000,
-    occlusion_confidence=0.9, style="vgg", style_iters=20000,
-    rotation=60.0, shear=30.0, zoom=(0.6, 1.3), crop=(0.6, 1.0))
+    epochs=70, pretrain_epochs=40, iters_per_epoch=500, batch_size=32, workers=8,
+    schedule="steps", lr=1e-4, lr_drops=(44.0, 59.0), lr_factor=0.1, ema=0.999,
+    bins=25, hard_bins=8, pace=2.0, spread=0.25, vae_steps=20000,
+    mask_ratio=0.5, occlusion=0.5, occlusion_confidence=0.9,
+    style="vgg", style_prob=0.5, style_iters=20000,
+    rotation=60.0, shear=30.0, translate=0.05, zoom=(0.6, 1.3), crop=(0.6, 1.0), jitter=0.25,
+    w_udape=1.0, w_evalpose=0.1, w_cross=0.01, beta=50.0, gamma=0.06)
 # What a source of hands changes. Gamma: as many random source pairs are similar as for bodies.
 HANDS = {
     "mannequin-hand": dict(target="mannequin-hand-wild", gamma=0.019),
-    "rhd": dict(rotation=180.0, gamma=0.019),                   # rotations in every direction, as published
+    "rhd": dict(rotation=180.0, gamma=0.019),  # rotations in every direction, as published
 }
 
 # Rendered domains: the arguments of data.Mannequin.
@@ -83,14 +87,15 @@ SOURCES = {"surreal": data.SURREAL, "rhd": data.RenderedHandPose}
 TARGETS = {"lsp": data.LSP, "human36m": data.Human36M, "h3d": data.Hand3DStudio}
 
 
-# Settings that are paths, and those that may differ when a run goes on: its data may have been moved.
+# Settings that are paths, and those that may change when a run goes on.
 PATHS = ("source_root", "target_root", "cache", "weights", "style_weights", "style_decoder")
 PLACES = ("source_root", "target_root", "cache", "workers")
 
 
 def option(default, text, choices=None, low=-math.inf, above=-math.inf, high=math.inf):
-    """A field of Settings: default, help, and the values it takes (low <= or above < value <= high)."""
-    return field(default=default, metadata=dict(help=text, choices=choices, low=low, above=above, high=high))
+    """A field of Settings. Values: one of choices; low <= value, above < value, value <= high."""
+    rule = dict(help=text, choices=choices, low=low, above=above, high=high)
+    return field(default=default, metadata=rule)
 
 
 @dataclass
@@ -105,15 +110,15 @@ class Settings:
                             ("published", "true"))
     source_count: int = option(6000, "rendered source training images", low=1)
     target_count: int = option(2000, "rendered unlabelled target images", low=1)
-    seed: int = option(0, "seed of the data, initialisation and every draw", low=0, high=2 ** 31 - 1)
+    seed: int = option(0, "seed of data, initialisation and every draw", low=0, high=2 ** 31 - 1)
     cache: str = option("", "directory that keeps rendered images, safe to delete")
 
     architecture: str = option("narrow", "pose network", tuple(actupose.ARCHITECTURES))
-    weights: str = option("", "start of the network: imagenet (torchvision's file, fetched once), a file of "
-                          "torchvision's, RegDA's, UDAPE's or ours, or a run's directory")
+    weights: str = option("", "start of the network: imagenet (torchvision's file, fetched once), "
+                          "a file of torchvision's, RegDA's, UDAPE's or ours, or a run's directory")
     image_size: int = option(64, "side of the input in pixels", low=32)
     sigma: float = option(1.0, "deviation of a target heatmap's Gaussian in cells", above=0)
-    subcell: bool = option(True, "targets and decoding finer than a cell; off: the published protocol")
+    subcell: bool = option(True, "targets and decoding finer than a cell; off: as published")
 
     epochs: int = option(70, "epochs in all", low=1)
     pretrain_epochs: int = option(40, "epochs on the source before adaptation begins", low=0)
@@ -133,20 +138,24 @@ class Settings:
     hard_bins: int = option(8, "bins that udape+vae-hm trains on", low=1)
     pace: float = option(6.0, "lambda of Eq. 3: how fast the peak moves to hard bins", above=0)
     spread: float = option(0.25, "sigma of Eq. 3", above=0)
-    scale: str = option("rank", "s_j of Eq. 3: a bin's rank or its scaled mean score", ("rank", "minmax"))
+    scale: str = option("rank", "s_j of Eq. 3: a bin's rank or scaled mean score",
+                        ("rank", "minmax"))
     rescoring: str = option("relative", "re-scoring by confidence", actupose.RESCORING)
     vae_steps: int = option(1500, "training steps of the Pose-VAE", low=1)
     vae_kl: float = option(1e-3, "lambda of Eq. 1", low=0)
     vae_latent: int = option(8, "latent dimensions of the Pose-VAE", low=1)
     vae_width: int = option(128, "width of its hidden layers", low=1)
 
-    mask_ratio: float = option(0.5, "share of pseudo-labels, the least confident, left out", low=0, high=1)
+    mask_ratio: float = option(0.5, "share of pseudo-labels left out, the least confident", low=0,
+                               high=1)
     occlusion: float = option(0.5, "probability of hiding a confident keypoint", low=0, high=1)
-    occlusion_confidence: float = option(0.5, "confidence from which a keypoint may be hidden", low=0)
+    occlusion_confidence: float = option(0.5, "confidence from which one may be hidden", low=0)
     style: str = option("small", "networks of the style transfer", ("small", "vgg", "off"))
     style_weights: str = option("", "directory of AdaIN's vgg_normalised.pth, the encoder")
-    style_decoder: str = option("", "file of a decoder for normalised images, such as UDAPE's [it is trained]")
-    style_prob: float = option(0.5, "probability of restyling a batch, each direction", low=0, high=1)
+    style_decoder: str = option("", "file of a decoder for normalised images, such as UDAPE's; "
+                                "without it, one is trained")
+    style_prob: float = option(0.5, "probability of restyling a batch, each direction", low=0,
+                               high=1)
     style_iters: int = option(300, "iterations that train the style networks", low=1)
 
     rotation: float = option(60.0, "random rotation of the views, +- degrees (rhd: 180)", low=0)
@@ -160,92 +169,18 @@ class Settings:
     w_evalpose: float = option(0.1, "w2 of Eq. 8, EvalPose (Eq. 5)", low=0)
     w_cross: float = option(0.01, "w3 of Eq. 8, cross-domain features (Eq. 6)", low=0)
     centred: bool = option(False, "subtract each domain's batch mean of the features in Eq. 6")
-    map_sums: bool = option(True, "heatmap errors of Eq. 8 as sums over the body; off: means over the cells")
+    map_sums: bool = option(True, "heatmap errors of Eq. 8 summed over the body; off: means over "
+                            "the cells")
     beta: float = option(50.0, "sharpness of the soft-argmax", above=0)
     gamma: float = option(0.06, "Gamma, the threshold on Eq. 7 in radians (hands: 0.019)", low=0)
 
-    amp: str = option("auto", "train in bf16; auto: where the device computes in it", ("auto", "bf16", "off"))
+    amp: str = option("auto", "train in bf16; auto: where the device computes in it",
+                      ("auto", "bf16", "off"))
     compile: bool = option(False, "compile the pose networks (torch.compile): minutes at the start")
 
     def __post_init__(self):
-        """Check every setting. UserError names the option, what it takes and what was given."""
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, list):                         # a tuple that comes from config.json
-                value = tuple(value)
-                setattr(self, f.name, value)
-            check_value(f, value)
-        for name in PATHS:
-            setattr(self, name, os.path.expanduser(getattr(self, name)))
-        for name in ("zoom", "crop"):
-            pair = getattr(self, name)
-            if len(pair) != 2 or pair[0] > pair[1]:
-                refuse(name, "must be low,high with low <= high", pair)
-        if self.image_size % 32:
-            refuse("image_size", "must be a multiple of 32", self.image_size)
-        if self.curriculum == "hardest" and self.hard_bins > self.bins:
-            refuse("hard_bins", f"must be at most --bins {self.bins}", self.hard_bins)
-        if self.method in ADAPTING and self.pretrain_epochs >= self.epochs:
-            refuse("pretrain_epochs", f"must be below --epochs {self.epochs}, or adaptation never begins; give "
-                   "both", self.pretrain_epochs)
-        if self.source == self.target:
-            raise UserError(f"--source and --target must differ (both {self.source})")
-        if self.weights == "imagenet" and self.architecture not in IMAGENET_FILES:
-            refuse("architecture", f"--weights imagenet needs {' or '.join(IMAGENET_FILES)}", self.architecture)
-        for name in ("style_weights", "style_decoder"):
-            if self.style == "small" and getattr(self, name):
-                refuse(name, "needs --style vgg", getattr(self, name))
-        if self.style == "vgg" and not self.style_weights:
-            raise UserError("--style-weights: --style vgg needs the directory of vgg_normalised.pth (or use "
-                            "--style small)")
-        for role, loaders in (("source", SOURCES), ("target", TARGETS)):
-            domain = getattr(self, role)
-            root = getattr(self, f"{role}_root")
-            if domain in loaders and not root:
-                raise UserError(f"--{role}-root: --{role} {domain} needs its directory")
-            if domain not in loaders and root:
-                refuse(f"{role}_root", f"leave it out, {domain} is rendered", root)
-
-
-def check_value(f, value):
-    """UserError where the value of a field of Settings is of another type, or not one that the field takes."""
-    kind = type(f.default)
-    rule = f.metadata
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        refuse(f.name, f"must be of type {kind.__name__}", value)
-    if rule["choices"] and value not in rule["choices"]:
-        refuse(f.name, f"use {' or '.join(rule['choices'])}", value)
-    if kind is str:
-        return
-    numbers = value if kind is tuple else (value,)
-    for number in numbers:
-        if not math.isfinite(number):
-            refuse(f.name, "must be finite", value)
-        if number < rule["low"]:
-            refuse(f.name, f"must be at least {rule['low']}", value)
-        if number <= rule["above"]:
-            refuse(f.name, f"must be above {rule['above']}", value)
-        if number > rule["high"]:
-            refuse(f.name, f"must be at most {rule['high']}", value)
-
-
-def refuse(name, rule, value):
-    """UserError: the option of a setting, the rule for its values, the value that was given."""
-    raise UserError(f"{option_of(name)}: {rule}, got {show(value)}")
-
-
-def option_of(name):
-    """The command line's option for a setting."""
-    return "--" + name.replace("_", "-")
-
-
-def show(value):
-    """A setting as one types it."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, (tuple, list)):
-        return ",".join(show(number) for number in value)
-    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+        """UserError for a wrong value: see `check_settings`, which also expands ~ in paths."""
+        check_settings(self)
 
 
 def make_settings(preset="demo", **given):
@@ -265,7 +200,7 @@ def make_settings(preset="demo", **given):
     return Settings(**values)
 
 
-# --- Data of a run ------------------------------------------------------------------------------------------
+# --- Data of a run --------------------------------------------------------------------------------
 
 
 class Domains(NamedTuple):
@@ -288,12 +223,13 @@ def open_domains(settings):
     target = open_split(s, "target", "train")
     if source.skeleton.names != target.skeleton.names:
         raise UserError(f"--source {s.source} --target {s.target}: {len(source.skeleton)} and "
-                        f"{len(target.skeleton)} keypoints; take two domains of bodies or two of hands")
+                        f"{len(target.skeleton)} keypoints; take two domains of bodies or two of "
+                        "hands")
     for role, dataset in (("source", source), ("target", target)):
         for name in ("batch_size", "bins"):
             if getattr(s, name) > len(dataset):
-                raise UserError(f"{option_of(name)}: {getattr(s, name)} is more than the {len(dataset)} training "
-                                f"images of the {role}")
+                raise UserError(f"{option_of(name)}: {getattr(s, name)} is more than the "
+                                f"{len(dataset)} training images of the {role}")
     return Domains(source, target, open_split(s, "target", "val"), open_split(s, "target", "test"))
 
 
@@ -302,9 +238,11 @@ def open_split(settings, role, split):
     s = settings
     name = getattr(s, role)
     if name in RENDERED:
-        train_count = s.source_count if role == "source" else s.target_count
-        return data.Mannequin(**RENDERED[name], split=split, size=s.image_size, seed=s.seed,
-                              count=train_count if split == "train" else None, cache=s.cache or None,
+        count = None
+        if split == "train":
+            count = s.source_count if role == "source" else s.target_count
+        return data.Mannequin(**RENDERED[name], split=split, size=s.image_size, count=count,
+                              seed=s.seed, cache=s.cache or None,
                               progress=Progress(f"rendering {name} {split}"))
     loader = SOURCES[name] if role == "source" else TARGETS[name]
     options = {}
@@ -322,7 +260,8 @@ def batches(run, samples, steps):
     """Jobs for `prefetch`: one `load_step` per step, of this epoch's source samples in order."""
     count = len(steps) * run.settings.batch_size
     if len(samples) != count:
-        raise ValueError(f"{type(run.curriculum).__name__}.samples: gave {len(samples)} samples, not {count}")
+        name = type(run.curriculum).__name__
+        raise ValueError(f"{name}.samples: gave {len(samples)} samples, not {count}")
     for step, indices in zip(steps, torch.from_numpy(samples).split(run.settings.batch_size)):
         yield functools.partial(load_step, run, step, indices)
 
@@ -330,11 +269,11 @@ def batches(run, samples, steps):
 def load_step(run, step, indices):
     """What `Trainer.step` takes: this process's share of a batch.
 
-    indices: (B,) labelled samples of all processes. Returns indices, the labelled batch (images, keypoints,
-    visible), and the target's images, or None where the step needs none.
+    indices: (B,) labelled samples of all processes. Returns indices, the labelled batch (images,
+    keypoints, visible), and the target's images, or None where the step needs none.
     """
     s = run.settings
-    pin = run.trainer.device.type == "cuda"                     # the copy to a GPU is then asynchronous
+    pin = run.trainer.device.type == "cuda"  # the copy to a GPU is then asynchronous
 
     def load(dataset, chosen):
         batch = dataset[shard(chosen)]
@@ -348,14 +287,14 @@ def load_step(run, step, indices):
     return indices, source_batch, load(target, others)[0]
 
 
-# --- The step -----------------------------------------------------------------------------------------------
+# --- The step -------------------------------------------------------------------------------------
 
 
 def draw_step(settings, step, num_keypoints, device):
     """The random views and numbers of a step, by name: a function of (seed, step).
 
-    Views are matrices (B, 2, 3), the rest is uniform in [0, 1). Every process draws them for the whole batch
-    and keeps its share, so the number of processes changes nothing.
+    Views are matrices (B, 2, 3), the rest is uniform in [0, 1). Every process draws them for the
+    whole batch and keeps its share, so the number of processes changes nothing.
     """
     s = settings
     random = np.random.default_rng((s.seed, step))
@@ -376,7 +315,7 @@ def draw_step(settings, step, num_keypoints, device):
         crop_to_student_view=draw_affine(), student_jitter=draw(6),
         crop_to_teacher_view=draw_affine(), teacher_jitter=draw(6),
         occlusion=draw(3 + num_keypoints),
-        restyle_source=random.random(), restyle_target=random.random(),                 # one number per batch
+        restyle_source=random.random(), restyle_target=random.random(),  # one number per batch
         alpha_source=random.random(), alpha_target=random.random())
 
 
@@ -402,29 +341,31 @@ class Trainer:
         torch.manual_seed(s.seed)
         self.set_student(actupose.PoseResNet(s.architecture, len(skeleton)))
 
-        # A function of the network is compiled, not the network: parameters keep their names in checkpoints.
+        # A function of the network is compiled, not the network: parameters keep their names in
+        # checkpoints.
         def call(network, images):
             return network(images)
 
         self.call = torch.compile(call) if s.compile else call
         self.stride = self.student.stride
         self.cells = s.image_size // self.stride
-        # Decision: the terms of Eq. 8 are sums over the body, averaged over samples: heatmap errors over
-        # keypoints and cells, as Eq. 5 over limbs. Their mean, 1e-3, would drown under w2 (--map-sums off).
+        # Decision: the terms of Eq. 8 are sums over the body, averaged over samples: heatmap errors
+        # over keypoints and cells, as Eq. 5 over limbs. Their mean, 1e-3, would drown under w2
+        # (--map-sums off).
         self.map_cells = len(skeleton) * self.cells ** 2 if s.map_sums else 1
         self.limbs = torch.tensor(skeleton.limbs, device=device)
         self.triplets = torch.tensor(skeleton.triplets, device=device)
 
     def set_student(self, network):
         """Place the network that is trained on the device, with an optimiser of its own."""
-        if world_size() > 1 and self.device.type == "cuda":     # torch has no SyncBatchNorm for CPUs
+        if world_size() > 1 and self.device.type == "cuda":  # torch has no SyncBatchNorm for CPUs
             network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
         self.student = network.to(self.device, memory_format=torch.channels_last)
         self.optimiser = torch.optim.Adam(self.student.parameters(), lr=self.settings.lr,
                                           fused=self.device.type in ("cpu", "cuda"))
 
     def begin_adaptation(self):
-        """Called once, before the first epoch after pretraining: the teacher joins, in methods that have one."""
+        """Before the first epoch after pretraining: the teacher joins, in methods that have one."""
         if self.settings.method in TAUGHT:
             self.teacher = actupose.make_teacher(self.student)
 
@@ -442,17 +383,18 @@ class Trainer:
     def forward(self, network, images):
         """Heatmaps (B, K, h, h) and features (B, C) of a pose network, float32."""
         with self.autocast():
-            heatmaps, features = self.call(network, images.contiguous(memory_format=torch.channels_last))
+            images = images.contiguous(memory_format=torch.channels_last)
+            heatmaps, features = self.call(network, images)
         return heatmaps.float(), features.float()
 
     def augment(self, images, view, jitter):
-        """uint8 images (B, 3, S, S) seen through views (B, 2, 3), their colours jittered, normalised."""
+        """uint8 images (B, 3, S, S) through views (B, 2, 3), colours jittered, normalised."""
         images = warp(unit_range(images), view)
         return normalise(colour_jitter(images, jitter, self.settings.jitter))
 
     @torch.no_grad()
     def restyle(self, content, style, coin, alpha):
-        """With probability style_prob, restyle the content images after the style images. coin: uniform."""
+        """With probability style_prob, restyle the content images. coin: uniform in [0, 1)."""
         if self.style_transfer is None or coin >= self.settings.style_prob:
             return content
         with self.autocast():
@@ -461,15 +403,20 @@ class Trainer:
     def view_source(self, source_batch, random):
         """A labelled batch -> SourceView."""
         s = self.settings
-        images, keypoints, visible = (tensor.to(self.device, non_blocking=True) for tensor in source_batch)
+        batch = [tensor.to(self.device, non_blocking=True) for tensor in source_batch]
+        images, keypoints, visible = batch
         view = compose_views(random.source_crop_to_view, random.image_to_source_crop)
+        images = self.augment(images, view, random.source_jitter)
         keypoints = map_keypoints(keypoints, view)
-        labels, weight = render_heatmaps(keypoints, visible, self.cells, self.stride, s.sigma, s.subcell)
-        return SourceView(self.augment(images, view, random.source_jitter), view, keypoints, labels, weight)
+        labels, weight = render_heatmaps(keypoints, visible, self.cells, self.stride, s.sigma,
+                                         s.subcell)
+        return SourceView(images, view, keypoints, labels, weight)
 
     def descend(self, loss, *parts):
         """A step of Adam on the parameters of these parts of the student. The others stay."""
-        parameters = [parameter for part in parts for parameter in part.parameters()]
+        parameters = []
+        for part in parts:
+            parameters += part.parameters()
         self.optimiser.zero_grad()
         loss.backward(inputs=parameters)
         average_gradients(self.student)
@@ -478,21 +425,22 @@ class Trainer:
     def step(self, step, source_batch, target_images):
         """One iteration on this process's share of a batch: Fig. 4.
 
-        source_batch: uint8 images (B, 3, S, S), keypoints (B, K, 2) in pixels, visible (B, K). target_images:
-        uint8 (B, 3, S, S), or None where `uses_target` is False. Returns scalars by name, the terms of Eq. 8
-        among them, on the device; and the mean confidence of each source sample of all processes.
+        source_batch: uint8 images (B, 3, S, S), keypoints (B, K, 2) in pixels, visible (B, K).
+        target_images: uint8 (B, 3, S, S), or None where `uses_target` is False. Returns scalars by
+        name, the terms of Eq. 8 among them, on the device; and the mean confidence of each source
+        sample of all processes.
         """
         s = self.settings
         random = draw_step(s, step, len(self.skeleton), self.device)
         self.student.train()
 
-        # Both domains in random views. One crop serves both views of a target image: they meet in its frame.
+        # Both domains in random views. The two views of a target image share one crop.
         source = self.view_source(source_batch, random)
         styled_source = source.images
         if target_images is not None:
             target_images = target_images.to(self.device, non_blocking=True)
-            image_to_teacher_view = compose_views(random.crop_to_teacher_view, random.image_to_crop)
-            teacher_images = self.augment(target_images, image_to_teacher_view, random.teacher_jitter)
+            image_to_view = compose_views(random.crop_to_teacher_view, random.image_to_crop)
+            teacher_images = self.augment(target_images, image_to_view, random.teacher_jitter)
             styled_source = self.restyle(source.images, teacher_images, random.restyle_source,
                                          random.alpha_source)
 
@@ -500,7 +448,8 @@ class Trainer:
         source_maps, source_features = self.forward(self.student, styled_source)
         mse = self.map_cells * actupose.heatmap_mse(source_maps, source.labels, source.weight)
         # Keypoints outside the view are left out of the mean confidence.
-        source_cells, confidence, mean_confidence = kernels.heatmap_argmax_mean(source_maps, source.weight)
+        source_cells, confidence, mean_confidence = kernels.heatmap_argmax_mean(
+            source_maps, source.weight)
         terms = dict(mse=mse, confidence=mean_confidence.mean())
         udape = mse
         evalpose = 0.0
@@ -508,30 +457,35 @@ class Trainer:
 
         if self.teacher is not None:
             with torch.no_grad():
-                # The teacher labels the target images. Its maps are taken back into the crop's frame.
-                self.teacher.train()                            # batch statistics, as in the base method
+                # The teacher labels the target images. Its maps are warped back to the crop.
+                self.teacher.train()  # batch statistics, as in the base method
                 styled_target = self.restyle(teacher_images, source.images, random.restyle_target,
                                              random.alpha_target)
                 teacher_maps, teacher_features = self.forward(self.teacher, styled_target)
-                teacher_maps = warp(teacher_maps, invert_view(random.crop_to_teacher_view), self.stride)
-                pseudo_maps, pseudo_cells, pseudo_confidence = kernels.rectify(teacher_maps, s.sigma, s.subcell)
+                view_to_crop = invert_view(random.crop_to_teacher_view)
+                teacher_maps = warp(teacher_maps, view_to_crop, self.stride)
+                pseudo_maps, pseudo_cells, pseudo_confidence = kernels.rectify(
+                    teacher_maps, s.sigma, s.subcell)
                 confident = actupose.confidence_mask(gather(pseudo_confidence), s.mask_ratio)
 
                 # The student gets another view of the same images, a confident keypoint hidden.
-                image_to_student_view = compose_views(random.crop_to_student_view, random.image_to_crop)
-                student_images = self.augment(target_images, image_to_student_view, random.student_jitter)
+                image_to_view = compose_views(random.crop_to_student_view, random.image_to_crop)
+                student_images = self.augment(target_images, image_to_view, random.student_jitter)
                 in_view = map_keypoints(pseudo_cells * self.stride, random.crop_to_student_view)
                 student_images, hidden = actupose.occlude_keypoints(
                     student_images, in_view, pseudo_confidence, random.occlusion,
-                    half=s.image_size * 10 / 256, probability=s.occlusion, minimum=s.occlusion_confidence)
+                    half=s.image_size * 10 / 256, probability=s.occlusion,
+                    minimum=s.occlusion_confidence)
                 # Decision: what the student's view does not show, it is not asked to predict.
                 shown = ((in_view >= 0) & (in_view <= s.image_size - 1)).all(-1)
                 mask = shard(confident) & shown
 
             # It has to agree with the pseudo-labels.
             student_maps, _ = self.forward(self.student, student_images)
-            student_maps = warp(student_maps, invert_view(random.crop_to_student_view), self.stride)
-            consistency = self.map_cells * actupose.consistency_loss(student_maps, pseudo_maps, mask)
+            view_to_crop = invert_view(random.crop_to_student_view)
+            student_maps = warp(student_maps, view_to_crop, self.stride)
+            consistency = actupose.consistency_loss(student_maps, pseudo_maps, mask)
+            consistency = self.map_cells * consistency
             udape = mse + consistency
             terms.update(consistency=consistency, teacher_confidence=pseudo_confidence.mean(),
                          kept=mask.float().mean(), hidden=(hidden >= 0).float().mean())
@@ -539,25 +493,27 @@ class Trainer:
             # Losses on poses, in cells: the student's, and what it should have predicted.
             @functools.cache
             def poses():
-                """Differentiable poses of source and target (B, K, 2), computed if a loss asks for them."""
-                return kernels.soft_argmax(source_maps, s.beta), kernels.soft_argmax(student_maps, s.beta)
+                """Differentiable poses (B, K, 2) of source and target, if a loss asks for them."""
+                source_pose = kernels.soft_argmax(source_maps, s.beta)
+                target_pose = kernels.soft_argmax(student_maps, s.beta)
+                return source_pose, target_pose
 
             if s.w_evalpose:
                 source_pose, target_pose = poses()
                 labelled_pose = source.keypoints / self.stride
-                evalpose = (actupose.evalpose(source_pose, labelled_pose, self.limbs, source.weight)
-                            + actupose.evalpose(target_pose, pseudo_cells, self.limbs, mask))
+                evalpose = actupose.evalpose(source_pose, labelled_pose, self.limbs, source.weight)
+                evalpose = evalpose + actupose.evalpose(target_pose, pseudo_cells, self.limbs, mask)
                 terms["evalpose"] = evalpose
 
             if s.w_cross:
-                # Poses are compared (Eq. 7) as they stand in the image: a sheared view has other angles.
+                # Poses are compared as they stand in the image: sheared views have other angles.
                 if s.subcell:
-                    source_cells = source_cells + actupose.subcell_offset(source_maps.detach(), source_cells,
-                                                                          confidence)
+                    source_cells = source_cells + actupose.subcell_offset(
+                        source_maps.detach(), source_cells, confidence)
                 image_pose = map_keypoints(source_cells * self.stride, invert_view(source.view))
                 distance = kernels.triplet_angle_distance(
                     image_pose, gather(pseudo_cells), self.triplets, source.weight > 0, confident,
-                    min_triplets=4)                                                                   # Eq. 7
+                    min_triplets=4)                                                          # Eq. 7
                 similar = distance < s.gamma
                 # Eq. 6 sums over all pairs, while gradients are averaged over the processes.
                 cross_domain = world_size() * actupose.cross_domain_loss(
@@ -565,7 +521,7 @@ class Trainer:
                 terms.update(cross_domain=cross_domain, pairs=world_size() * similar.float().sum())
 
         loss = actupose.total_loss(udape, evalpose, cross_domain,
-                                   (s.w_udape, s.w_evalpose, s.w_cross))                              # Eq. 8
+                                   (s.w_udape, s.w_evalpose, s.w_cross))                     # Eq. 8
         terms["loss"] = loss
         self.descend(loss, self.student)
         if self.teacher is not None:
@@ -574,176 +530,82 @@ class Trainer:
         return terms, gather(mean_confidence)
 
 
-# --- The steps of the baseline RegDA ------------------------------------------------------------------------
-
-
-class RegDATrainer(Trainer):
-    """RegDA: the supervised step, then, on two regressors, three steps per pair of batches."""
-
-    def __init__(self, settings, skeleton, device):
-        super().__init__(settings, skeleton, device)
-        if settings.pretrain_epochs == 0:
-            self.begin_adaptation()                             # weights of both regressors then load whole
-
-    @property
-    def adapting(self):
-        """Whether the network has its two regressors."""
-        return self.student.head_adv is not None
-
-    @property
-    def uses_target(self):
-        """Only adaptation needs target images."""
-        return self.adapting
-
-    def begin_adaptation(self):
-        """Two new regressors on psi and a new optimiser, unless weights with both were loaded."""
-        if not self.adapting:
-            torch.manual_seed(self.settings.seed)
-            actupose.make_regressors(self.student)
-            self.set_student(self.student)
-
-    def step(self, step, source_batch, target_images):
-        """Supervised before adaptation; `adversarial_step` in it. Arguments and results: `Trainer.step`."""
-        if self.adapting:
-            return self.adversarial_step(step, source_batch, target_images)
-        return super().step(step, source_batch, target_images)
-
-    def adversarial_step(self, step, source_batch, target_images):
-        """One iteration of RegDA's adaptation.
-
-        The published optimisers of psi, f and f' are one here: Adam's state is per parameter.
-        """
-        s = self.settings
-        random = draw_step(s, step, len(self.skeleton), self.device)
-        network = self.student.train()
-        source = self.view_source(source_batch, random)
-        view = compose_views(random.crop_to_student_view, random.image_to_crop)
-        target_images = target_images.to(self.device, non_blocking=True)
-        target_images = self.augment(target_images, view, random.student_jitter)
-        unweighted = torch.ones_like(source.weight)     # published: the visibility of the target, a label
-        begin = s.pretrain_epochs * s.iters_per_epoch
-        end = s.epochs * s.iters_per_epoch
-        factor = actupose.gradient_factor(step - begin, end - begin)
-        psi = (network.backbone, network.upsampling)
-        f = network.head
-        f_adv = network.head_adv
-
-        def regress(images):
-            """Heatmaps of f and f', and what f's make of f': ground truth and ground false."""
-            with self.autocast():
-                maps, maps_adv = actupose.regressor_maps(network, images, factor)
-            ground_truth, ground_false = actupose.ground_maps(maps.float(), s.sigma, s.subcell)
-            return maps.float(), maps_adv.float(), ground_truth, ground_false
-
-        # A: on the source all learn; f' is to agree with f, with a margin of 4.
-        maps, maps_adv, ground_truth, _ = regress(source.images)
-        kl = actupose.heatmap_kl(maps, source.labels, source.weight)
-        agreement = actupose.heatmap_kl(maps_adv, ground_truth, source.weight, 1e-7)
-        self.descend(kl + 4 * agreement, *psi, f, f_adv)
-        # B: on the target f' learns to disagree.
-        _, maps_adv, _, ground_false = regress(target_images)
-        disagreement = actupose.heatmap_kl(maps_adv, ground_false, unweighted, 1e-7)
-        self.descend(disagreement, f_adv)
-        # C: psi learns features on which f' agrees all the same.
-        _, maps_adv, ground_truth, _ = regress(target_images)
-        target_agreement = actupose.heatmap_kl(maps_adv, ground_truth, unweighted, 1e-7)
-        self.descend(target_agreement, *psi)
-
-        probabilities = maps.flatten(2).softmax(-1).view_as(maps)
-        _, _, mean_confidence = kernels.heatmap_argmax_mean(probabilities, source.weight)
-        terms = dict(kl=kl, agreement=agreement, disagreement=disagreement, target_agreement=target_agreement,
-                     confidence=mean_confidence.mean(),
-                     loss=kl + 4 * agreement + disagreement + target_agreement)
-        terms = {name: value.detach() for name, value in terms.items()}
-        return terms, gather(mean_confidence)
-
-
-def make_trainer(settings, skeleton, device):
-    """The trainer of a method."""
-    kind = RegDATrainer if settings.method == "regda" else Trainer
-    return kind(settings, skeleton, device)
-
-
-# --- The loop -----------------------------------------------------------------------------------------------
+# --- The loop -------------------------------------------------------------------------------------
 
 
 def train(settings, out, device="auto", resume=False):
     """One run: data, epochs, result.json and figures/ in the directory `out`. Returns the result.
 
-    Killed at any moment and called again with `resume`, it goes on from its last finished epoch. On a CPU with
-    as many threads, a resumed run is bit-identical. Raises UserError for what the user can mend.
+    Killed at any moment and called again with `resume`, it goes on from its last finished epoch. On
+    a CPU with as many threads, a resumed run is bit-identical. Raises UserError for what the user
+    can mend.
     """
-    out = Path(out).expanduser()
     device = choose_device(device)
+    out = Path(out).expanduser()
+    s = settings = resolve_amp(settings, device)
     with claimed(out):
-        return train_claimed(resolve_amp(settings, device), out, device, resume)
+        run = set_up(settings, device, starting_point(out, resume), out)
+        trainer = run.trainer
+        curriculum = run.curriculum
+        progress = Progress(s.method)
 
+        for epoch in range(len(run.log), s.epochs):
+            if epoch == s.pretrain_epochs:
+                trainer.begin_adaptation()
+            begun = time.time()
 
-def train_claimed(settings, out, device, resume):
-    """The body of `train`, in a directory that no other process writes to."""
-    s = settings
-    started = time.time()
-    checkpoint = starting_point(out, resume)
-    run = set_up(settings, device, checkpoint, out)
-    trainer = run.trainer
-    curriculum = run.curriculum
-    progress = Progress(s.method)
+            # The source samples of this epoch, then a step per batch of them.
+            samples, pool = curriculum.samples(epoch, s.iters_per_epoch * s.batch_size)  # Eq. 3
+            steps = range(epoch * s.iters_per_epoch, (epoch + 1) * s.iters_per_epoch)
+            stats = EpochStats(run, out)
+            for step, batch in zip(steps, prefetch(batches(run, samples, steps), s.workers)):
+                indices, source_batch, target_images = batch
+                lr = learning_rate(s, step)
+                trainer.optimiser.param_groups[0]["lr"] = lr
+                terms, confidence = trainer.step(step, source_batch, target_images)
+                stats.add(step, indices, terms, confidence)
+                progress(step + 1, s.epochs * s.iters_per_epoch, f"epoch {epoch + 1}/{s.epochs}")
+            stats.check_finite()
+            broadcast_buffers(trainer)
 
-    for epoch in range(len(run.log), s.epochs):
-        if epoch == s.pretrain_epochs:
-            trainer.begin_adaptation()
-        # The source samples of this epoch, then a step per batch of them.
-        begun = time.time()
-        samples, pool = curriculum.samples(epoch, s.iters_per_epoch * s.batch_size)         # Eq. 3
-        steps = range(epoch * s.iters_per_epoch, (epoch + 1) * s.iters_per_epoch)
-        stats = EpochStats(run, out)
-        for step, batch in zip(steps, prefetch(batches(run, samples, steps), s.workers)):
-            indices, source_batch, target_images = batch
-            lr = learning_rate(s, step)
-            trainer.optimiser.param_groups[0]["lr"] = lr
-            terms, confidence = trainer.step(step, source_batch, target_images)
-            stats.add(step, indices, terms, confidence)
-            progress(step + 1, s.epochs * s.iters_per_epoch, f"epoch {epoch + 1}/{s.epochs}")
-        stats.check_finite()
-        broadcast_buffers(trainer)
+            # The ranking for the next epoch, by what the student was sure of in this one.
+            if curriculum.observes_all:
+                everything = np.arange(len(run.labelled))
+                curriculum.observe(everything, confidence_on(run.labelled, trainer))
+            else:
+                curriculum.observe(samples, torch.cat(stats.confidences).cpu())
+            curriculum.rerank()                                                          # Eq. 4
+            seconds = time.time() - begun
 
-        # The ranking for the next epoch, by what the student was sure of in this one.
-        if curriculum.observes_all:
-            curriculum.observe(np.arange(len(run.labelled)), confidence_on(run.labelled, trainer))
-        else:
-            curriculum.observe(samples, torch.cat(stats.confidences).cpu())
-        curriculum.rerank()                                                                 # Eq. 4
-        seconds = time.time() - begun
+            # Validate, log, save.
+            row = {"epoch": epoch, "lr": lr, "pool": pool, **stats.means()}
+            if (epoch + 1) % 10 == 0 or epoch + 1 == s.epochs:
+                scores, _ = evaluate(run, run.domains.val)
+                for name, score in scores.items():
+                    row[f"val_{name}"] = score["pck"]["all"]
+            run.log.append(row)
+            if rank() == 0:
+                say(epoch_line(row, s.epochs, seconds))
+                # The log first: a run killed between the two writes the same line again.
+                write_lines(out / "log.jsonl", run.log)
+                save_checkpoint(out / "last.pt", state_of(run))
+                write_speed(out / "speed.jsonl", epoch, seconds, trainer)
 
-        # Validate, log, save.
-        row = {"epoch": epoch, "lr": lr, "pool": pool, **stats.means()}
-        if (epoch + 1) % 10 == 0 or epoch + 1 == s.epochs:
-            scores, _ = evaluate(run, run.domains.val)
-            for name, score in scores.items():
-                row[f"val_{name}"] = score["pck"]["all"]
-        run.log.append(row)
+        scores, predictions = evaluate(run, run.domains.test)
+        result = {"method": s.method, "source": s.source, "target": s.target, "seed": s.seed,
+                  **scores["student"], "teacher": scores.get("teacher"),
+                  "val": run.log[-1]["val_student"], "epochs": s.epochs}
         if rank() == 0:
-            say(epoch_line(row, s.epochs, seconds))
-            # The log first: a run killed between the two writes the same line again.
-            write_lines(out / "log.jsonl", run.log)
-            save_checkpoint(out / "last.pt", state_of(run))
-            write_speed(out / "speed.jsonl", epoch, seconds, trainer, started)
-
-    scores, predictions = evaluate(run, run.domains.test)
-    result = {"method": s.method, "source": s.source, "target": s.target, "seed": s.seed,
-              **scores["student"], "teacher": scores.get("teacher"),
-              "val": run.log[-1]["val_student"], "epochs": s.epochs}
-    if rank() == 0:
-        write_json(out / "result.json", result)                 # with it the run is finished
-        draw_figures(run, scores, predictions, out / "figures")
-    return result
+            write_json(out / "result.json", result)  # with it the run is finished
+            draw_figures(run, scores, predictions, out / "figures")
+        return result
 
 
 def learning_rate(settings, step):
     """The learning rate of a step.
 
-    cosine: it rises in the first iterations, then falls along half a cosine. steps: as published, a factor at
-    each of some epochs.
+    cosine: it rises in the first iterations, then falls along half a cosine. steps: as published, a
+    factor at each of some epochs.
     """
     s = settings
     if s.schedule == "steps":
@@ -756,7 +618,9 @@ def learning_rate(settings, step):
 
 
 class EpochStats:
-    """What the steps of an epoch report: sums of the terms, and the confidence of each source sample."""
+    """What the steps of an epoch report: sums of the terms, and the confidence of each source
+    sample.
+    """
 
     def __init__(self, run, out):
         self.run = run
@@ -764,7 +628,7 @@ class EpochStats:
         self.steps = 0
         self.sums = {}
         self.confidences = []           # (B,) per step, in the order of the samples
-        self.unchecked = []             # (step, indices, terms) whose losses have not been looked at
+        self.unchecked = []  # (step, indices, terms) whose losses have not been looked at
 
     def add(self, step, indices, terms, confidence):
         """Take in a step. UserError where a loss or weight is not finite."""
@@ -778,7 +642,8 @@ class EpochStats:
             self.check_finite()
 
     def check_finite(self):
-        """UserError that names the first step since the last call with a loss that is not finite."""
+        """UserError that names the first step since the last call with a loss that is not finite.
+        """
         steps = self.unchecked
         self.unchecked = []
         if not steps:
@@ -794,8 +659,8 @@ class EpochStats:
         kept = ""
         if (self.out / "last.pt").exists():
             kept = f"; {self.out / 'last.pt'} keeps the last good state"
-        raise UserError(f"step {step}: loss or weights are not finite ({found}); source samples {names}. Lower "
-                        f"--lr, --w-evalpose or --w-cross{kept}")
+        raise UserError(f"step {step}: loss or weights are not finite ({found}); source samples "
+                        f"{names}. Lower --lr, --w-evalpose or --w-cross{kept}")
 
     def means(self):
         """{term: mean over the steps and processes}."""
@@ -831,78 +696,68 @@ def say(line):
 def set_up(settings, device, checkpoint=None, out=None):
     """Data, Pose-VAE, curriculum, networks and style transfer of a run.
 
-    checkpoint: what to go on from, or None. out: the directory of a run to be trained; its config.json is
-    written when all that training needs is there, and before anything expensive. Returns a namespace:
-    settings, domains, labelled (the dataset whose labels are used), vae, complexity (N,) of the source's
-    poses, curriculum, trainer, and log (a row per finished epoch).
+    checkpoint: what to go on from, or None. out: the directory of a run to be trained: its
+    config.json is written when all that training needs is there, and before anything expensive.
+    Returns a namespace: settings, domains, labelled (the dataset whose labels are used), vae,
+    complexity (N,) of the source's poses, curriculum, trainer, and log (a row per finished epoch).
     """
     s = settings
-    where = "the checkpoint"
     domains = open_domains(s)
-    counts = [len(dataset) for dataset in domains]
-    if checkpoint is not None and checkpoint["samples"] != counts:
-        raise UserError(f"{where}: is of {checkpoint['samples']} samples (source; target: train, val, test), the "
-                        f"data has {counts}; go on with the data that the run was started on")
     source = domains.source
-    labelled = domains.target if s.method == "oracle" else source
     skeleton = source.skeleton
-    make_curriculum(s, np.zeros(len(source)), len(labelled))    # what it refuses is said before the Pose-VAE
+    labelled = domains.target if s.method == "oracle" else source
     trainer = make_trainer(s, skeleton, device)
     if checkpoint is None:
         if s.weights:
             load_initial_weights(trainer.student, *read_weights(s))
         trainer.style_transfer = open_style(s, device, domains)
+    else:
+        load_networks(trainer, checkpoint, "the checkpoint")
     if out is not None:
         for dataset in (domains.val, domains.test):
-            if hasattr(dataset, "check_files"):                 # on a disk: fail now, not after training
+            if hasattr(dataset, "check_files"):  # on a disk: fail now, not after training
                 dataset.check_files(Progress("looking at pictures"))
         if rank() == 0:
-            write_config(out, settings, skeleton, device)
+            write_config(out, s, skeleton, device)
 
     poses = (source.keypoints, source.visible, skeleton.stand_in_rows)
     if checkpoint is None:
-        vae = actupose.train_pose_vae(*poses, s.vae_steps, s.vae_kl, s.vae_latent, s.vae_width, s.seed)
+        vae = actupose.train_pose_vae(*poses, s.vae_steps, s.vae_kl, s.vae_latent, s.vae_width,
+                                      s.seed)
     else:
         vae = actupose.PoseVAE(len(skeleton), s.vae_width, s.vae_latent).eval()
-        load_weights(vae, checkpoint["vae"], where)
+        load_weights(vae, checkpoint["vae"], "the checkpoint")
     broadcast(vae.state_dict().values())
     complexity = actupose.pose_complexity(vae, *poses)
     broadcast([complexity])
     if not complexity.isfinite().all():
         raise UserError("--vae-kl: the Pose-VAE diverged, its scores are not finite; lower it")
-    curriculum = make_curriculum(s, complexity.numpy(), len(labelled))
-    run = SimpleNamespace(settings=s, domains=domains, labelled=labelled, vae=vae,
-                          complexity=complexity.numpy(), curriculum=curriculum, trainer=trainer, log=[])
-    if checkpoint is None:
-        if trainer.style_transfer is not None:
-            train_style(run)                                    # last: it can take an hour
-            broadcast(trainer.style_transfer.state_dict().values())
-        return run
-    if checkpoint["style"] is not None:
-        trainer.style_transfer = actupose.StyleTransfer(s.style).to(device).requires_grad_(False).eval()
-        load_weights(trainer.style_transfer, checkpoint["style"], where)
-    load_networks(trainer, checkpoint, where)
+    complexity = complexity.numpy()
     try:
-        trainer.optimiser.load_state_dict(checkpoint["optimiser"])
-        curriculum.load_state_dict(checkpoint["curriculum"])
+        curriculum = actupose.CURRICULA[s.curriculum](s, complexity, len(labelled))
     except ValueError as error:
-        raise UserError(f"{where}: {error}; go on with the data that the run was started on") from None
-    run.log = checkpoint["log"]
+        raise UserError(f"--{error}") from None
+
+    run = SimpleNamespace(settings=s, domains=domains, labelled=labelled, vae=vae, trainer=trainer,
+                          complexity=complexity, curriculum=curriculum, log=[])
+    if checkpoint is not None:
+        go_on(run, checkpoint)
+    elif trainer.style_transfer is not None:
+        train_style(run)  # last: it can take an hour
+        broadcast(trainer.style_transfer.state_dict().values())
     return run
 
 
-def make_curriculum(settings, complexity, count):
-    """The curriculum of a run, by its row of actupose.CURRICULA: complexity (N,) of the source's poses, count
-    of the labelled samples. UserError where it refuses the settings, TypeError where it lacks something."""
-    try:
-        curriculum = actupose.CURRICULA[settings.curriculum](settings, complexity, count)
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
-    missing = [name for name in vars(actupose.FixedCurriculum)
-               if not name.startswith("_") and not hasattr(curriculum, name)]
-    if missing:
-        raise TypeError(f"{type(curriculum).__name__}: has no {', '.join(missing)}; see actupose.FixedCurriculum")
-    return curriculum
+def go_on(run, checkpoint):
+    """The rest of a checkpoint. UserError where it is of other data."""
+    counts = [len(dataset) for dataset in run.domains]
+    if checkpoint["samples"] != counts:
+        raise UserError(f"the checkpoint is of {checkpoint['samples']} samples (source; target: "
+                        f"train, val, test), the data has {counts}; go on with the data that the "
+                        "run was started on")
+    run.trainer.optimiser.load_state_dict(checkpoint["optimiser"])
+    run.curriculum.load_state_dict(checkpoint["curriculum"])
+    run.log = checkpoint["log"]
 
 
 def style_images(dataset, i, settings, device):
@@ -922,8 +777,8 @@ def open_style(settings, device, domains):
     if s.style_weights:
         encoder = Path(s.style_weights, "vgg_normalised.pth")
         if not encoder.exists():
-            raise UserError(f"--style-weights: {s.style_weights} holds no vgg_normalised.pth; give its "
-                            "directory")
+            raise UserError(f"--style-weights: {s.style_weights} holds no vgg_normalised.pth; give "
+                            "its directory")
         load_style_weights(transfer.encoder, encoder)
     if s.style_decoder:
         load_style_weights(transfer.decoder, Path(s.style_decoder))
@@ -936,11 +791,12 @@ def open_style(settings, device, domains):
 def check_decoder(transfer, unit, path):
     """UserError where a given decoder does not reproduce images (B, 3, S, S) without a style.
 
-    unit: the images in [0, 1]. Normalised, they must come back clearly better than their mean colours would.
-    AdaIN's own decoder.pth fails: it was trained on images in 0 ... 1 and decodes to them.
+    unit: the images in [0, 1]. Normalised, they must come back clearly better than their mean
+    colours would. AdaIN's own decoder.pth fails: it was trained on images in 0 ... 1.
     """
     def reproduces(given, wanted):
-        decoded = transfer.decoder(transfer.encode(given)[-1])[..., :wanted.shape[2], :wanted.shape[3]]
+        decoded = transfer.decoder(transfer.encode(given)[-1])
+        decoded = decoded[..., :wanted.shape[2], :wanted.shape[3]]
         spread = (wanted - wanted.mean((2, 3), keepdim=True)).square().mean()
         return (decoded - wanted).square().mean() < spread / 2
 
@@ -949,9 +805,9 @@ def check_decoder(transfer, unit, path):
         return
     why = "does not reproduce the images of this run"
     if reproduces(unit, unit) or reproduces(images, unit):
-        why = "decodes to images in 0 ... 1, as AdaIN's own decoder.pth; the images here are normalised"
-    raise UserError(f"--style-decoder: {path} {why}; give one that was trained on normalised images of these "
-                    "domains (UDAPE's are), or leave it out: it is then trained")
+        why = "decodes to images in 0 ... 1, as AdaIN's own decoder.pth; those here are normalised"
+    raise UserError(f"--style-decoder: {path} {why}; give one that was trained on normalised images"
+                    " of these domains (UDAPE's are), or leave it out: it is then trained")
 
 
 def train_style(run):
@@ -969,16 +825,111 @@ def train_style(run):
 
     small = s.style == "small"
     actupose.train_style_transfer(transfer, pair, s.style_iters, train_encoder=small,
-                                  lr=2e-3 if small else 1e-4,                   # AdaIN's own for VGG
+                                  lr=2e-3 if small else 1e-4,  # AdaIN's own for VGG
                                   autocast=trainer.autocast, progress=Progress("style transfer"))
 
 
-# --- Evaluation ---------------------------------------------------------------------------------------------
+# --- The steps of the baseline RegDA --------------------------------------------------------------
+
+
+class RegDATrainer(Trainer):
+    """RegDA: the supervised step, then, on two regressors, three steps per pair of batches."""
+
+    def __init__(self, settings, skeleton, device):
+        super().__init__(settings, skeleton, device)
+        if settings.pretrain_epochs == 0:
+            self.begin_adaptation()  # weights of both regressors then load whole
+
+    @property
+    def adapting(self):
+        """Whether the network has its two regressors."""
+        return self.student.head_adv is not None
+
+    @property
+    def uses_target(self):
+        """Only adaptation needs target images."""
+        return self.adapting
+
+    def begin_adaptation(self):
+        """Two new regressors on psi and a new optimiser, unless weights with both were loaded."""
+        if not self.adapting:
+            torch.manual_seed(self.settings.seed)
+            actupose.make_regressors(self.student)
+            self.set_student(self.student)
+
+    def step(self, step, source_batch, target_images):
+        """Supervised before adaptation; `adversarial_step` in it. Arguments and results:
+        `Trainer.step`.
+        """
+        if self.adapting:
+            return self.adversarial_step(step, source_batch, target_images)
+        return super().step(step, source_batch, target_images)
+
+    def adversarial_step(self, step, source_batch, target_images):
+        """One iteration of RegDA's adaptation.
+
+        The published optimisers of psi, f and f' are one here: Adam's state is per parameter.
+        """
+        s = self.settings
+        random = draw_step(s, step, len(self.skeleton), self.device)
+        network = self.student.train()
+        source = self.view_source(source_batch, random)
+        view = compose_views(random.crop_to_student_view, random.image_to_crop)
+        target_images = target_images.to(self.device, non_blocking=True)
+        target_images = self.augment(target_images, view, random.student_jitter)
+        # published: the visibility of the target, a label
+        unweighted = torch.ones_like(source.weight)
+        begin = s.pretrain_epochs * s.iters_per_epoch
+        end = s.epochs * s.iters_per_epoch
+        factor = actupose.gradient_factor(step - begin, end - begin)
+        psi = (network.backbone, network.upsampling)
+        f = network.head
+        f_adv = network.head_adv
+
+        def regress(images):
+            """Heatmaps of f and f', and what f's make of f': ground truth and ground false."""
+            with self.autocast():
+                maps, maps_adv = actupose.regressor_maps(network, images, factor)
+            ground_truth, ground_false = actupose.ground_maps(maps.float(), s.sigma, s.subcell)
+            return maps.float(), maps_adv.float(), ground_truth, ground_false
+
+        # A: on the source all learn; f' is to agree with f, with a margin of 4.
+        maps, maps_adv, ground_truth, _ = regress(source.images)
+        kl = actupose.heatmap_kl(maps, source.labels, source.weight)
+        agreement = actupose.heatmap_kl(maps_adv, ground_truth, source.weight, 1e-7)
+        self.descend(kl + 4 * agreement, *psi, f, f_adv)
+        # B: on the target f' learns to disagree.
+        _, maps_adv, _, ground_false = regress(target_images)
+        disagreement = actupose.heatmap_kl(maps_adv, ground_false, unweighted, 1e-7)
+        self.descend(disagreement, f_adv)
+        # C: psi learns features on which f' agrees all the same.
+        _, maps_adv, ground_truth, _ = regress(target_images)
+        target_agreement = actupose.heatmap_kl(maps_adv, ground_truth, unweighted, 1e-7)
+        self.descend(target_agreement, *psi)
+
+        probabilities = maps.flatten(2).softmax(-1).view_as(maps)
+        _, _, mean_confidence = kernels.heatmap_argmax_mean(probabilities, source.weight)
+        terms = dict(kl=kl, agreement=agreement, disagreement=disagreement,
+                     target_agreement=target_agreement, confidence=mean_confidence.mean(),
+                     loss=kl + 4 * agreement + disagreement + target_agreement)
+        terms = {name: value.detach() for name, value in terms.items()}
+        return terms, gather(mean_confidence)
+
+
+def make_trainer(settings, skeleton, device):
+    """The trainer of a method."""
+    kind = RegDATrainer if settings.method == "regda" else Trainer
+    return kind(settings, skeleton, device)
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def decode(network, images, settings, device):
-    """uint8 images (B, 3, S, S) -> keypoints (B, K, 2) in their pixels and confidences (B, K), on the CPU."""
+    """uint8 images (B, 3, S, S) -> keypoints (B, K, 2) in their pixels and confidences (B, K), on
+    the CPU.
+    """
     images = normalise(unit_range(images.to(device))).contiguous(memory_format=torch.channels_last)
     maps, _ = network.eval()(images)
     cells, confidence = actupose.decode_keypoints(maps, settings.subcell)
@@ -999,17 +950,11 @@ def predict(trainer, network, dataset, batch_size=64):
     return torch.cat(keypoints), torch.cat(confidences)
 
 
-@torch.no_grad()
-def confidence_on(dataset, trainer, batch_size=64):
-    """The student's mean confidence (N,) on each labelled sample, as it is, in evaluation mode: one pass."""
-    network = trainer.student.eval()
-    parts = []
-    for indices in torch.arange(len(dataset)).split(batch_size):
-        images, _, visible = dataset[indices]
-        maps, _ = trainer.forward(network, normalise(unit_range(images.to(trainer.device))))
-        _, _, mean_confidence = kernels.heatmap_argmax_mean(maps, visible.to(trainer.device))
-        parts.append(mean_confidence)
-    confidence = torch.cat(parts).cpu()
+def confidence_on(dataset, trainer):
+    """The student's mean confidence (N,) on each labelled sample: a pass without augmentation."""
+    _, confidence = predict(trainer, trainer.student, dataset)
+    visible = dataset.visible
+    confidence = (confidence * visible).sum(1) / visible.sum(1).clamp(min=1)
     broadcast([confidence])
     return confidence
 
@@ -1017,7 +962,8 @@ def confidence_on(dataset, trainer, batch_size=64):
 def scored_teacher(trainer):
     """The teacher as it is scored and shown.
 
-    Decision: with the student's BatchNorm statistics. Its own, of augmented views, fit clean images badly.
+    Decision: with the student's BatchNorm statistics. Its own, of augmented views, fit clean images
+    badly.
     """
     teacher = actupose.make_teacher(trainer.teacher)
     for own, students in zip(teacher.buffers(), trainer.student.buffers()):
@@ -1026,7 +972,9 @@ def scored_teacher(trainer):
 
 
 def evaluate(run, dataset):
-    """Scores of the present weights, {"student": ..., "teacher": ...}, and the student's predictions."""
+    """Scores of the present weights, {"student": ..., "teacher": ...}, and the student's
+    predictions.
+    """
     s = run.settings
     trainer = run.trainer
     complexity = actupose.pose_complexity(run.vae, dataset.keypoints, dataset.visible,
@@ -1046,7 +994,8 @@ def evaluate(run, dataset):
 def evaluate_run(out, device, places):
     """`evaluate RUN`: score the last checkpoint and draw the pictures again.
 
-    places: {setting: path} where the run's data lie now. UserError where result.json says something else.
+    places: {setting: path} where the run's data lie now. UserError where result.json says something
+    else.
     """
     settings = dataclasses.replace(saved_settings(out), **places)
     run = set_up(settings, device, load_run(out / "last.pt"))
@@ -1070,26 +1019,23 @@ def fmt(value, digits=1):
 
 
 def run_summary(result):
-    """What a run prints at its end: PCK by group of student and teacher, EvalPose, PCK by complexity bin."""
-    header = "PCK@0.05  "
-    for name in result["pck"]:
-        header += f"{name:>11}"
-    lines = [header + f"{'EvalPose':>11}"]
+    """What a run prints at its end: PCK by group, EvalPose score, PCK by complexity bin."""
+    groups = "".join(f"{name:>11}" for name in result["pck"])
+    lines = [f"PCK@0.05  {groups}   EvalPose"]
     for name, scores in (("student", result), ("teacher", result["teacher"])):
         if scores is not None:
-            line = f"{name:10}"
-            for value in scores["pck"].values():
-                line += f"{fmt(value):>11}"
-            lines.append(line + f"{fmt(scores['evalpose']):>11}")
+            cells = "".join(f"{fmt(value):>11}" for value in scores["pck"].values())
+            lines.append(f"{name:10}{cells}{fmt(scores['evalpose']):>11}")
     bins = " ".join(fmt(value, 0) for value in result["bins"])
     lines.append(f"student by complexity bin, simple to complex: {bins}")
     return "\n".join(lines)
 
 
-# --- Processes: `torchrun --nproc-per-node N train.py ...` --------------------------------------------------
+# --- Processes: `torchrun --nproc-per-node N train.py ...` ----------------------------------------
 #
-# All draw the same epoch and random numbers, compute their share of each batch, and average gradients. What
-# looks at the whole batch (confidence mask, pairs of Eq. 6, BatchNorm on GPUs) is gathered.
+# All draw the same epoch and random numbers, compute their share of each batch, and average
+# gradients. What looks at the whole batch (confidence mask, pairs of Eq. 6, BatchNorm on GPUs) is
+# gathered.
 
 
 def world_size():
@@ -1112,7 +1058,8 @@ def gather(rows):
     """The inverse of `shard`: (N, ...) of every process -> (N * world_size(), ...), by rank."""
     if world_size() == 1:
         return rows
-    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    empty = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    parts = [empty.clone() for _ in range(world_size())]
     dist.all_gather(parts, rows.detach().contiguous())
     return torch.cat(parts)
 
@@ -1144,7 +1091,7 @@ def average_gradients(network):
             parameter.grad /= world_size()
 
 
-# --- Files of a run, checkpoints, weights -------------------------------------------------------------------
+# --- Files of a run, checkpoints, weights ---------------------------------------------------------
 
 
 def write_json(path, value):
@@ -1171,12 +1118,12 @@ def read_json(path):
 
 
 def write_config(out, settings, skeleton, device):
-    """config.json: the settings, the skeleton, and what computes the run. With it `out` holds a run."""
+    """config.json: settings, skeleton, and what computes the run. With it `out` holds a run."""
     write_json(out / "config.json", {
-        **dataclasses.asdict(settings), "skeleton": dataclasses.asdict(skeleton), "processes": world_size(),
-        "device": kernels.common.device_name(device), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__,
-        "python": sys.version.split()[0]})
+        **dataclasses.asdict(settings), "skeleton": dataclasses.asdict(skeleton),
+        "processes": world_size(), "device": kernels.common.device_name(device),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "numpy": np.__version__,
+        "pillow": PIL.__version__, "python": sys.version.split()[0]})
 
 
 def saved_settings(out):
@@ -1189,13 +1136,13 @@ def saved_settings(out):
         raise UserError(f"{out / 'config.json'}: {error}; mend it, or give another run") from None
 
 
-def write_speed(path, epoch, seconds, trainer, started):
+def write_speed(path, epoch, seconds, trainer):
     """Append a line to speed.jsonl: what depends on the clock and so cannot stand in log.jsonl."""
     images = trainer.settings.iters_per_epoch * trainer.settings.batch_size
     if trainer.uses_target:
         images *= 2
-    row = {"epoch": epoch, "seconds": round(seconds, 3), "images_per_second": round(images / seconds, 1),
-           "total_seconds": round(time.time() - started, 1), "memory_gb": peak_memory_gb()}
+    row = {"epoch": epoch, "seconds": round(seconds, 3),
+           "images_per_second": round(images / seconds, 1), "memory_gb": peak_memory_gb()}
     if trainer.device.type == "cuda":
         row["gpu_memory_gb"] = round(torch.cuda.max_memory_allocated(trainer.device) / 1e9, 2)
     with open(path, "a") as file:
@@ -1209,7 +1156,7 @@ def peak_memory_gb():
 
 
 def state_of(run):
-    """What a checkpoint holds: tensors and plain values only, so that it loads without unpickling code.
+    """What a checkpoint holds: tensors and plain values, so that it loads without running code.
 
     Random numbers need no state: each is a function of the seed, the step and the sample.
     """
@@ -1217,13 +1164,15 @@ def state_of(run):
         return None if part is None else part.state_dict()
 
     trainer = run.trainer
-    return {"log": run.log, "samples": [len(dataset) for dataset in run.domains], "student": state(trainer.student), "teacher": state(trainer.teacher),
+    return {"log": run.log, "samples": [len(dataset) for dataset in run.domains],
+            "student": state(trainer.student), "teacher": state(trainer.teacher),
             "style": state(trainer.style_transfer), "vae": state(run.vae),
             "optimiser": state(trainer.optimiser), "curriculum": state(run.curriculum)}
 
 
 def save_checkpoint(path, state):
-    """torch.save and the SHA-256 of its bytes, in place of `path`; what was there becomes previous.pt.
+    """torch.save and the SHA-256 of its bytes, in place of `path`; what was there becomes
+    previous.pt.
 
     At every moment last.pt or previous.pt is whole.
     """
@@ -1251,13 +1200,13 @@ def load_torch(file, path):
     try:
         # UDAPE's and RegDA's files hold the options they were written with: plain values, too.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")                     # torch's about TorchScript: the answer is a line
+            warnings.simplefilter("ignore")  # torch's about TorchScript: the answer is a line
             state = torch.load(file, map_location="cpu", weights_only=True)
         reason = f"it holds a {type(state).__name__}"
         advice = "save the weights alone: torch.save(model.state_dict(), FILE)"
-    except OSError as error:                                    # not there, a directory, not ours to read
+    except OSError as error:  # not there, a directory, not ours to read
         raise UserError(f"{path}: {error.strerror}") from None
-    except Exception as error:                                  # of many kinds, where the file is damaged
+    except Exception as error:  # of many kinds, where the file is damaged
         state = None
         reason = "damaged, or not written by torch.save"
         refused = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
@@ -1268,12 +1217,15 @@ def load_torch(file, path):
             reason = "it is a safetensors file"
             advice = "convert it: torch.save(safetensors.torch.load_file(FILE), OUT)"
     if not isinstance(state, dict):
-        raise UserError(f"{path}: no readable dictionary of tensors and plain values ({reason}); {advice}")
+        raise UserError(f"{path}: no readable dictionary of tensors and plain values ({reason}); "
+                        f"{advice}")
     return state
 
 
 def is_safetensors(path):
-    """Whether a file begins as safetensors files do: the length of a header, then the header, in JSON."""
+    """Whether a file begins as safetensors files do: the length of a header, then the header, in
+    JSON.
+    """
     with open(path, "rb") as file:
         start = file.read(9)
     return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < 1 << 27
@@ -1281,7 +1233,9 @@ def is_safetensors(path):
 
 @contextmanager
 def claimed(out):
-    """Hold the directory of a run while this process trains it. UserError where another process does."""
+    """Hold the directory of a run while this process trains it. UserError where another process
+    does.
+    """
     if rank() != 0:
         yield
         return
@@ -1293,21 +1247,23 @@ def claimed(out):
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise UserError(f"--out: another process is at work in {out}; give another directory") from None
+        raise UserError(f"--out: another process is at work in {out}; give another") from None
     try:
         yield
     finally:
-        for path in missing:                                    # nothing was written before a mistake was found
+        for path in missing:  # nothing was written before a mistake was found
             if path.exists() and not any(path.iterdir()):
                 path.rmdir()
         os.close(handle)                                        # lets go of it
 
 
 def check_writable(path, name):
-    """UserError, for an option, where a directory is not there to be written to, or cannot be made."""
+    """UserError, for an option, where a directory is not there to be written to, or cannot be made.
+    """
     nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise UserError(f"{name}: {nearest} is not a directory that can be written to; give another")
+        raise UserError(f"{name}: {nearest} is not a directory that can be written to; give "
+                        "another")
 
 
 def starting_point(out, resume):
@@ -1316,8 +1272,9 @@ def starting_point(out, resume):
     previous = out / "previous.pt"
     files = [out / "config.json", out / "result.json", last, previous]
     if not resume and any(file.exists() for file in files):
-        raise UserError(f"--out: {out} holds a run; give another, add --resume, or `evaluate {out}`")
-    if rank() == 0:                                             # of a run that was killed while it wrote
+        raise UserError(f"--out: {out} holds a run; give another, add --resume, or `evaluate "
+                        f"{out}`")
+    if rank() == 0:  # of a run that was killed while it wrote
         for stale in out.glob("*.tmp"):
             stale.unlink()
     if not resume:
@@ -1332,9 +1289,9 @@ def starting_point(out, resume):
         state = load_run(previous)
         gather(torch.zeros(1))                                  # all have read it
         if rank() == 0:
-            warn(f"{damage}: going on from {previous}, {len(state['log'])} epochs done, to the same "
-                 "result")
-            os.replace(previous, last)                          # or the damaged file would become previous.pt
+            warn(f"{damage}: going on from {previous}, {len(state['log'])} epochs done, to the "
+                 "same result")
+            os.replace(previous, last)  # or the damaged file would become previous.pt
         return state
 
 
@@ -1344,21 +1301,28 @@ def load_weights(module, state, path):
         module.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).split("\n\t")[1]                     # after torch's headline
-        raise UserError(f"{path}: {first.strip()} Is it of another --architecture or skeleton?") from None
+        raise UserError(f"{path}: {first.strip()} Is it of another --architecture or skeleton?"
+                        ) from None
 
 
 def load_networks(trainer, checkpoint, path):
-    """Restore the student, with RegDA's regressors where it has them, and the teacher, if it has joined."""
+    """Restore student, RegDA's regressors, teacher and style networks, where it has them."""
     if "head_adv.0.weight" in checkpoint["student"]:
         trainer.begin_adaptation()
     load_weights(trainer.student, checkpoint["student"], path)
     if checkpoint["teacher"] is not None:
         trainer.teacher = actupose.make_teacher(trainer.student)
         load_weights(trainer.teacher, checkpoint["teacher"], path)
+    if checkpoint.get("style") is not None:
+        transfer = actupose.StyleTransfer(trainer.settings.style).to(trainer.device)
+        load_weights(transfer, checkpoint["style"], path)
+        trainer.style_transfer = transfer.requires_grad_(False).eval()
 
 
 def load_style_weights(network, path):
-    """Published AdaIN weights into an encoder or decoder, by name. Layers beyond relu4_1 are ignored."""
+    """Published AdaIN weights into an encoder or decoder, by name. Layers beyond relu4_1 are
+    ignored.
+    """
     own = network.state_dict()
     state = load_torch(path, path)
     load_weights(network, {name: value for name, value in state.items() if name in own}, path)
@@ -1378,25 +1342,28 @@ def read_weights(settings):
         return load_torch(path, path), path
     url = f"https://download.pytorch.org/models/{IMAGENET_FILES[settings.architecture]}"
     try:
-        weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except Exception as error:                                  # no network, a wrong hash, a damaged file
-        raise UserError(f"--weights imagenet: {url} cannot be had ({error}); give the file, fetched by other "
-                        f"means, or remove a damaged one from {torch.hub.get_dir()}") from None
+        weights = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
+                                                     weights_only=True)
+    except Exception as error:  # no network, a wrong hash, a damaged file
+        raise UserError(f"--weights imagenet: {url} cannot be had ({error}); give the file, fetched"
+                        f" by other means, or remove a damaged one from {torch.hub.get_dir()}"
+                        ) from None
     return weights, url
 
 
 def load_initial_weights(network, weights, path):
-    """Weights from `read_weights` into the pose network. Prints what was loaded, what was not, and why."""
+    """Weights from `read_weights` into the pose network. Prints what was loaded and what not."""
     try:
         loaded, ignored, left = actupose.load_pose_weights(network, weights)
     except ValueError as error:
-        raise UserError(f"--weights: {path}: {error}; give its --architecture, or other weights") from None
+        raise UserError(f"--weights: {path}: {error}; give its --architecture, or other weights"
+                        ) from None
     if rank() == 0:
-        say(f"weights from {path}: {len(loaded)} tensors; ignored: {', '.join(ignored) or 'none'}; left at "
-            f"the initialisation: {', '.join(left) or 'none'}")
+        say(f"weights from {path}: {len(loaded)} tensors; ignored: {', '.join(ignored) or 'none'}; "
+            f"left at the initialisation: {', '.join(left) or 'none'}")
 
 
-# --- Pictures -----------------------------------------------------------------------------------------------
+# --- Pictures -------------------------------------------------------------------------------------
 #
 # Drawn at twice their size and reduced when saved, for smooth lines. Coordinates are the drawing's.
 
@@ -1413,8 +1380,8 @@ SLATE = (96, 108, 122)
 PALE_BLUE = (206, 226, 250)
 PALETTE = (BLUE, RED, GREEN, YELLOW, PURPLE, SLATE)
 # Colours of joints by the beginning of their names. Others are yellow.
-JOINT_COLOURS = {"r-": RED, "l-": BLUE, "thumb": RED, "index": PURPLE, "middle": GREEN, "ring": BLUE,
-                 "little": SLATE}
+JOINT_COLOURS = {"r-": RED, "l-": BLUE, "thumb": RED, "index": PURPLE, "middle": GREEN,
+                 "ring": BLUE, "little": SLATE}
 BINS_LABEL = "complexity bin, simple to complex"
 
 
@@ -1506,34 +1473,20 @@ def value_range(values):
     return low, high + 0.05 * max(high - low, 1e-9)
 
 
-def draw_lines(path, series, title, xlabel=BINS_LABEL):
-    """A picture of lines over x = 0, 1, ...: Fig. 5. series: {label: y (n,)}."""
-    canvas, draw = blank(1800, 720)
-    values = list(series.values())
-    longest = max(len(y) for y in values)
-    chart = Chart(draw, (110, 80, 1780, 600), (0, max(longest - 1, 1)), value_range(np.concatenate(values)), title,
-                  xlabel)
-    for y, colour in zip(values, PALETTE * len(values)):
-        chart.line(range(len(y)), y, colour)
-    if len(series) > 1:
-        chart.legend(series)
-    save_picture(canvas, path)
-
-
 def draw_bars(path, series, title, xlabel=BINS_LABEL):
-    """A picture of bars at x = 0, 1, ..., those of the series side by side: Fig. 9. series: {label: y (n,)}."""
-    count = max(len(y) for y in series.values())
-    canvas, draw = blank(max(1800, 30 * count * len(series)), 720)
-    values = [np.asarray(y, float) for y in series.values()]
-    chart = Chart(draw, (110, 80, canvas.width - 20, 600), (-0.6, count - 0.4),
-                  value_range(np.concatenate(values)), title, xlabel)
+    """Bars at x = 0, 1, ..., those of the series side by side: Fig. 9. series: {label: y (n,)}."""
+    values = np.array(list(series.values()), float)
+    count = values.shape[1]
+    canvas, draw = blank(max(1800, 30 * values.size), 720)
+    chart = Chart(draw, (110, 80, canvas.width - 20, 600), (-0.6, count - 0.4), value_range(values),
+                  title, xlabel)
     for i, y in enumerate(values):
         for at in np.flatnonzero(np.isfinite(y)):
-            start = at - 0.4 + 0.8 * i / len(series)
-            end = start + 0.72 / len(series)
-            x0, y0 = chart.place(start, max(y[at], 0))
-            x1, y1 = chart.place(end, min(y[at], 0))
-            draw.rectangle([x0, y0, x1, y1], PALETTE[i % len(PALETTE)])
+            start = at - 0.4 + 0.8 * i / len(values)
+            end = start + 0.72 / len(values)
+            top_left = chart.place(start, max(y[at], 0))
+            bottom_right = chart.place(end, min(y[at], 0))
+            draw.rectangle([*top_left, *bottom_right], PALETTE[i % len(PALETTE)])
     if len(series) > 1:
         chart.legend(series)
     save_picture(canvas, path)
@@ -1542,15 +1495,16 @@ def draw_bars(path, series, title, xlabel=BINS_LABEL):
 def draw_boxes(draw, box, boxes, title, xlabel=BINS_LABEL):
     """A box plot in a part of a drawing: Fig. 3.
 
-    boxes: (n, 6), each the end of a whisker, three quartiles, the end of the other whisker, the mean. NaN
-    leaves a gap.
+    boxes: (n, 6), each the end of a whisker, three quartiles, the end of the other whisker, the
+    mean. NaN leaves a gap.
     """
     chart = Chart(draw, box, (-0.6, len(boxes) - 0.4), value_range(boxes), title, xlabel)
     for at, (lowest, lower, median, upper, highest, mean) in enumerate(boxes):
         if not np.isfinite(mean):
             continue
         draw.line([chart.place(at, lowest), chart.place(at, highest)], BLUE, 2)
-        draw.rectangle([*chart.place(at - 0.3, upper), *chart.place(at + 0.3, lower)], PALE_BLUE, BLUE, 2)
+        corners = [*chart.place(at - 0.3, upper), *chart.place(at + 0.3, lower)]
+        draw.rectangle(corners, PALE_BLUE, BLUE, 2)
         for y, half, width in ((lowest, 0.15, 2), (median, 0.3, 4), (highest, 0.15, 2)):
             draw.line([chart.place(at - half, y), chart.place(at + half, y)], BLUE, width)
         draw.circle(chart.place(at, mean), 6, RED, WHITE)
@@ -1561,27 +1515,21 @@ def draw_curves(path, log, begin):
 
     log: rows of log.jsonl; begin: the epoch in which adaptation begins, None where there is none.
     """
-    names = []
+    names = ["val_student"]
     for row in log:
         for name in row:
-            if name not in names and name not in ("epoch", "pool", "val_teacher"):
+            if name not in (*names, "epoch", "pool", "val_teacher"):
                 names.append(name)
-    if "val_student" in names:                                  # first
-        names.remove("val_student")
-        names.insert(0, "val_student")
     columns = 3
-    rows = math.ceil(len(names) / columns)
-    canvas, draw = blank(columns * 720, rows * 440)
+    canvas, draw = blank(columns * 720, math.ceil(len(names) / columns) * 440)
     for i, name in enumerate(names):
+        rows = [row for row in log if row.get(name) is not None]
+        values = [row[name] for row in rows]
         x0 = i % columns * 720 + 110
         y0 = i // columns * 440 + 70
-        points = [(row["epoch"], row[name]) for row in log if row.get(name) is not None]
-        if not points:
-            continue
-        epochs, values = zip(*points)
-        chart = Chart(draw, (x0, y0, x0 + 570, y0 + 270), (0, max(len(log) - 1, 1)), value_range(values), name,
-                      "epoch")
-        chart.line(epochs, values, BLUE)
+        chart = Chart(draw, (x0, y0, x0 + 570, y0 + 270), (0, max(len(log) - 1, 1)),
+                      value_range(values), name, "epoch")
+        chart.line([row["epoch"] for row in rows], values, BLUE)
         if begin is not None:
             chart.mark(begin, "adaptation")
     save_picture(canvas, path)
@@ -1590,17 +1538,20 @@ def draw_curves(path, log, begin):
 def draw_skeleton(draw, keypoints, visible, skeleton, width, confidence=None):
     """Limbs and joints of one figure, outlined in white, coloured by body side or finger.
 
-    draw: ImageDraw.Draw(image, "RGBA"); keypoints: (K, 2) in pixels of that image; visible: (K,), 0 leaves
-    one out; width: of a limb in pixels; confidence: (K,) in [0, 1], fades what is unsure.
+    draw: ImageDraw.Draw(image, "RGBA"); keypoints: (K, 2) in pixels of that image; visible: (K,), 0
+    leaves one out; width: of a limb in pixels; confidence: (K,) in [0, 1], fades what is unsure.
     """
     points = [tuple(point) for point in np.asarray(keypoints, float).tolist()]
     shown = np.asarray(visible) > 0
-    sure = np.ones(len(points)) if confidence is None else np.nan_to_num(np.asarray(confidence)).clip(0, 1)
+    sure = np.ones(len(points))
+    if confidence is not None:
+        sure = np.nan_to_num(np.asarray(confidence)).clip(0, 1)
     opacity = (255 * (0.45 + 0.55 * sure)).round().astype(int)
     colours = [joint_colour(name) for name in skeleton.names]
     limbs = limbs_to_draw(skeleton, shown)
     for a, b in limbs:
-        draw.line([points[a], points[b]], (*WHITE, min(opacity[a], opacity[b]) * 4 // 5), round(width * 1.7))
+        outline = (*WHITE, min(opacity[a], opacity[b]) * 4 // 5)
+        draw.line([points[a], points[b]], outline, round(width * 1.7))
     for a, b in limbs:
         sides = {colours[a], colours[b]} - {YELLOW}
         colour = sides.pop() if len(sides) == 1 else YELLOW
@@ -1612,10 +1563,8 @@ def draw_skeleton(draw, keypoints, visible, skeleton, width, confidence=None):
 
 def joint_colour(name):
     """The colour of a keypoint, by the beginning of its name."""
-    for start, colour in JOINT_COLOURS.items():
-        if name.startswith(start):
-            return colour
-    return YELLOW
+    fitting = [colour for start, colour in JOINT_COLOURS.items() if name.startswith(start)]
+    return fitting[0] if fitting else YELLOW
 
 
 def limbs_to_draw(skeleton, shown):
@@ -1655,15 +1604,20 @@ def draw_panels(path, rows, skeleton, titles=(), side=320):
         for c, panel in enumerate(row):
             x = 10 + c * wide
             y = top + r * high
-            picture = Image.fromarray(panel.image.permute(1, 2, 0).contiguous().numpy())
-            picture = picture.resize((side, side), Image.Resampling.BICUBIC)
-            if panel.keypoints is not None:                     # pixel centres stay centres
-                keypoints = (panel.keypoints + 0.5) * (side / panel.image.shape[-1]) - 0.5
-                draw_skeleton(ImageDraw.Draw(picture, "RGBA"), keypoints, panel.visible, skeleton, side / 56,
-                              panel.confidence)
             write(draw, x, y + 32, panel.caption, 26, GREY if titles else INK)
-            canvas.paste(picture, (x, y + 44))
+            canvas.paste(draw_panel(panel, skeleton, side), (x, y + 44))
     save_picture(canvas, path)
+
+
+def draw_panel(panel, skeleton, side):
+    """The picture of one Panel, without its caption."""
+    picture = Image.fromarray(panel.image.permute(1, 2, 0).contiguous().numpy())
+    picture = picture.resize((side, side), Image.Resampling.BICUBIC)
+    if panel.keypoints is not None:  # pixel centres stay centres
+        keypoints = (panel.keypoints + 0.5) * (side / panel.image.shape[-1]) - 0.5
+        draw = ImageDraw.Draw(picture, "RGBA")
+        draw_skeleton(draw, keypoints, panel.visible, skeleton, side / 56, panel.confidence)
+    return picture
 
 
 def truth_panel(caption, dataset, i):
@@ -1675,14 +1629,15 @@ def truth_panel(caption, dataset, i):
 def prediction_panel(trainer, dataset, i, keypoints, confidence):
     """Sample i with a predicted pose (K, 2), under its own PCK and EvalPose score.
 
-    As in the paper's Fig. 8, this PCK is of all labelled keypoints; the tables' is of the scored ones.
+    As in the paper's Fig. 8, this PCK is of all labelled keypoints; that of the tables is of the
+    scored ones.
     """
-    one = SimpleNamespace(size=dataset.size, keypoints=dataset.keypoints[[i]], visible=dataset.visible[[i]])
+    images, true, visible = dataset[torch.tensor([i])]
+    one = SimpleNamespace(size=dataset.size, keypoints=true, visible=visible)
     true, weight = actupose.scoring_frame(one, trainer.stride, trainer.settings.subcell)
     pck = actupose.pck(keypoints[None], true, weight, dataset.size)["all"]
     evalpose = actupose.evalpose_score(keypoints[None], true, trainer.limbs.cpu(), weight)
     caption = f"PCK {fmt(pck, 0)}  EvalPose {fmt(evalpose, 0)}"
-    images, _, _ = dataset[torch.tensor([i])]
     return Panel(caption, images[0], keypoints, torch.ones(len(keypoints)), confidence)
 
 
@@ -1692,71 +1647,76 @@ def draw_figures(run, scores, predictions, folder):
     A picture that cannot be drawn costs a line on stderr: the result is written already.
     """
     s = run.settings
-    for stale in folder.glob("*.tmp"):                          # of a run that was killed while it drew
-        stale.unlink()
-    curriculum = run.curriculum
     source = run.domains.source
+    curriculum = run.curriculum
     bins = actupose.assign_bins(run.complexity, s.bins)
+    begin = s.pretrain_epochs if s.method in ADAPTING else None
+    pck = {name: found["bins"] for name, found in scores.items()}
     pictures = {
-        "curves.png": lambda path: draw_curves(path, run.log, s.pretrain_epochs if s.method in ADAPTING else None),
-        "predictions.png": lambda path: draw_predictions(path, run, predictions),                     # Fig. 8
-        "complexity.png": lambda path: draw_complexity(path, source, bins, s.bins),                # Fig. 2-3
-        "bins.png": lambda path: draw_bars(path, {name: found["bins"] for name, found in scores.items()},
-                                           "PCK@0.05"),                                               # Fig. 9
+        "curves.png": (draw_curves, run.log, begin),
+        "predictions.png": (draw_predictions, run, predictions),
+        "complexity.png": (draw_complexity, source, bins, s.bins),
+        "bins.png": (draw_bars, pck, "PCK@0.05"),
     }
     if run.labelled is source:
-        pictures["similar.png"] = lambda path: draw_similar(path, run, predictions)                   # Fig. 1
+        pictures["similar.png"] = (draw_similar, run, predictions)
     if s.w_cross:
-        pictures["pairs.png"] = lambda path: draw_pairs(path, run)                                    # Fig. 7
+        pictures["pairs.png"] = (draw_pairs, run)
     if curriculum.drawn:
-        pictures["curriculum.png"] = lambda path: draw_drawn(path, curriculum, s)                     # Fig. 5
+        pictures["curriculum.png"] = (draw_drawn, curriculum, s)
     if curriculum.reranks:
         now = actupose.assign_bins(curriculum.score, s.bins)
-        pictures["reranked.png"] = lambda path: draw_reranked(path, source, bins, now)                # Fig. 6
-    for name, draw in pictures.items():
+        pictures["reranked.png"] = (draw_reranked, source, bins, now)
+    for stale in folder.glob("*.tmp"):  # of a run that was killed while it drew
+        stale.unlink()
+    for name, (draw, *arguments) in pictures.items():
         try:
-            draw(folder / name)
+            draw(folder / name, *arguments)
         except Exception as error:
             warn(f"{folder / name}: not drawn ({type(error).__name__}: {error})")
 
 
 def draw_predictions(path, run, predictions):
-    """The first test images, three to a row, each alone, with its labels, and with the student's prediction."""
-    test = run.domains.test
+    """Fig. 8: the first test images, three to a row: image, labels, the student's prediction."""
     panels = []
-    for i in range(min(12, len(test))):
-        truth = truth_panel("ground truth", test, i)
-        panels += [Panel("", truth.image), truth,
-                   prediction_panel(run.trainer, test, i, predictions[0][i], predictions[1][i])]
+    for i in range(min(12, len(run.domains.test))):
+        panels += test_panels(run, predictions, i)
     rows = [panels[start:start + 9] for start in range(0, len(panels), 9)]
     draw_panels(path, rows, run.trainer.skeleton)
 
 
+def test_panels(run, predictions, i):
+    """A test image alone, with its labels, and with the student's prediction."""
+    test = run.domains.test
+    keypoints, confidence = predictions
+    truth = truth_panel("ground truth", test, i)
+    found = prediction_panel(run.trainer, test, i, keypoints[i], confidence[i])
+    return [Panel("", truth.image), truth, found]
+
+
 def draw_similar(path, run, predictions):
-    """The first test images as in `draw_predictions`, and the source poses nearest to the ground truth."""
+    """Fig. 1: the first test images, and the three source poses nearest to the ground truth."""
     source = run.domains.source
     test = run.domains.test
     shown = slice(0, 6)
     first = slice(0, 10_000)
     distance = kernels.triplet_angle_distance(
-        test.keypoints[shown], source.keypoints[first], run.trainer.triplets.cpu(), test.visible[shown] > 0,
-        source.visible[first] > 0, min_triplets=4)
+        test.keypoints[shown], source.keypoints[first], run.trainer.triplets.cpu(),
+        test.visible[shown] > 0, source.visible[first] > 0, min_triplets=4)
     rows = []
-    for i, nearest in enumerate(distance.argsort()[:, :3]):
-        truth = truth_panel("ground truth", test, i)
-        row = [Panel("", truth.image), truth,
-               prediction_panel(run.trainer, test, i, predictions[0][i], predictions[1][i])]
-        for n in nearest.tolist():
+    for i, nearest in enumerate(distance.argsort()[:, :3].tolist()):
+        row = test_panels(run, predictions, i)
+        for n in nearest:
             row.append(truth_panel(f"Eq. 7: {distance[i, n]:.3f} rad", source, n))
         rows.append(row)
     draw_panels(path, rows, run.trainer.skeleton)
 
 
 def draw_pairs(path, run):
-    """The nearest pairs by Eq. 7, nearest first, no image twice, of the first 64 training images of both.
+    """Fig. 7: the nearest pairs by Eq. 7, no image twice, of the first 64 training images of both.
 
-    The student's poses of the source, the teacher's of the target. As in a step, unlabelled source keypoints
-    and the target's less confident half are pruned; the latter are drawn faint. No picture without a pair.
+    The student's poses of the source, the teacher's of the target. As in a step, unlabelled source
+    keypoints and the target's less confident half are pruned. The latter are drawn faint.
     """
     s = run.settings
     trainer = run.trainer
@@ -1765,8 +1725,8 @@ def draw_pairs(path, run):
     poses, _ = decode(trainer.student, images, s, trainer.device)
     found, confidence = decode(scored_teacher(trainer), others, s, trainer.device)
     sure = actupose.confidence_mask(confidence, s.mask_ratio)
-    distance = kernels.triplet_angle_distance(poses, found, trainer.triplets.cpu(), visible > 0, sure,
-                                              min_triplets=4)
+    distance = kernels.triplet_angle_distance(poses, found, trainer.triplets.cpu(), visible > 0,
+                                              sure, min_triplets=4)
     panels = []
     while len(panels) < 24 and distance.isfinite().any():
         m, n = divmod(distance.argmin().item(), len(others))
@@ -1776,14 +1736,16 @@ def draw_pairs(path, run):
         panels.append(Panel(remark, others[n], found[n], everything, sure[n].float()))
         distance[m] = math.inf
         distance[:, n] = math.inf
-    rows = [panels[start:start + 8] for start in range(0, len(panels), 8)]
-    if rows:
+    if panels:
+        rows = [panels[start:start + 8] for start in range(0, len(panels), 8)]
         draw_panels(path, rows, trainer.skeleton)
 
 
 def draw_drawn(path, curriculum, settings):
-    """How many samples of each bin made the pool of five epochs, from the first to the one in which the peak
-    arrives at the last bin; and how many of the pool were trained on."""
+    """Fig. 5: how many samples of each bin made the pool of five epochs, and were trained on.
+
+    The epochs: from the first to the one in which the peak arrives at the last bin.
+    """
     s = settings
     arrival = min(math.ceil(s.epochs / s.pace), s.epochs - 1)
     trained = s.iters_per_epoch * s.batch_size
@@ -1792,7 +1754,14 @@ def draw_drawn(path, curriculum, settings):
         drawn = curriculum.drawn[epoch]
         pool = sum(drawn)
         series[f"epoch {epoch}: {pool:,}, {min(pool, trained):,} of them trained on"] = drawn
-    draw_lines(path, series, "samples drawn")
+    canvas, draw = blank(2200, 720)
+    everything = value_range(list(series.values()))
+    chart = Chart(draw, (110, 80, 2180, 600), (0, max(s.bins - 1, 1)), everything, "samples drawn",
+                  BINS_LABEL)
+    for drawn, colour in zip(series.values(), PALETTE):
+        chart.line(range(s.bins), drawn, colour)
+    chart.legend(series)
+    save_picture(canvas, path)
 
 
 def draw_reranked(path, source, before, now):
@@ -1808,11 +1777,12 @@ def draw_reranked(path, source, before, now):
 
 
 def draw_complexity(path, dataset, bins, num_bins):
-    """Fig. 2 and 3: the first poses of five bins, and a box plot of Eq. 7 between the poses of each bin.
+    """Fig. 2 and 3: the first poses of five bins, and a box plot of Eq. 7 between the poses of each
+    bin.
 
-    bins: (N,) the bin of each pose of the dataset. Poses are drawn at random, by a fixed seed. A box has the
-    quartiles of the distances between a hundred poses of its bin, whiskers to the last within 1.5 heights of
-    the box, and their mean as a dot.
+    bins: (N,) the bin of each pose of the dataset. Poses are drawn at random, by a fixed seed. A
+    box has the quartiles of the distances between a hundred poses of its bin, whiskers to the last
+    within 1.5 heights of the box, and their mean as a dot.
     """
     skeleton = dataset.skeleton
     random = np.random.default_rng(0)
@@ -1848,7 +1818,7 @@ def box_of_bin(dataset, indices):
     return [inside.min(), lower, median, upper, inside.max(), pairs.mean()]
 
 
-# --- Photographs --------------------------------------------------------------------------------------------
+# --- Photographs ----------------------------------------------------------------------------------
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")                   # what is taken from a folder
 
@@ -1857,30 +1827,28 @@ def find_photographs(inputs, out):
     """Files and folders -> {name: file}. UserError for what is missing, or would be overwritten."""
     files = {}
     for path in inputs:
+        found = [path]
         if path.is_dir():
-            found = [file for file in sorted(path.iterdir()) if is_photograph(file)]
-        else:
-            found = [path]
+            found = [file for file in sorted(path.iterdir())
+                     if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
         if not found or not path.exists():
-            raise UserError(f"{path}: no such picture, or a folder without any ({' '.join(SUFFIXES)})")
+            raise UserError(f"{path}: no such picture, or a folder without any "
+                            f"({' '.join(SUFFIXES)})")
         for file in found:
             if file.resolve().parent == out.resolve():
-                raise UserError(f"--out: {out} holds {file}, which could be overwritten; give another")
+                raise UserError(f"--out: {out} holds {file}, which could be overwritten; give "
+                                "another")
             if files.setdefault(file.name, file).resolve() != file.resolve():
-                raise UserError(f"{file}: {files[file.name]} has the same name; predict them one by one")
+                raise UserError(f"{file}: {files[file.name]} has the same name; predict them one "
+                                "by one")
     return files
-
-
-def is_photograph(path):
-    """Whether a file in a folder is taken for a photograph."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def predict_run(run, inputs, out, box, device):
     """`predict RUN IMAGE...`: draw each photograph FILE with its skeleton (FILE.jpg, FILE.json).
 
-    box: (x, y, width, height), the part of each picture that is looked at, or None. Returns the exit status:
-    1 if a photograph failed, else 0.
+    box: (x, y, width, height), the part of each picture that is looked at, or None. Returns the
+    exit status: 1 if a photograph failed, else 0.
     """
     settings = saved_settings(run)
     skeleton = data.Skeleton(**read_json(run / "config.json")["skeleton"])
@@ -1893,7 +1861,7 @@ def predict_run(run, inputs, out, box, device):
     for done, (name, file) in enumerate(files.items(), 1):
         try:
             predict_photograph(trainer, name, file, out, box)
-        except Exception as error:                              # a damaged file, or a box outside of it
+        except Exception as error:  # a damaged file, or a box outside of it
             failed += 1
             hint = f" (is --box {show(box)} within its pixels?)" if box else ""
             warn(f"{file}: {error}{hint}")
@@ -1908,26 +1876,28 @@ def predict_photograph(trainer, name, file, out, box):
     skeleton = trainer.skeleton
     image = data.open_picture(file)
     x, y, w, h = box or (0, 0, *image.size)
-    left, top, right, bottom = region = (max(x, 0), max(y, 0), min(x + w, image.width), min(y + h, image.height))
+    region = (max(x, 0), max(y, 0), min(x + w, image.width), min(y + h, image.height))
     crop = letterbox(image, region, size)
     keypoints, confidence = decode(trainer.student, crop[None], trainer.settings, trainer.device)
     _, _, view = letterbox_view(region, size)
     keypoints = map_keypoints(keypoints[0].double(), invert_view(torch.from_numpy(view)))
     confidence = confidence[0]
+    left, top, right, bottom = region
     width = max(right - left, bottom - top, 150) / 100
-    draw_skeleton(ImageDraw.Draw(image, "RGBA"), keypoints, torch.ones(len(skeleton)), skeleton, width, confidence)
+    draw = ImageDraw.Draw(image, "RGBA")
+    draw_skeleton(draw, keypoints, torch.ones(len(skeleton)), skeleton, width, confidence)
     with replacing(out / f"{name}.jpg") as picture:
         image.save(picture, format="JPEG", quality=92)
     rows = []
     for joint, (x, y), c in zip(skeleton.names, keypoints.tolist(), confidence.tolist()):
         rows.append({"name": joint, "x": round(x, 3), "y": round(y, 3), "confidence": round(c, 4)})
-    write_json(out / f"{name}.json", {"image": str(file), "width": image.width, "height": image.height,
-                                      "box": box, "keypoints": rows})
+    write_json(out / f"{name}.json", {"image": str(file), "width": image.width,
+                                      "height": image.height, "box": box, "keypoints": rows})
 
 
-# --- Command line -------------------------------------------------------------------------------------------
+# --- Command line ---------------------------------------------------------------------------------
 
-TRAIN_HELP = """Train ACTUPose or a baseline. With no option: ACTUPose on the built-in benchmark, in minutes.
+TRAIN_HELP = """Train ACTUPose or a baseline. With no option: ACTUPose on the built-in benchmark.
 
   python train.py --source mannequin-hand      the demo with hands
   python train.py --resume --out RUN           go on with a run that was stopped
@@ -1935,24 +1905,30 @@ TRAIN_HELP = """Train ACTUPose or a baseline. With no option: ACTUPose on the bu
   python train.py predict RUN IMAGE... --out DIR
 
 Tables, sweeps and ablations: python -m docs.reproduce --help"""
-PREDICT_HELP = """Find the keypoints of photographs with a run's network: for each a picture and a JSON file.
+PREDICT_HELP = """Find the keypoints of photographs with a run's network: a picture and a JSON file each.
 
-Keypoints are in pixels of the upright picture, the centre of its first pixel at (0, 0). Confidence is the
-height of the heatmap's peak (RegDA: of its softmax). A file that cannot be read is named, others go on."""
+Keypoints are in pixels of the upright picture, the centre of its first pixel at (0, 0). Confidence
+is the height of the heatmap's peak (RegDA: of its softmax). A file that cannot be read is named, and
+others go on."""
 # The field of Settings that begins a group of options in --help.
-GROUPS = {"method": "task", "architecture": "network", "epochs": "schedule", "curriculum": "curriculum",
-          "mask_ratio": "adaptation", "rotation": "augmentation", "w_udape": "losses", "amp": "speed"}
+GROUPS = {"method": "task", "architecture": "network", "epochs": "schedule",
+          "curriculum": "curriculum", "mask_ratio": "adaptation", "rotation": "augmentation",
+          "w_udape": "losses", "amp": "speed"}
 
 
 class Parser(argparse.ArgumentParser):
     """Says on one line what is wrong, with the nearest option for a typo."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-        self.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
+        super().__init__(allow_abbrev=False, **options,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("--device", default="auto",
+                          help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
 
     def add_settings(self, skip=()):
-        """An option per field of Settings, in groups, with its default and the paper's value in the help."""
+        """An option per field of Settings, in groups, with its default and the paper's value in the
+        help.
+        """
         group = self
         for f in dataclasses.fields(Settings):
             if f.name in GROUPS:
@@ -1969,7 +1945,9 @@ class Parser(argparse.ArgumentParser):
                                metavar=None if choices else metavar)
 
     def parse_known_args(self, words=None, namespace=None):
-        """argparse's, which remembers for `error` who reads what: a parser, or that of `evaluate` inside it."""
+        """argparse's, which remembers for `error` who reads what: a parser, or that of `evaluate`
+        inside it.
+        """
         Parser.reading = self
         self.words = words
         return super().parse_known_args(words, namespace)
@@ -2009,8 +1987,92 @@ def parse_path(text):
 PARSERS = {bool: parse_switch, tuple: parse_numbers}
 
 
+def check_settings(s):
+    """UserError names the option, what it takes and what was given. Expands ~ in paths."""
+    for f in dataclasses.fields(s):
+        value = getattr(s, f.name)
+        if isinstance(value, list):  # a tuple that comes from config.json
+            value = tuple(value)
+            setattr(s, f.name, value)
+        check_value(f, value)
+    for name in PATHS:
+        setattr(s, name, os.path.expanduser(getattr(s, name)))
+    for name in ("zoom", "crop"):
+        pair = getattr(s, name)
+        if len(pair) != 2 or pair[0] > pair[1]:
+            refuse(name, "must be low,high with low <= high", pair)
+    if s.image_size % 32:
+        refuse("image_size", "must be a multiple of 32", s.image_size)
+    if s.curriculum == "hardest" and s.hard_bins > s.bins:
+        refuse("hard_bins", f"must be at most --bins {s.bins}", s.hard_bins)
+    if s.method in ADAPTING and s.pretrain_epochs >= s.epochs:
+        refuse("pretrain_epochs", f"must be below --epochs {s.epochs}, or adaptation never begins; "
+               "give both", s.pretrain_epochs)
+    if s.source == s.target:
+        raise UserError(f"--source and --target must differ (both {s.source})")
+    if s.weights == "imagenet" and s.architecture not in IMAGENET_FILES:
+        rule = f"--weights imagenet needs {' or '.join(IMAGENET_FILES)}"
+        refuse("architecture", rule, s.architecture)
+    for name in ("style_weights", "style_decoder"):
+        if s.style == "small" and getattr(s, name):
+            refuse(name, "needs --style vgg", getattr(s, name))
+    if s.style == "vgg" and not s.style_weights:
+        raise UserError("--style-weights: --style vgg needs the directory of vgg_normalised.pth "
+                        "(or use --style small)")
+    for role, loaders in (("source", SOURCES), ("target", TARGETS)):
+        domain = getattr(s, role)
+        root = getattr(s, f"{role}_root")
+        if domain in loaders and not root:
+            raise UserError(f"--{role}-root: --{role} {domain} needs its directory")
+        if domain not in loaders and root:
+            refuse(f"{role}_root", f"leave it out, {domain} is rendered", root)
+
+
+def check_value(f, value):
+    """UserError where the value of a field of Settings has another type or breaks its rule."""
+    kind = type(f.default)
+    rule = f.metadata
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        refuse(f.name, f"must be of type {kind.__name__}", value)
+    if rule["choices"] and value not in rule["choices"]:
+        refuse(f.name, f"use {' or '.join(rule['choices'])}", value)
+    if kind is str:
+        return
+    numbers = value if kind is tuple else (value,)
+    for number in numbers:
+        if not math.isfinite(number):
+            refuse(f.name, "must be finite", value)
+        if number < rule["low"]:
+            refuse(f.name, f"must be at least {rule['low']}", value)
+        if number <= rule["above"]:
+            refuse(f.name, f"must be above {rule['above']}", value)
+        if number > rule["high"]:
+            refuse(f.name, f"must be at most {rule['high']}", value)
+
+
+def refuse(name, rule, value):
+    """UserError: the option of a setting, the rule for its values, the value that was given."""
+    raise UserError(f"{option_of(name)}: {rule}, got {show(value)}")
+
+
+def option_of(name):
+    """The command line's option for a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def show(value):
+    """A setting as one types it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, (tuple, list)):
+        return ",".join(show(number) for number in value)
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
 def choose_device(name):
-    """auto, cpu, cuda, ... -> torch.device; a GPU each under torchrun. UserError when it is not there."""
+    """auto, cpu, cuda, ... -> torch.device; a GPU each under torchrun. UserError when it is not
+    there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and world_size() > 1:
@@ -2036,7 +2098,7 @@ def resolve_amp(settings, device):
 
 
 def check_same_settings(out, given):
-    """The settings of the run in `out`, with the PLACES that are given. UserError where others differ."""
+    """The settings of the run in `out`, with the PLACES given. UserError where others differ."""
     saved = saved_settings(out)
     places = {}
     for name, value in given.items():
@@ -2044,41 +2106,44 @@ def check_same_settings(out, given):
         if name in PLACES:
             places[name] = value
         elif was != value and (name, value) != ("amp", "auto"):
-            raise UserError(f"{option_of(name)}: the run in {out} was started with {show(was)}, not "
-                            f"{show(value)}; give {show(was) or 'nothing'}, or another --out")
+            raise UserError(f"{option_of(name)}: the run in {out} was started with {show(was)}, not"
+                            f" {show(value)}; give {show(was) or 'nothing'}, or another --out")
     return dataclasses.replace(saved, **places)
 
 
 def make_parser():
     """The command line: train with no word, evaluate RUN, predict RUN IMAGE..."""
     parser = Parser(prog="train.py", description=TRAIN_HELP)
-    parser.add_argument("--out", type=parse_path, help="directory of the run [runs/METHOD-TARGET-sSEED]")
-    parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
-    parser.add_argument("--preset", choices=("demo", "paper"), default="demo",
-                        help="values of options that are not given [demo]")
+    add = parser.add_argument
+    add("--out", type=parse_path, help="directory of the run [runs/METHOD-TARGET-sSEED]")
+    add("--resume", action="store_true", help="go on with the unfinished run in --out")
+    add("--preset", choices=("demo", "paper"), default="demo",
+        help="values of options that are not given [demo]")
     parser.add_settings()
     words = parser.add_subparsers(dest="word", metavar="evaluate | predict", title="other commands")
 
-    evaluate = words.add_parser("evaluate", description="Score a run's last checkpoint again.")
+    evaluate = words.add_parser("evaluate", description="Score a run's last checkpoint, and draw "
+                                "its pictures, again.")
     evaluate.add_argument("run", type=parse_path, help="directory of the run")
-    for name in PLACES[:3]:
+    for name in ("source_root", "target_root", "cache"):
         evaluate.add_argument(option_of(name), default=argparse.SUPPRESS, metavar="str",
                               help="where it lies now, if it was moved")
 
     predict = words.add_parser("predict", description=PREDICT_HELP)
     predict.add_argument("run", type=parse_path, help="directory of the run")
-    predict.add_argument("inputs", nargs="+", type=parse_path, metavar="image", help=f"a picture or a folder ({' '.join(SUFFIXES)})")
+    predict.add_argument("inputs", nargs="+", type=parse_path, metavar="image",
+                         help=f"a picture or a folder ({' '.join(SUFFIXES)})")
     predict.add_argument("--out", type=parse_path, required=True, help="directory of the results")
     predict.add_argument("--box", type=parse_numbers, metavar="X,Y,W,H",
-                         help="the part of each picture that shows the person or hand: corner, width and height "
-                              "in its pixels [all of it]")
+                         help="the part of each picture that shows the person or hand: corner, "
+                         "width and height in its pixels [all of it]")
     return parser
 
 
 def command(arguments):
     """What the words of the command line ask for. Returns the exit status."""
     if arguments[:1] == ["compare"]:
-        raise UserError("compare is now a program of its own: python -m docs.reproduce (see its --help)")
+        raise UserError("compare is now a program of its own: python -m docs.reproduce --help")
     options = vars(make_parser().parse_args(arguments))
     word = options.pop("word")
     if word and arguments[0] != word:
@@ -2110,7 +2175,8 @@ def train_command(preset, out, device, resume, **given):
         if resume:
             settings = check_same_settings(out, given)
     if settings.batch_size % world_size():
-        raise UserError(f"--batch-size: {settings.batch_size} is no multiple of the {world_size()} processes")
+        raise UserError(f"--batch-size: {settings.batch_size} is no multiple of the {world_size()} "
+                        "processes")
     if resume and (out / "result.json").exists():
         say(f"{out}: the run is finished; `evaluate {out}` draws its pictures again")
         return
@@ -2120,55 +2186,59 @@ def train_command(preset, out, device, resume, **given):
         say(f"{time.time() - started:.0f} s, {peak_memory_gb()} GB; pictures in {out / 'figures'}")
 
 
-def warn(message):
+def warn(message, name="train.py"):
     """One line on stderr, below a progress line that may stand there."""
     if Progress.unfinished:
         print(file=sys.stderr)
         Progress.unfinished = False
     try:
-        print(f"train.py: {message}", file=sys.stderr, flush=True)
+        print(f"{name}: {message}", file=sys.stderr, flush=True)
     except BrokenPipeError:
         sys.stderr = open(os.devnull, "w")
 
 
 def main(arguments):
-    """`command`, with expected errors on one line.
-
-    Status 1: a photograph failed, or a bug. 2: a mistake. 130: Ctrl-C.
-    """
-    mend_streams()
+    """The program. Status 1: a photograph failed, or a bug; 2: a mistake; 130: Ctrl-C."""
     processes = 1
-    if dist.is_available() and dist.is_torchelastic_launched():     # not: WORLD_SIZE left over
+    if dist.is_available() and dist.is_torchelastic_launched():  # not: WORLD_SIZE left over
         processes = int(os.environ["WORLD_SIZE"])
     advice = "; --resume goes on from the last saved epoch"
     if arguments[:1] in (["evaluate"], ["predict"]):
         advice = ""
-    status = 2
     try:
         if processes > 1:
-            dist.init_process_group()                           # gloo for CPU tensors, NCCL for GPUs
-        status = command(arguments)
-    except (UserError, data.DataError) as error:
-        warn(error)
-    except OSError as error:                                    # a full disk, say
-        warn(f"{error.filename}: {error.strerror}{advice}" if error.filename else error)
-    except KeyboardInterrupt:
-        warn(f"interrupted{advice}")
-        status = 130
-    except Exception:                                           # a bug: its traceback is shown, in any case
+            dist.init_process_group()  # gloo for CPU tensors, NCCL for GPUs
+        status = guarded(command, arguments, "train.py", advice)
+    except Exception:  # a bug: its traceback is shown, in any case
         if processes == 1:
             raise
         sys.excepthook(*sys.exc_info())
         status = 1
-    if processes > 1:                                           # under torchrun a normal shutdown can hang
+    if processes > 1:  # under torchrun a normal shutdown can hang
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
     return status
 
 
+def guarded(program, arguments, name, advice):
+    """Run a program on its arguments, with expected errors on one line. Returns the exit status."""
+    mend_streams()
+    try:
+        return program(arguments)
+    except (UserError, data.DataError) as error:
+        warn(error, name)
+    except OSError as error:  # a full disk, say
+        warn(f"{error.filename}: {error.strerror}{advice}" if error.filename else error, name)
+    except KeyboardInterrupt:
+        warn(f"interrupted{advice}", name)
+        return 130
+    return 2
+
+
 def mend_streams():
-    """Output that cannot end a run: closed streams lead nowhere, what an encoding lacks is escaped."""
+    """Output that cannot end a run: closed streams lead nowhere, what an encoding lacks is escaped.
+    """
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")
     if sys.stderr is None:

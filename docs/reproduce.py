@@ -701,7 +701,7 @@ def draw_pictures(out, comparison, results, device):
 
 
 def command(arguments):
-    """What the command line asks for."""
+    """What the command line asks for. Returns the exit status."""
     options = make_parser().parse_args(arguments)
     alone = {"--tables": options.tables, f"--tasks={options.tasks}": options.tasks}
     for word, given in alone.items():
@@ -709,29 +709,18 @@ def command(arguments):
             raise UserError(f"{word}: prints finished runs; leave the other options out")
     if options.tables:
         fill_documents()
-        return
+        return 0
     if options.jobs < 1:
         raise UserError(f"--jobs: must be at least 1, got {options.jobs}")
     if not options.name and not options.out and not options.tasks:
         raise UserError(f"give the NAME of a comparison ({', '.join(COMPARISONS)}), or the --out of your own")
     train.say(table_of(options, options.out or Path("runs") / str(options.name)))
+    return 0
 
 
 def main(arguments):
-    """`command`, with expected errors on one line. Returns the exit status."""
-    train.mend_streams()
-    try:
-        command(arguments)
-    except (UserError, data.DataError) as error:
-        print(f"docs.reproduce: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:                                    # a full disk, say
-        print(f"docs.reproduce: {error}; the same command goes on", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("docs.reproduce: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    """The program. Returns the exit status."""
+    return train.guarded(command, arguments, "docs.reproduce", "; the same command goes on")
 
 
 if __name__ == "__main__":

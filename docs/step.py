@@ -67,8 +67,8 @@ class Clock:
         return whole, rows
 
 
-def main(arguments):
-    """Print the table."""
+def command(arguments):
+    """Print the table. Returns the exit status."""
     parser = train.Parser(prog="python -m docs.step", description=__doc__)
     parser.add_argument("--steps", type=int, default=40, help="steps that are timed [40]")
     parser.add_argument("--preset", choices=("demo", "paper"), default="demo", help="of the settings [demo]")
@@ -108,7 +108,8 @@ def main(arguments):
                 value = rows.get(name, 0.0)
             cells.append(f"{value:.1f} ({100 * value / whole:.0f} %)")
         print("| " + " | ".join(cells) + " |")
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(train.guarded(command, sys.argv[1:], "docs.step", ""))
