@@ -383,7 +383,8 @@ def all_samples(settings, complexity, count):
 
 
 # --curriculum: what makes the one of a run from its settings, the complexity (N,) of the source's poses and
-# the number of labelled samples. A new curriculum is a class (or function) here and a row of this table.
+# the number of labelled samples. A new curriculum is a class (or function) here and a row of this table. It
+# needs what FixedCurriculum has.
 CURRICULA = {"active": ActiveCurriculum.of, "static": StaticCurriculum.of, "hardest": hardest_bins,
              "off": all_samples}
 
@@ -575,15 +576,18 @@ def channel_statistics(features):
     return mean, (variance + 1e-5).sqrt()
 
 
-def adain(content, style):
-    """Adaptive instance normalisation: content's features (B, C, H, W) with the channel statistics of
-    style's.
+def adain(content, style, alpha=1.0):
+    """Adaptive instance normalisation: content's features (B, C, H, W) with the channel statistics of style's.
 
-    In float32, whatever the networks compute in: a variance over a map loses too much in half precision.
+    alpha: how much of it, 0 ... 1; the rest is the content as it is. In float32, whatever the networks compute
+    in: a variance over a map loses too much in half precision.
     """
-    mean_c, std_c = channel_statistics(content.float())
+    content = content.float()
+    mean_c, std_c = channel_statistics(content)
     mean_s, std_s = channel_statistics(style.float())
-    return (content.float() - mean_c) / std_c * std_s + mean_s
+    # alpha ((content - mean_c) / std_c std_s + mean_s) + (1 - alpha) content, in one pass over the map
+    scale = alpha * std_s / std_c + (1 - alpha)
+    return (content - mean_c) * scale + torch.lerp(mean_c, mean_s, alpha)
 
 
 def _conv(inputs, outputs):
@@ -611,10 +615,10 @@ def vgg_networks():
     return nn.Sequential(*encoder), nn.Sequential(*decoder), taps
 
 
-def small_networks(width=48):
-    """An encoder and decoder for the demo, of quarter resolution, trained from nothing on both domains."""
-    encoder = nn.Sequential(nn.Conv2d(3, width, 4, 4), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU())
-    decoder = nn.Sequential(*_conv(width, 48), nn.PixelShuffle(4))         # 48: 3 colours of 4 x 4 pixels
+def small_networks(width=16):
+    """An encoder and decoder for the demo, of half resolution, trained from nothing on both domains."""
+    encoder = nn.Sequential(nn.Conv2d(3, width, 2, 2), nn.ReLU(), nn.Conv2d(width, width, 1), nn.ReLU())
+    decoder = nn.Sequential(*_conv(width, 12), nn.PixelShuffle(2))         # 12: 3 colours of 2 x 2 pixels
     return encoder, decoder, (1, 3)
 
 
@@ -622,7 +626,7 @@ class StyleTransfer(nn.Module):
     """Gives images of one domain the look of the other: encode, AdaIN with strength alpha, decode.
 
     networks: "vgg" (the published base method's; load its weights by name into `encoder` and `decoder`) or
-    "small" (quarter resolution, for the demo). Images are normalised, (B, 3, H, W).
+    "small" (half resolution, for the demo). Images are normalised, (B, 3, H, W).
     """
 
     def __init__(self, networks="small"):
@@ -643,11 +647,10 @@ class StyleTransfer(nn.Module):
     def forward(self, content, style, alpha):
         """Content images in the look of style images, sample by sample, clamped to valid pixels; alpha: how
         much of it, 0 ... 1."""
-        features = self.encode(content)[-1]
-        styled = alpha * adain(features, self.encode(style)[-1]) + (1 - alpha) * features
-        images = self.decoder(styled)[..., :content.shape[2], :content.shape[3]]
-        low, high = (normalise(images.new_full((1, 3, 1, 1), value)) for value in (0.0, 1.0))
-        return torch.maximum(torch.minimum(images, high), low)
+        styled = adain(self.encode(content)[-1], self.encode(style)[-1], alpha)
+        images = self.decoder(styled)[..., :content.shape[2], :content.shape[3]].float()
+        black, white = (normalise(images.new_full((1, 3, 1, 1), value)) for value in (0.0, 1.0))
+        return images.clamp(black, white)
 
     def losses(self, content, style):
         """Reconstruction, content and style loss of one pair of batches: scalars, for the decoder."""

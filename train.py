@@ -117,7 +117,7 @@ class Settings:
     weights: str = option("", "start of the network: imagenet (torchvision's file, fetched once), "
                           "a file of torchvision's, RegDA's, UDAPE's or ours, or a run's directory")
     image_size: int = option(64, "side of the input in pixels", low=32)
-    sigma: float = option(1.0, "deviation of a target heatmap's Gaussian in cells", above=0)
+    sigma: float = option(1.5, "deviation of a target heatmap's Gaussian in cells", above=0)
     subcell: bool = option(True, "targets and decoding finer than a cell; off: as published")
 
     epochs: int = option(70, "epochs in all", low=1)
@@ -158,11 +158,11 @@ class Settings:
                                high=1)
     style_iters: int = option(300, "iterations that train the style networks", low=1)
 
-    rotation: float = option(60.0, "random rotation of the views, +- degrees (rhd: 180)", low=0)
-    shear: float = option(30.0, "random shear of the views, +- degrees", low=0, high=80)
+    rotation: float = option(30.0, "random rotation of the views, +- degrees (rhd: 180)", low=0)
+    shear: float = option(0.0, "random shear of the views, +- degrees", low=0, high=80)
     translate: float = option(0.05, "random translation, +- share of the side", low=0)
-    zoom: tuple = option((0.6, 1.3), "random scale of the views: low,high", above=0)
-    crop: tuple = option((0.6, 1.0), "area of the random resized crop: low,high", above=0, high=1)
+    zoom: tuple = option((0.9, 1.1), "random scale of the views: low,high", above=0)
+    crop: tuple = option((0.8, 1.0), "area of the random resized crop: low,high", above=0, high=1)
     jitter: float = option(0.25, "strength of the colour jitter", low=0, high=1)
 
     w_udape: float = option(1.0, "w1 of Eq. 8", low=0)
@@ -706,6 +706,7 @@ def set_up(settings, device, checkpoint=None, out=None):
     source = domains.source
     skeleton = source.skeleton
     labelled = domains.target if s.method == "oracle" else source
+    make_curriculum(s, np.zeros(len(source)), len(labelled))  # what it refuses is said now
     trainer = make_trainer(s, skeleton, device)
     if checkpoint is None:
         if s.weights:
@@ -733,11 +734,7 @@ def set_up(settings, device, checkpoint=None, out=None):
     if not complexity.isfinite().all():
         raise UserError("--vae-kl: the Pose-VAE diverged, its scores are not finite; lower it")
     complexity = complexity.numpy()
-    try:
-        curriculum = actupose.CURRICULA[s.curriculum](s, complexity, len(labelled))
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
-
+    curriculum = make_curriculum(s, complexity, len(labelled))
     run = SimpleNamespace(settings=s, domains=domains, labelled=labelled, vae=vae, trainer=trainer,
                           complexity=complexity, curriculum=curriculum, log=[])
     if checkpoint is not None:
@@ -746,6 +743,23 @@ def set_up(settings, device, checkpoint=None, out=None):
         train_style(run)  # last: it can take an hour
         broadcast(trainer.style_transfer.state_dict().values())
     return run
+
+
+def make_curriculum(settings, complexity, count):
+    """The curriculum of a run: the row of actupose.CURRICULA.
+
+    complexity: (N,) of the source's poses; count: of labelled samples. UserError where it refuses
+    the settings, TypeError where it lacks something.
+    """
+    try:
+        curriculum = actupose.CURRICULA[settings.curriculum](settings, complexity, count)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+    for name in vars(actupose.FixedCurriculum):
+        if not name.startswith("_") and not hasattr(curriculum, name):
+            raise TypeError(f"{type(curriculum).__name__}: has no {name}; actupose.FixedCurriculum "
+                            "has all that a curriculum needs")
+    return curriculum
 
 
 def go_on(run, checkpoint):

@@ -607,7 +607,8 @@ def make_parser():
         help="the table: all columns, without joints, PCK by complexity bin, or seed by seed")
     add("--tasks", metavar="NAME,DIR,...", help="Table 2, of comparisons by name or directory")
     add("--tables", action="store_true", help="print the tables of README.md and docs/results.md into them")
-    add("--out", type=train.parse_path, help="directory of new runs and of their runs.jsonl [runs/NAME, docs/runs.jsonl]")
+    add("--out", type=train.parse_path,
+        help="directory of new runs and of their runs.jsonl [runs/NAME, docs/runs.jsonl]")
     add("--jobs", type=int, default=1, help="runs at a time, which share the cores [1]")
     add("--preset", choices=("demo", "paper"), default="demo", help="values of options that are not given")
     parser.add_settings(skip=("method", "seed"))

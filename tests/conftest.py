@@ -24,6 +24,8 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     common.INTERPRET = False
     del os.environ["TRITON_INTERPRET"]
 
+torch.set_num_threads(1)        # on tensors as small as the tests' more threads wait for each other
+
 
 @pytest.fixture(scope="session", autouse=True)
 def interruptible():

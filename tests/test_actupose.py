@@ -215,7 +215,7 @@ def test_a_fixed_curriculum_passes_over_its_pool_again_and_again():
 @pytest.mark.parametrize("method, curriculum, pool", [
     ("udape+vae-hm", "hardest", range(12, 20)), ("actupose", "off", range(20))])
 def test_what_a_fixed_curriculum_holds(method, curriculum, pool):
-    """UDAPE + VAE-HM: the hardest 2 of 5 bins of 20 samples, which are numbered by complexity here; off: all."""
+    """UDAPE + VAE-HM: the hardest 2 of 5 bins of 20 samples, numbered by complexity here; off: all."""
     from train import make_settings
     settings = make_settings(method=method, curriculum=curriculum, bins=5, hard_bins=2, batch_size=8)
     made = actupose.CURRICULA[curriculum](settings, np.arange(20.0), 20)
@@ -244,8 +244,9 @@ EQ4_RELATIVE = [
 # All samples are seen, under the same weights: the scores of the Pose-VAE over confidence / mean.
 EQ4_FULL = [
     ([([0, 1, 2, 3], [0.2, 0.4, 0.2, 0.8])], [2, 2, 6, 2]),      # mean 0.4
-    ([([0, 1, 2, 3], [0.9, 0.3, 0.6, 0.6])], [2 / 3, 4, 3, 4]),  # mean 0.6; nothing is left of the epoch before
+    ([([0, 1, 2, 3], [0.9, 0.3, 0.6, 0.6])], [2 / 3, 4, 3, 4]),  # mean 0.6; the epoch before is forgotten
 ]
+EQ4_OFF = [([([0, 1, 2, 3], [0.9, 0.3, 0.6, 0.6])], [1, 2, 3, 4])]
 EQ4_LITERAL = [
     ([([0, 1, 2], [0.1, 0.5, 0.5])], np.array([10, 4, 6, 4]) / 6),
     ([([1, 3], [0.4, 0.8])], np.array([10, 10, 6, 5]) / 7.75),
@@ -253,7 +254,7 @@ EQ4_LITERAL = [
 
 
 @pytest.mark.parametrize("mode, epochs", [("relative", EQ4_RELATIVE), ("literal", EQ4_LITERAL),
-                                          ("full", EQ4_FULL)])
+                                          ("full", EQ4_FULL), ("off", EQ4_OFF)])
 def test_eq4_by_hand(mode, epochs):
     """Relative: a confidence counts against its epoch's mean, and what is not drawn keeps its factor.
 
@@ -261,7 +262,7 @@ def test_eq4_by_hand(mode, epochs):
     Fig. 6, low confidence moves a sample to harder bins, high confidence to easier ones.
     """
     curriculum = actupose.ActiveCurriculum(np.float32([1, 2, 3, 4]), epochs=9, num_bins=2, rescoring=mode)
-    assert curriculum.reranks and curriculum.observes_all == (mode == "full")
+    assert curriculum.reranks == (mode != "off") and curriculum.observes_all == (mode == "full")
     for calls, expected in epochs:
         for indices, confidence in calls:
             curriculum.observe(indices, confidence)
@@ -270,14 +271,6 @@ def test_eq4_by_hand(mode, epochs):
         assert (np.diff(np.array(expected)[curriculum.order]) >= 0).all()
         curriculum.rerank()                                           # nothing is applied twice
         assert curriculum.score == pytest.approx(expected)
-
-
-def test_without_eq4_the_ranking_stays():
-    curriculum = make_curriculum(50, rescoring="off")
-    order = curriculum.order.copy()
-    curriculum.observe(np.arange(50), np.linspace(0.1, 0.9, 50))
-    curriculum.rerank()
-    assert not curriculum.reranks and np.array_equal(curriculum.order, order)
 
 
 def test_curriculum_state_round_trip():
@@ -383,8 +376,8 @@ class Doubling(torch.nn.Module):
 
 
 def test_the_style_losses_by_hand():
-    """Content x = 0, 1, 2, 3 has features 2x and 4x; in the style of 2x they are to be 4x and 8x. AdaIN gives 8x,
-    which is decoded to 16x and encoded to 32x and 64x. Without a style, 4x is decoded to 8x."""
+    """Content x = 0, 1, 2, 3 has features 2x and 4x; in the style of 2x they are to be 4x and 8x. AdaIN gives
+    8x, which is decoded to 16x and encoded to 32x and 64x. Without a style, 4x is decoded to 8x."""
     transfer = actupose.StyleTransfer("small")
     transfer.encoder = torch.nn.Sequential(Doubling(), Doubling())
     transfer.decoder = Doubling()
@@ -398,7 +391,7 @@ def test_the_style_losses_by_hand():
 
 
 @pytest.mark.parametrize("train_encoder, total", [(False, 10 + 0.1 * 100), (True, 1 + 10 + 0.1 * 100)])
-def test_what_the_style_decoder_descends(train_encoder, total, monkeypatch):
+def test_what_the_style_decoder_descends(train_encoder, total):
     """A given encoder: content + 0.1 style, as published; one of our own: the reconstruction as well. In both
     directions."""
     transfer = actupose.StyleTransfer("small")
@@ -533,27 +526,10 @@ def test_eq8_by_hand():
     assert actupose.total_loss(2.0, -3.0, -5.0, (1, 0, 0)) == 2.0
 
 
-def test_gradients_of_the_losses():
-    """Eq. 1, L_mse, L_consistency, Eq. 5 and Eq. 6 against finite differences, in float64."""
-    def random(*shape):
-        return torch.randn(*shape, dtype=torch.float64)
-
-    def check(loss, *shapes):
-        assert torch.autograd.gradcheck(loss, [random(*shape).requires_grad_() for shape in shapes])
-
-    poses, weight = random(3, 6), torch.tensor([[1.0, 1, 1, 1, 0, 0]] * 3)
-    check(lambda r, m, v: actupose.vae_loss(poses, r, m, v, 0.3, weight), (3, 6), (3, 2), (3, 2))
-    target, seen = random(2, 3, 4, 4), torch.tensor([[1.0, 0, 1], [0, 1, 1]])
-    check(lambda p: actupose.heatmap_mse(p, target, seen), (2, 3, 4, 4))
-    check(lambda p: actupose.consistency_loss(p, target, seen > 0), (2, 3, 4, 4))
-    labelled, known = random(3, 4, 2), torch.tensor([[1.0, 1, 1, 0]] * 3)
-    check(lambda p: actupose.evalpose(p, labelled, CHAIN, known), (3, 4, 2))
-    coincident = torch.zeros(3, 4, 2, requires_grad=True)             # limbs without length
-    actupose.evalpose(coincident, labelled, CHAIN, known).backward()
+def test_eq5_of_limbs_without_length_has_a_gradient():
+    coincident = torch.zeros(3, 4, 2, requires_grad=True)
+    actupose.evalpose(coincident, torch.randn(3, 4, 2), CHAIN, torch.ones(3, 4)).backward()
     assert torch.isfinite(coincident.grad).all()
-    features, similar = random(2, 5), torch.tensor([[1, 0], [1, 1], [0, 0]]) > 0
-    for centred in (False, True):
-        check(lambda f: actupose.cross_domain_loss(f, features, similar, centred), (3, 5))
 
 
 # --- §4 ---------------------------------------------------------------------------------------------------

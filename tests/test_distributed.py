@@ -16,8 +16,8 @@ from tiny_runs import SCRIPT, read
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs gloo")
 # Weights hardly change, or rounding would grow from step to step.
-OPTIONS = """--epochs 3 --pretrain-epochs 1 --iters-per-epoch 4 --batch-size 6 --source-count 60 --style-iters 2
-          --target-count 30 --vae-steps 5 --bins 5 --hard-bins 5 --image-size 32 --amp off --device cpu
+OPTIONS = """--epochs 3 --pretrain-epochs 1 --iters-per-epoch 4 --batch-size 6 --source-count 60
+          --style-iters 2 --target-count 30 --vae-steps 5 --bins 5 --hard-bins 5 --image-size 32 --amp off --device cpu
           --lr 1e-9 --gamma 1.2 --occlusion 1 --occlusion-confidence 0""".split()
 
 # train.py with BatchNorm frozen, which on CPUs would look at each process's share alone. Keeps each step's

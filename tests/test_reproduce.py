@@ -72,14 +72,15 @@ def test_what_is_missing_is_trained_and_kept(launch, reproduce_into, tmp_path, m
     assert sorted(kept, key=lambda result: result["seed"]) == results
     for line in lines:
         assert {"demo", "commit", "processor", "threads", "amp", "torch", "seconds"} <= line.keys()
-        assert line["settings"]["zoom"] == [0.6123456, 1.3] and not {"cache", "workers"} & line["settings"].keys()
+        assert line["settings"]["zoom"] == [0.6123456, 1.3] and "cache" not in line["settings"]
 
     for run in tmp_path.glob("*-s[01]"):
         shutil.rmtree(run)
     assert reproduce_into(*rows) == (0, table, "") and reproduce_into.started == new
     one = ["--methods", "source-only", "--seeds", "0", *options]
     assert reproduce_into(*one, "--lr", "0.5")[0] == 0
-    assert reproduce_into.started[3:] == [("source-only-s0", False)] and len(read(tmp_path / "runs.jsonl")) == 5
+    assert reproduce_into.started[3:] == [("source-only-s0", False)]
+    assert len(read(tmp_path / "runs.jsonl")) == 5
     status, _, errors = reproduce_into(*one, "--lr", "0.25")            # its directory holds another run
     assert status == 2 and len(reproduce_into.started) == 4
     check_one_line(errors, "--lr: the run in ", "0.5, not 0.25")
@@ -96,12 +97,14 @@ def test_lines_of_another_demo_do_not_count(reproduce_into, tmp_path, monkeypatc
     assert [line["demo"] for line in read(tmp_path / "runs.jsonl")] == ["another"]
 
 
-@pytest.mark.parametrize("name, default, same", [("w_limb", 0.0, True), ("smooth", False, True), ("lr", 0.5, False)])
+@pytest.mark.parametrize("name, default, same", [
+    ("w_limb", 0.0, True), ("smooth", False, True), ("lr", 0.5, False)])
 def test_what_makes_another_demo(name, default, same, monkeypatch):
     """Another default, or other figures; not a new setting that is off."""
     before = reproduce.demo_version.__wrapped__()
     fields = [(name, type(default), train.option(default, ""))]
-    monkeypatch.setattr(train, "Settings", dataclasses.make_dataclass("More", fields, bases=(train.Settings,)))
+    more = dataclasses.make_dataclass("More", fields, bases=(train.Settings,))
+    monkeypatch.setattr(train, "Settings", more)
     assert (reproduce.demo_version.__wrapped__() == before) == same
     monkeypatch.setitem(reproduce.data.WILD, "noise", 0.9)
     assert reproduce.demo_version.__wrapped__() != before
@@ -116,8 +119,8 @@ def test_what_failed_is_named(reproduce_into, monkeypatch):
 
 
 def test_sweeps_and_the_panel(reproduce_into, tmp_path, monkeypatch):
-    """Fig. 10: a row, run and point per value; the default's is ACTUPose itself, which the others are compared
-    with, and is not trained twice. Fig. 8: test images by those whose last.pt is there."""
+    """Fig. 10: a row, run and point per value; the default's is ACTUPose itself, which the others are
+    compared with, and is not trained twice. Fig. 8: test images by those whose last.pt is there."""
     one = ["--seeds", "0", "--style", "off"]
     status, rows, errors = reproduce_into(*one, "--sweep", "pace=1,6", "--sweep", "w-cross=0.01,0")
     assert (status, errors) == (0, "")
@@ -151,8 +154,8 @@ def test_sweeps_and_the_panel(reproduce_into, tmp_path, monkeypatch):
 def result(value, seed, teacher=None, source="surreal", target="mannequin-wild"):
     """A result with this overall PCK."""
     known = value is not None
-    return dict(pck={"elbow": value - 1 if known else None, "wrist": None, "all": value}, evalpose=50.0 + seed,
-                seed=seed, teacher=None if teacher is None else {"pck": {"all": teacher}},
+    return dict(pck={"elbow": value - 1 if known else None, "wrist": None, "all": value},
+                evalpose=50.0 + seed, seed=seed, teacher=None if teacher is None else {"pck": {"all": teacher}},
                 val=value + 2 if known else None, source=source, target=target,
                 bins=[value] * 4 + [None] if known else [None] * 5)
 
@@ -173,8 +176,8 @@ def table_lines(rows, *arguments, **options):
 
 
 def test_means_deviations_and_the_gap():
-    """The deviation of 42 and 44 is sqrt(2); on the one seed that all have, (42 - 30) / (61 - 30) of the gap are
-    closed. Columns stand where there is something to say."""
+    """The deviation of 42 and 44 is sqrt(2); on the one seed that all have, (42 - 30) / (61 - 30) of the gap
+    are closed. Columns stand where there is something to say."""
     table = table_lines(["source-only", "oracle", "udape"])
     assert table[0] == "| method | seeds | elbow | wrist | all | teacher | EvalPose | gap closed |"
     assert table[4] == "| udape | 2 | 42.0 | - | **43.0** ± 1.4 | 44.0 | 50.5 | 39 % |"
@@ -185,8 +188,8 @@ def test_means_deviations_and_the_gap():
 
 
 def test_differences_are_paired_by_seed():
-    """Seed 0: 42 - 41, seed 1: 44 - 47: mean -1, deviation 2.8. With seed 2, 95 - 90: mean 1, deviation 4, and
-    the t-interval of three: 4.303 x 4 / sqrt(3) = 9.94 to both sides."""
+    """Seed 0: 42 - 41, seed 1: 44 - 47: mean -1, deviation 2.8. With seed 2, 95 - 90: mean 1, deviation 4,
+    and the t-interval of three: 4.303 x 4 / sqrt(3) = 9.94 to both sides."""
     table = table_lines(ROWS)
     assert table[0].endswith("| gap closed | to actupose |") and table[4].endswith("| 39 % | -1.0 ± 2.8 |")
     assert table[5].startswith("| actupose | 3 |") and table[5].endswith("| - |")
@@ -210,7 +213,8 @@ def test_a_table_without_labels():
     assert reproduce.bins_table(rows).splitlines()[2] == "| oracle | - | - | - | - | - |"
 
 
-@pytest.mark.parametrize("target, quoted", [("lsp", "78.4 | 73.2 | 77.9"), ("human36m", "- | - | 79.6"), ("h3d", None)])
+@pytest.mark.parametrize("target, quoted", [
+    ("lsp", "78.4 | 73.2 | 77.9"), ("human36m", "- | - | 79.6"), ("h3d", None)])
 def test_quoted_figures_and_remarks(target, quoted):
     """PoseDA's figures are the paper's, where it has some. The oracle on LSP has seen its test images."""
     table = table_lines({"oracle": [result(9.0, 0, target=target)]})
@@ -263,11 +267,13 @@ def test_blocks_of_a_document(tmp_path, monkeypatch):
     """Printed anew between their marks, from the kept lines; the text around them stays."""
     monkeypatch.setattr(reproduce, "KEPT", tmp_path / "runs.jsonl")
     settings = reproduce.run_settings(reproduce.COMPARISONS["bodies"], reproduce.named_row("udape"), 3)
-    line = {"demo": reproduce.demo_version(), "settings": reproduce.differences(settings), "result": result(42.0, 3, 43.0)}
+    line = {"demo": reproduce.demo_version(), "settings": reproduce.differences(settings),
+            "result": result(42.0, 3, 43.0)}
     old = dict(line, demo="older", settings={**line["settings"], "seed": 4}, result=result(1.0, 4))
     train.write_lines(tmp_path / "runs.jsonl", [line, old])
     begin = "<!-- python -m docs.reproduce bodies --show short -->"
-    text = f"Before.\n\n{begin}\nold\n<!-- end -->\n\nBetween. <!-- python -m docs.reproduce hands -->\n<!-- end -->\n"
+    text = (f"Before.\n\n{begin}\nold\n<!-- end -->\n\n"
+            "Between. <!-- python -m docs.reproduce hands -->\n<!-- end -->\n")
     filled = reproduce.fill(text)
     assert filled.startswith(f"Before.\n\n{begin}\n\n| method | seeds | all |")
     assert "| udape | 1 | **42.0** | 43.0 | 53.0 |\n\n<!-- end -->\n\nBetween. <!--" in filled
@@ -299,13 +305,15 @@ def test_named_comparisons_are_valid(name):
 
 # "=>": what the answer says. Without it, it names the first option.
 MISTAKES = """
-bodie => bodies; --methods udap --out x => --methods: use; --seeds a --out x; --seeds nan --out x; --jobs 0 --out x;
+bodie => bodies; --methods udap --out x => --methods: use; --seeds a --out x; --seeds nan --out x;
+--jobs 0 --out x;
 --method udape => did you mean --methods?; --sweep pase=1 --out x => --sweep: 'pase' is no setting;
 --sweep pace=1,x --out x => --sweep: use NAME=; --sweep seed=1 --out x => 'seed' is no setting;
---sweep pace --out x => --sweep; --sweep source=lsp --out x => 'source' is no setting; --seeds -1 --out x => --seed;
---sweep pace=0 --out x => --pace: must be above 0; --tasks no/run => --tasks: no/run has finished runs of 0 tasks;
---tasks a --lr 1 => --tasks; bodies --tables => --tables; bodies --methods udape => --methods; --lr 1 => --out;
---methods udape --w-cross 1 --out x => --w-cross: --method udape has 0; bodies --preset paper => --style-weights"""
+--sweep pace --out x => --sweep; --sweep source=lsp --out x => 'source' is no setting;
+--seeds -1 --out x => --seed; --sweep pace=0 --out x => --pace: must be above 0; --tasks a --lr 1 => --tasks;
+--tasks no/run => --tasks: no/run has finished runs of 0 tasks; bodies --tables => --tables;
+bodies --methods udape => --methods; --lr 1 => --out; bodies --preset paper => --style-weights;
+--methods udape --w-cross 1 --out x => --w-cross: --method udape has 0"""
 
 
 @pytest.mark.parametrize("mistake", [" ".join(mistake.split()) for mistake in MISTAKES.split(";")])

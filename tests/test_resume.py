@@ -1,5 +1,5 @@
-"""Runs that survive: killed anywhere, damaged, out of disk or interrupted, they end in the same bits. A directory
-has one owner, and data may be moved."""
+"""Runs that survive: killed anywhere, damaged, out of disk or interrupted, they end in the same bits. A
+directory has one owner, and data may be moved."""
 import hashlib
 import json
 import os
@@ -82,8 +82,8 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """start(out, kind, which, number): one start of the tiny run, or of one with other options. Where its settings
-    are written, `--resume --out RUN` alone goes on with it; where its result is, `evaluate` draws its pictures.
+    """start(out, kind, which, number): one start of the tiny run, or of one with other options. Where its
+    settings are written, `--resume --out RUN` alone goes on with it; where its result is, `evaluate` draws.
 
     Returns the exit status (-9: killed) and what is on stderr.
     """
@@ -153,7 +153,7 @@ LARGEST = {"actupose.total_loss": 12, "torch.save": 6, "write": 12, "os.fsync": 
 
 def test_killed_anywhere_and_resumed_to_the_same_bits(start, finished, tmp_path):
     """12 kills, seeded: within steps, in the middle of writing, at syncs and renames, between result and
-    pictures, by the clock. No finished epoch is lost, and each chain of kills ends as the run never killed."""
+    pictures, by the clock. No finished epoch is lost; each chain of kills ends as the run never killed."""
     choice = random.Random(7)
     kills = [*LARGEST, *LARGEST][:12]
     choice.shuffle(kills)
@@ -266,8 +266,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, start, finishe
 
 
 def test_a_directory_has_one_owner(launch, tmp_path, monkeypatch, capsys):
-    """While a run is at work, another process is refused on one line, whether it is to begin or to resume. What it
-    was refused stays as it is, and the result is that of an undisturbed run."""
+    """While a run is at work, another process is refused on one line, whether it is to begin or to resume.
+    The result is that of an undisturbed run."""
     script = tmp_path / "run.py"
     script.write_text(SCRIPT + "for options in [[], ['--resume']]:\n"
                       "    assert train.main([*sys.argv[1:], *options]) == 2\n")
@@ -314,7 +314,7 @@ def test_a_refused_process_leaves_the_owners_directory(tmp_path):
 
 
 def test_a_directory_with_settings_holds_a_run(launch, tmp_path, capsys, monkeypatch):
-    """A run that was killed in the Pose-VAE, say: it is not overwritten by another, and --resume begins it."""
+    """A run that was killed in the Pose-VAE, say: no other overwrites it, and --resume begins it."""
     with monkeypatch.context() as patch:
         patch.setattr(train.actupose, "train_pose_vae", Mock(side_effect=KeyboardInterrupt))
         assert launch(tmp_path / "r", "--style", "off") == 130
@@ -326,18 +326,17 @@ def test_a_directory_with_settings_holds_a_run(launch, tmp_path, capsys, monkeyp
     assert read(tmp_path / "r" / "config.json")["lr"] == 0.001
 
 
-def test_the_home_directory_in_a_runs_paths(tmp_path, monkeypatch):
+def test_the_home_directory_in_a_runs_paths(launch, tmp_path, monkeypatch):
     """~ is expanded in --out and --cache, and in every path of the settings."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    options = "--method source-only --epochs 1 --out=~/runs/x --cache=~/cache".split()
-    assert train.main([*TINY, *options]) == 0
+    assert launch("~/runs/x", *"--method source-only --epochs 1 --cache=~/cache".split()) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "cache"}
     assert list((tmp_path / "cache").glob("*.u8"))
     assert train.main(["evaluate", "~/runs/x", "--device", "cpu"]) == 0
     for name in train.PATHS:
-        given = {"style": "vgg", "style_weights": "~/s", "source": "surreal", "source_root": "~/a", "target": "lsp",
-                 "target_root": "~/b", name: "~/there"}
+        given = {"style": "vgg", "style_weights": "~/s", "source": "surreal", "source_root": "~/a",
+                 "target": "lsp", "target_root": "~/b", name: "~/there"}
         assert getattr(train.make_settings(**given), name) == str(tmp_path / "there")
 
 

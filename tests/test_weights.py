@@ -16,7 +16,7 @@ import torch
 import actupose
 import data
 import train
-from tiny_runs import check_one_line
+from tiny_runs import TINY, check_one_line
 
 CPU = torch.device("cpu")
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
@@ -110,8 +110,8 @@ def open_style(**options):
 
 
 def test_adains_encoder_and_a_decoder_by_name(tmp_path, monkeypatch):
-    """Every parameter of ours is theirs. A decoder beside the encoder is not taken: it has to be given. A wrong
-    shape is refused."""
+    """Every parameter of ours is theirs. A decoder beside the encoder is not taken: it has to be given. A
+    wrong shape is refused."""
     encoder = published("adain_state_dict.json", "vgg_normalised")
     decoder = published("adain_state_dict.json", "decoder")
     for name, state in (("vgg_normalised.pth", encoder), ("decoder.pth", decoder)):
@@ -133,8 +133,8 @@ def test_adains_encoder_and_a_decoder_by_name(tmp_path, monkeypatch):
 def convolution(factor, shift):
     """A 1x1 layer that gives factor * x + shift, factor and shift per channel."""
     layer = torch.nn.Conv2d(3, 3, 1)
-    layer.weight.data = torch.diag(torch.as_tensor(factor)).view(3, 3, 1, 1)
-    layer.bias.data = torch.as_tensor(shift)
+    layer.weight.data = torch.diag(factor).view(3, 3, 1, 1)
+    layer.bias.data = shift.clone()
     return layer
 
 
@@ -153,8 +153,11 @@ ONES = torch.ones(3)
     ((2 * ONES, ONES), (0 * ONES, ONES), "does not reproduce the images")])
 def test_a_given_decoder_is_tried(encoder, decoder, text, tmp_path, monkeypatch, capsys):
     """Before anything is written: normalised images have to come back without a style."""
-    monkeypatch.setattr(actupose, "vgg_networks", lambda: (
-        torch.nn.Sequential(convolution(ONES, 0 * ONES)), torch.nn.Sequential(convolution(ONES, 0 * ONES)), (0,)))
+    def networks():
+        same = ONES, 0 * ONES
+        return torch.nn.Sequential(convolution(*same)), torch.nn.Sequential(convolution(*same)), (0,)
+
+    monkeypatch.setattr(actupose, "vgg_networks", networks)
     torch.save(torch.nn.Sequential(convolution(*encoder)).state_dict(), tmp_path / "vgg_normalised.pth")
     torch.save(torch.nn.Sequential(convolution(*decoder)).state_dict(), tmp_path / "decoder.pth")
     given = dict(style_weights=str(tmp_path), style_decoder=str(tmp_path / "decoder.pth"))
@@ -166,9 +169,9 @@ def test_a_given_decoder_is_tried(encoder, decoder, text, tmp_path, monkeypatch,
         assert all(map(torch.equal, before, transfer.parameters()))         # what is given is not trained
         assert not any(parameter.requires_grad for parameter in transfer.parameters())
         return
-    words = ["--style", "vgg", "--source-count", "60", "--target-count", "60", "--image-size", "32"]
+    words = [*TINY, "--style", "vgg"]
     words += [f"{train.option_of(name)}={value}" for name, value in given.items()]
-    assert train.main([*words, "--device", "cpu", "--out", str(tmp_path / "r")]) == 2
+    assert train.main([*words, "--out", str(tmp_path / "r")]) == 2
     check_one_line(capsys.readouterr().err, "--style-decoder: ", "decoder.pth", text)
     assert not (tmp_path / "r").exists()
 
@@ -223,7 +226,7 @@ FILES = {
     "TorchScript": (write_script, ["TorchScript", ADVICE]),
     "safetensors": (write_safetensors, ["it is a safetensors file", "safetensors.torch.load_file"]),
     "a tensor": (lambda path: torch.save(torch.zeros(3), path), ["it holds a Tensor", ADVICE]),
-    "another network": (lambda path: torch.save(ours("resnet18"), path), ["another architecture", "--architecture"]),
+    "another network": (lambda path: torch.save(ours("resnet18"), path), ["give its --architecture"]),
     "a NumPy archive": (lambda path: np.savez(path.open("wb"), a=1), ["not written by torch.save", ADVICE]),
     "cut off": (cut, ["damaged", "fetch it again"]),
     "a page": (lambda path: path.write_text("<html>404"), ["damaged", "fetch it again"]),
