@@ -147,10 +147,11 @@ def distance_kernel(source, target, source_valid, target_valid, triplets, distan
         kept = tl.maximum(tl.abs(difference), 0.0)   # 0 where the difference is NaN
         squares += tl.sum(kept * kept, axis=0)
     shared = tl.sum(count_bits(bits_m[:, :, None] & bits_n[:, None, :]), axis=0)
-    # Both roots are approximate on a GPU, within a relative 2^-22.9.
-    result = tl.sqrt(squares) * tl.rsqrt(shared.to(tl.float32)) * scale
+    # Both roots are approximate on a GPU, within a relative 2^-22.9. The factor is 0 where there are too few.
+    factor = tl.where(shared >= min_triplets, tl.rsqrt(shared.to(tl.float32)) * scale, 0.0)
+    result = tl.sqrt(squares) * factor
     result = tl.where(result == float("inf"), float("nan"), result)
-    result = tl.where(shared >= min_triplets, result, float("inf"))
+    result = tl.where(factor > 0.0, result, float("inf"))
     entry = (bank * S + m + i)[:, None] * T + (n + i)[None, :]   # int64: there may be more than 2^31
     tl.store(distance + entry, result, mask=(i < S - m)[:, None] & (i < T - n)[None, :])
 

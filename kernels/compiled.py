@@ -104,6 +104,29 @@ def machine_code(compiled):
     return [(int(address, 16), text) for address, text in code], {name: int(n) for name, n in resources}
 
 
+def target_of(text, name="BRA"):
+    """Address that a branch or a call leads to, or None."""
+    branch = re.search(rf"\b{name}\b.* (0x[0-9a-f]+)", text)
+    return int(branch[1], 16) if branch else None
+
+
+def is_conditional(text):
+    return text.startswith("@") or "," in text   # @P0 BRA 0x80, BRA.U UP0, 0x80
+
+
+def jumps(code, place, n, target):
+    """Whether a warp with work takes the branch to `target` before instruction n: it always must, or what it
+    skips is the slow path of a division, a call, or what stands in for a loop without a trip."""
+    skipped = [text for _, text in code[n:target]]
+    end = next(address for address, text in code if text.startswith("EXIT"))
+    slow_path = any((target_of(text, "CALL") or 0) > end for text in skipped)
+    if slow_path or not is_conditional(code[n - 1][1]):
+        return True
+    after = None if is_conditional(skipped[-1]) else target_of(skipped[-1])
+    instead = code[target:place[after]] if after else []
+    return any((target_of(text) or address) < address for address, text in instead)
+
+
 def executed(code, trips):
     """The instructions that a warp executes. trips: of the loops, in the order of the code."""
     place = {address: n for n, (address, _) in enumerate(code)}
@@ -117,14 +140,11 @@ def executed(code, trips):
         n += 1
         if text.startswith("EXIT"):   # the last; "@P0 EXIT" is for threads without work
             break
-        branch = re.search(r"\bBRA\b.* (0x[0-9a-f]+)", text)
-        if branch is None:
+        target = place.get(target_of(text))
+        if target is None:
             continue
-        target = place[int(branch[1], 16)]
         if target >= n:
-            slow_path = any("CALL" in other for _, other in code[n:target])
-            if slow_path or not text.startswith("@"):
-                n = target
+            n = target if jumps(code, place, n, target) else n
             continue
         if address not in left:
             if not trips:
