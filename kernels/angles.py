@@ -42,7 +42,8 @@ def atan2_upper(y, x):
     symmetry. Only operators of the language: Triton's interpreter has no libdevice.
     """
     side = tl.abs(x)
-    t = tl.minimum(y, side) / tl.maximum(tl.maximum(y, side), 1.1754944e-38)   # the smallest normal: not 0 / 0
+    high = tl.maximum(tl.maximum(y, side), 1.1754944e-38)   # at least the smallest normal number: not 0 / 0
+    t = tl.minimum(y, side) / high
     z = t * t
     series = 0.0028662257 * z - 0.0161657367
     series = series * z + 0.0429096138

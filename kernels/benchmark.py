@@ -1,11 +1,11 @@
 """Measures the operators against plain PyTorch:  python -m kernels.benchmark
 
 It prints the tables of docs/kernels.md. One per operator and per use of one, over sizes, dtypes and layouts:
-soft_argmax_gradient is forward and backward, similar_mask the training step's triplet_angle_distance < gamma,
-training_step what the step calls in turn, heatmap_argmax_mean and similar_mask. A column is a provider and how
-it is timed. Providers are the operator in Triton, also in a CUDA graph; `kernels.reference`, eager and by
-torch.compile in three modes; for the argmax torch.max without coordinates and the field's published NumPy,
-with the copy to the host.
+soft_argmax_gradient is forward and backward, similar_mask is triplet_angle_distance < gamma, training_step
+what the step calls in turn: heatmap_argmax_mean and similar_mask. A column is a provider and how it is timed.
+Providers are the operator in Triton, also in a CUDA graph; `kernels.reference`, eager and by torch.compile in
+three modes; for the argmax torch.max without coordinates and the field's published NumPy, with the copy to
+the host.
 
     cold cache, GPU time   Between two events around one call, after a buffer of four L2 caches was read: the
                            cache holds neither data nor writes still to be made. The host issues the call
@@ -58,15 +58,21 @@ STEP_OPERATORS = {
     "training_step": lambda m, maps, weight, gradient, gamma, *poses: (
         *m.heatmap_argmax_mean(maps, weight), m.triplet_angle_distance(*poses) < gamma)}
 OPERATORS = HEATMAP_OPERATORS | POSE_OPERATORS | STEP_OPERATORS
-COLD, WARM, HOST = "cold cache, GPU time", "warm cache, GPU time", "warm cache, host time"
+COLD = "cold cache, GPU time"
+WARM = "warm cache, GPU time"
+HOST = "warm cache, host time"
 GRAPH = "triton, CUDA graph"
 NOT_THE_OPERATOR = GRAPH, "torch.max", "NumPy"   # timed otherwise, or without all results
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}   # training's first
-BODY, HAND = (32, 16, 64, 64), (32, 21, 64, 64)   # the paper's batches of heatmaps (B, K, H, W)
+BODY = (32, 16, 64, 64)   # the paper's batches of heatmaps (B, K, H, W)
+HAND = (32, 21, 64, 64)
 LARGE = [(2048, 16, 64, 64), (64, 16, 256, 256), (4, 16, 1024, 1024)]   # 256 MB and more in float32
-BODY_POSE, HAND_POSE = (16, 16), (14, 21)   # triplets A, keypoints K
-BETA, SIGMA, MIN_TRIPLETS = 10.0, 2.0, 4   # their values do not matter for the time
+BODY_POSE = (16, 16)   # triplets A, keypoints K
+HAND_POSE = (14, 21)
+BETA = 10.0            # of these three the values do not matter for the time
+SIGMA = 2.0
+MIN_TRIPLETS = 4
 SIMILAR = 0.01   # part of the pairs below gamma, about what choosing similar poses keeps
 HOST_OPERATIONS = 5e9   # a call that needs more is not measured on a CPU
 
@@ -208,9 +214,9 @@ def calls_of(operator, inputs, cuda):
 
 def allowed_errors(operator, inputs, true):
     """What each result may be off by: nothing for the argmax; 1e-5 for the mean confidence, for what rectify
-    returns, and in cells for the soft-argmax, times side / 64 beyond 64; for its gradient 1e-4 of the largest,
-    and the rounding of a dtype below float32; 1.5e-6 rad for distances; a pair may be on the wrong side of
-    gamma where the distance is as close to it."""
+    returns, and in cells for the soft-argmax, times side / 64 beyond 64; for its gradient 1e-4 of the
+    largest, and the rounding of a dtype below float32; 1.5e-6 rad for distances; a pair may be on the wrong
+    side of gamma where the distance is as close to it."""
     if operator in POSE_OPERATORS:
         return [1.5e-6]
     if operator == "soft_argmax":
@@ -435,16 +441,16 @@ def print_table(title, lines):
 
 
 def print_compiled(capability, plan):
-    """Print what the compiled code executes; returns whether no kernel spills registers."""
+    """Print what the compiled code executes on GPUs of a compute capability (90: sm_90); returns whether it
+    could be counted and no kernel spills registers."""
     why = compiled.missing(capability)
     if why:
         print(f"\nWhat the compiled code executes was not counted: {why}")
-        return True
+        return False
     lines = []
     for operator in ("heatmap_argmax", "rectify", "soft_argmax_gradient", "triplet_angle_distance"):
         for row, inputs in cases(operator, plan, torch.Generator().manual_seed(0)):
-            call = call_of(operator, kernels, inputs)
-            for launch, pointers in compiled.launches_of(call):
+            for launch, pointers in compiled.launches_of(call_of(operator, kernels, inputs)):
                 counts = compiled.count_launch(launch, pointers, capability)
                 total = counts.pop("total")
                 seconds = total / compiled.SCHEDULERS / compiled.CLOCK
@@ -452,6 +458,22 @@ def print_compiled(capability, plan):
                               "per unit": total / row["units"], "issue time, us": 1e6 * seconds})
     print_table(f"What sm_{capability} executes", lines)
     return not any(line["spilled"] for line in lines)
+
+
+def print_checks(operators, device, seed):
+    """Print the largest error of each operator; returns whether all are allowed."""
+    lines = []
+    for operator in operators:
+        errors = [(*error_of(operator, inputs), f"{row['size']} {row['dtype']} {row['layout']}")
+                  for row, inputs in cases(operator, CHECK, torch.Generator(device).manual_seed(seed))]
+        excess, error, allowed, at = max(errors)
+        if excess > 1:
+            print(f"{operator} is wrong for {at}: error {error:.3g}, allowed {allowed:.3g}; repeat it with "
+                  f"--only {operator} --seed {seed}", file=sys.stderr)
+            return False
+        lines.append(dict(operator=operator, error=f"{error:.2g}", allowed=f"{allowed:.2g}", at=at))
+    print_table("Largest errors against the float64 reference", lines)
+    return True
 
 
 def main(arguments=None, plan=None):
@@ -467,16 +489,13 @@ def main(arguments=None, plan=None):
     options = parser.parse_args(arguments)
     if common.INTERPRET:
         parser.exit(2, "Triton's interpreter is on, which says nothing of a GPU: unset TRITON_INTERPRET\n")
+    to_compile = QUICK if options.quick else COMPILED
+    if options.compiled:
+        return 0 if print_compiled(options.compiled, to_compile) else 1
     plan = plan or (QUICK if options.quick else FULL)
     seed = options.seed
     operators = [options.only] if options.only else list(OPERATORS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    capability = 90
-    if options.compiled:
-        return 0 if print_compiled(options.compiled, QUICK if options.quick else COMPILED) else 1
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        capability = 10 * major + minor
     torch._logging.set_logs(dynamo=logging.ERROR)   # the reference's checks look at values: a graph break
     clock = Clock(device, plan.seconds)
     limits = measure_limits(clock)
@@ -488,20 +507,9 @@ def main(arguments=None, plan=None):
     facts["float32 product, GFLOP/s"] = limits["fp32"] / 1e9
     facts["empty kernel, us"] = limits["launch_us"]
     print_table("What ran where, and the limits measured there",
-                 [dict(what=what, value=str(value) if what == "seed" else value) for what, value in facts.items()])
-
-    checks = []
-    for operator in operators:
-        errors = [(*error_of(operator, inputs), f"{row['size']} {row['dtype']} {row['layout']}")
-                  for row, inputs in cases(operator, CHECK, torch.Generator(device).manual_seed(seed))]
-        excess, error, allowed, at = max(errors)
-        if excess > 1:
-            print(f"{operator} is wrong for {at}: error {error:.3g}, allowed {allowed:.3g}; repeat it with "
-                  f"--only {operator} --seed {seed}", file=sys.stderr)
-            return 1
-        checks.append(dict(operator=operator, error=f"{error:.2g}", allowed=f"{allowed:.2g}", at=at))
-    print_table("Largest errors against the float64 reference", checks)
-
+                [dict(what=what, value=value) for what, value in facts.items()])
+    if not print_checks(operators, device, seed):
+        return 1
     for operator in operators:
         rows = []
         for row, inputs in cases(operator, plan, torch.Generator(device).manual_seed(seed)):
@@ -509,13 +517,14 @@ def main(arguments=None, plan=None):
             rows.append(row)
         print_table(operator, [line_of(row, clock.cuda) for row in rows])
     if not options.only:
-        print_compiled(capability, QUICK if options.quick else COMPILED)
+        major, minor = torch.cuda.get_device_capability(device) if clock.cuda else (9, 0)
+        print_compiled(10 * major + minor, to_compile)
     if common.HAVE_TRITON:
         with nullcontext() if clock.cuda else compiled.no_launches():
-            lines = host_times(operators, QUICK if clock.cuda else TINY, device, seed, 4 * plan.seconds, 10)
-        print_table("Host time of a call" + ", launches doing nothing" * (not clock.cuda), lines)
+            lines = host_times(operators, QUICK if clock.cuda else TINY, device, seed, 4 * plan.seconds, 50)
+        print_table("Host time of a call" + ("" if clock.cuda else ", launches doing nothing"), lines)
     print_table("On CPU tensors: the operator over its reference called directly",
-                 host_times(operators, QUICK, torch.device("cpu"), seed, 4 * plan.seconds))
+                host_times(operators, QUICK, torch.device("cpu"), seed, 4 * plan.seconds))
     return 0
 
 

@@ -82,7 +82,7 @@ class Launch:
         self.grid = (*grid, 1, 1)[:3]
         self.constants = constants
         self.fixed = (*sizes, *constants.values())
-        self.options = options | {"enable_fp_fusion": True}   # named: versions of Triton differ in its default
+        self.options = options | {"enable_fp_fusion": True}   # versions of Triton differ in its default
         self.run = None
 
     def __call__(self, *pointers):

@@ -167,7 +167,8 @@ def count_launch(launch, pointers, capability):
     values = dict(zip(launch.kernel.arg_names[len(pointers):], launch.fixed))
     wide = [compiled.asm["ptx"].count(access) for access in ("ld.global.v4.b32", "st.global.v4.b32")]
     counts = {"kernel": name, "programs": prod(launch.grid), "warps": compiled.metadata.num_warps,
-              "registers": used["REG"], "spilled": used["STACK"] + used["LOCAL"], "16-byte accesses": sum(wide)}
+              "registers": used["REG"], "spilled": used["STACK"] + used["LOCAL"],
+              "16-byte accesses": sum(wide)}
     try:
         path = executed(code, TRIPS[name](values) if name in TRIPS else [])
         counts["barriers"] = sum("BAR." in text for text in path)

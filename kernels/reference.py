@@ -9,10 +9,10 @@ FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
 def check_float(name, dtype):
-    """Raise TypeError unless the tensor of that name is of a floating-point dtype that PyTorch computes in."""
+    """Raise TypeError unless the tensor of that name is of a floating-point dtype that PyTorch adds."""
     if dtype not in FLOATS:
-        raise TypeError(f"{name} must be floating point (float16, bfloat16, float32 or float64), got {dtype}: "
-                        "convert with .float()")
+        raise TypeError(f"{name} must be floating point (float16, bfloat16, float32 or float64), got "
+                        f"{dtype}: convert with .float()")
 
 
 def check_heatmaps(shape, dtype):

@@ -68,13 +68,14 @@ def test_every_operator(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "| seed | 3 |" in printed and "| commit |" in printed
     several = benchmark.HEATMAP_OPERATORS | benchmark.POSE_OPERATORS
-    assert [row["operator"] for row in rows] == [name for name in several for _ in range(2)] + ["training_step"]
+    names = [name for name in several for _ in range(2)] + ["training_step"]
+    assert [row["operator"] for row in rows] == names
     for row in rows:
         eager, triton = row["providers"]["eager"], row["providers"]["triton"]
         assert eager["share"] == pytest.approx(benchmark.limit_ms(row, LIMITS) / eager["ms"])
         assert ({"torch.max", "NumPy"} <= set(row["providers"])) == (row["operator"] == "heatmap_argmax")
-        alike = {"triton", "eager", "torch.compile"} & {p for p, cell in row["providers"].items() if "ms" in cell}
-        assert all(row["providers"][row["fastest"]]["ms"] <= row["providers"][name]["ms"] for name in alike)
+        times = {provider: cell["ms"] for provider, cell in row["providers"].items() if "ms" in cell}
+        assert all(times[row["fastest"]] <= times[name] for name in ("triton", "eager") if name in times)
         assert row["fastest"] not in ("torch.max", "NumPy")   # which do not return all that the operator does
         if CUDA:
             assert row["speedup"] == pytest.approx(eager["ms"] / triton["ms"])
@@ -169,11 +170,13 @@ def test_the_interpreter_is_refused():
 
 def test_instructions_are_counted_along_the_path_that_a_warp_takes():
     """A loop counts as often as it runs, a guarded exit does not end the path, a call is passed by."""
-    code = [(0x00, "S2R R0, SR_TID.X "), (0x10, "@P0 EXIT "), (0x20, "FADD R1, R1, R2 "), (0x30, "BAR.SYNC 0x0 "),
-            (0x40, "@P1 BRA 0x20 "), (0x50, "@P2 BRA 0x70 "), (0x60, "CALL.REL.NOINC 0xa0 "),
-            (0x70, "@P3 BRA 0x90 "), (0x80, "STG.E [R2.64], R1 "), (0x90, "EXIT "), (0xa0, "MUFU.RCP R1, R1 ")]
+    texts = ["S2R R0, SR_TID.X", "@P0 EXIT", "@P4 BRA 0x50", "MOV R1, RZ", "BRA 0x80", "FADD R1, R1, R2",
+             "BAR.SYNC 0x0", "@P1 BRA 0x50", "@P2 BRA 0xa0", "CALL.REL.NOINC 0xd0", "@P3 BRA 0xc0",
+             "STG.E [R2.64], R1", "EXIT", "MUFU.RCP R1, R1"]
+    code = [(0x10 * n, text) for n, text in enumerate(texts)]
     path = [text.split()[0] for text in compiled.executed(code, [3])]
-    assert path == ["S2R", "@P0", *["FADD", "BAR.SYNC", "@P1"] * 3, "@P2", "@P3", "STG.E", "EXIT"]
+    # @P4 leads to the loop, past what stands in for one of no trips; @P2 past the slow path of a division.
+    assert path == ["S2R", "@P0", "@P4", *["FADD", "BAR.SYNC", "@P1"] * 3, "@P2", "@P3", "STG.E", "EXIT"]
     for trips in ([], [3, 2]):   # a loop more or less than in the kernel: another compiler unrolled one
         with pytest.raises(ValueError, match="loops than in the kernel"):
             compiled.executed(code, trips)

@@ -187,7 +187,7 @@ def check_rectify(backend, maps, sigma=1.3):
 
 # --- heatmaps: all operators -------------------------------------------------------------------------------
 
-SHAPES = [(1, 1, 1, 1), (2, 3, 7, 5), (1, 11, 24, 48), (2, 2, 71, 66), (2, 16, 33, 1), (9, 5, 3, 4),
+SHAPES = [(1, 1, 1, 1), (2, 3, 7, 5), (1, 5, 24, 48), (2, 2, 71, 66), (2, 16, 33, 1), (9, 5, 3, 4),
           (2, 37, 4, 4), (0, 3, 4, 4), (2, 0, 4, 4), (0, 0, 4, 4)]
 
 
@@ -251,7 +251,7 @@ def drawn_maps(rng, seed):
     return laid_out(torch.from_numpy(values).to(pick(rng, FLOATS)), pick(rng, ALL_LAYOUTS), rng)
 
 
-@pytest.mark.parametrize("seed", range(64))
+@pytest.mark.parametrize("seed", range(40))
 def test_random_heatmaps(backend, seed):
     rng = np.random.default_rng([0, seed])
     maps, weight = drawn_maps(rng, seed), None
@@ -470,7 +470,7 @@ def test_coincident_keypoints_and_pruning(backend, tiles):
 
 @pytest.mark.parametrize("scale", [1e-18, 1e-9, 1e9, 3e17])
 def test_limbs_may_have_any_length_whose_products_are_numbers(backend, scale):
-    """From 1e-18, where the product of two limbs would underflow, to coordinates of 1e18, where it overflows."""
+    """Limbs from 1e-18, below which their product underflows, to coordinates of 1e18, where it overflows."""
     poses, triplet = hand_poses(backend)
     expected = kernels.triplet_angle_distance(poses, poses, triplet)
     found = kernels.triplet_angle_distance(scale * poses, poses * scale, triplet)
@@ -521,7 +521,7 @@ def random_banks(rng, lead=(), target_lead=()):
     return source, target, triplets, source_valid, target_valid, least
 
 
-@pytest.mark.parametrize("seed", range(48))
+@pytest.mark.parametrize("seed", range(36))
 def test_random_distances(backend, seed, monkeypatch):
     leads = [((), ()), ((), ()), ((), ()), ((2,), (2,)), ((1,), (3,)), ((2, 1), (1, 3)), ((), (2,)),
              ((0,), (1,))]
