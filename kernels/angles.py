@@ -58,9 +58,9 @@ def atan2_upper(y, x):
 
 
 @triton.jit
-def keypoint(poses, offset):
-    """x and y at `offset` from the start of the poses."""
-    xy = offset[:, :, None] + tl.arange(0, 2)[None, None, :]
+def keypoint(poses, number):
+    """x and y of keypoints, counted from the first pose's first."""
+    xy = 2 * number.to(tl.int64)[:, :, None] + tl.arange(0, 2)[None, None, :]
     return tl.split(tl.load(poses + xy).to(tl.float32))
 
 
@@ -68,9 +68,9 @@ def keypoint(poses, offset):
 def angles(poses, valid, pose, first, middle, last, known, NOT_A_NUMBER: tl.constexpr):
     """Angles (BLOCK, COLUMNS) of poses whose first keypoint is number `pose` (BLOCK, 1), at the triplets
     (1, COLUMNS) that name keypoints. NaN: not usable. NOT_A_NUMBER: usable, but an operand was NaN."""
-    x, y = keypoint(poses, 2 * pose + 2 * middle)
-    ax, ay = keypoint(poses, 2 * pose + 2 * first)
-    bx, by = keypoint(poses, 2 * pose + 2 * last)
+    x, y = keypoint(poses, pose + middle)
+    ax, ay = keypoint(poses, pose + first)
+    bx, by = keypoint(poses, pose + last)
     ax -= x
     ay -= y
     bx -= x
@@ -86,10 +86,13 @@ def angles(poses, valid, pose, first, middle, last, known, NOT_A_NUMBER: tl.cons
 
 
 @triton.jit
-def bits_of(theta, a):
-    """A word for each pose (BLOCK,): bit a % 32 is set where its angle (BLOCK, COLUMNS) is usable."""
-    usable = (theta == theta).to(tl.int32)
-    return tl.sum(usable << (a % 32)[None, :], axis=1)
+def set_bits(words, theta, start, a, WORDS: tl.constexpr):
+    """Words (WORDS, BLOCK) of 32 triplets with the bits set of those, among a = start, start + 1 ..., whose
+    angle (BLOCK, COLUMNS) is usable."""
+    bits = tl.sum((theta == theta).to(tl.int32) << (a % 32)[None, :], axis=1)[None, :]
+    if WORDS > 1:
+        bits = tl.where(tl.arange(0, WORDS)[:, None] == start // 32, bits, 0)
+    return words + bits
 
 
 @triton.jit
@@ -124,8 +127,8 @@ def distance_kernel(source, target, source_valid, target_valid, triplets, distan
     pose_m = tl.minimum(i, S - 1 - m)[:, None] * keypoints   # beyond the last pose, the last again
     pose_n = tl.minimum(i, T - 1 - n)[:, None] * keypoints
     squares = tl.zeros((BLOCK, BLOCK), tl.float32)
-    bits_m = tl.zeros((WORDS, BLOCK), tl.int32)
-    bits_n = tl.zeros((WORDS, BLOCK), tl.int32)
+    words_m = tl.zeros((WORDS, BLOCK), tl.int32)
+    words_n = tl.zeros((WORDS, BLOCK), tl.int32)
     for start in range(0, A, COLUMNS):
         a = start + tl.arange(0, COLUMNS)
         first = tl.load(triplets + 3 * a, mask=a < A, other=-1)
@@ -141,13 +144,12 @@ def distance_kernel(source, target, source_valid, target_valid, triplets, distan
         # The difference of NaN from anything must be NaN or infinite: infinities of opposite sign.
         theta_m = angles(source, source_valid, pose_m, first, middle, last, known, float("inf"))
         theta_n = angles(target, target_valid, pose_n, first, middle, last, known, float("-inf"))
-        word = tl.arange(0, WORDS)[:, None] == start // 32
-        bits_m += tl.where(word, bits_of(theta_m, a)[None, :], 0)
-        bits_n += tl.where(word, bits_of(theta_n, a)[None, :], 0)
+        words_m = set_bits(words_m, theta_m, start, a, WORDS)
+        words_n = set_bits(words_n, theta_n, start, a, WORDS)
         difference = tl.trans(theta_m)[:, :, None] - tl.trans(theta_n)[:, None, :]
         kept = tl.maximum(tl.abs(difference), 0.0)   # 0 where the difference is NaN
         squares += tl.sum(kept * kept, axis=0)
-    shared = tl.sum(count_bits(bits_m[:, :, None] & bits_n[:, None, :]), axis=0)
+    shared = tl.sum(count_bits(words_m[:, :, None] & words_n[:, None, :]), axis=0)
     # Both roots are approximate on a GPU, within a relative 2^-22.9. The factor is 0 where there are too few.
     factor = tl.where(shared >= min_triplets, tl.rsqrt(shared.to(tl.float32)) * scale, 0.0)
     result = tl.sqrt(squares) * factor

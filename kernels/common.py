@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy
 import torch
 
 try:
@@ -17,6 +18,10 @@ except ImportError:  # not packaged outside Linux: kernels are then defined but 
 
 # Triton reads TRITON_INTERPRET where a kernel is defined, that is, when this package is imported.
 INTERPRET = HAVE_TRITON and triton.knobs.runtime.interpret
+if INTERPRET:
+    # tl.maximum(NaN, 0) is 0, on a GPU and by Triton's documentation, but NaN in the interpreters of 3.6 and 3.7.
+    from triton.runtime.interpreter import InterpreterBuilder
+    InterpreterBuilder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, numpy.fmax)
 
 WARPS = 4096     # warps that give each of a large GPU's 132 multiprocessors half of what it holds
 SHARE = 16384    # cells; below about this a map is read before the launch that joins its shares has begun
