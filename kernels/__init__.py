@@ -5,7 +5,6 @@
     rectify(heatmaps, sigma, subcell)       the same, finer than a cell, redrawn as a Gaussian: pseudo-labels
     soft_argmax(heatmaps, beta)             expected cell, differentiable
     triplet_angle_distance(source, ...)     S x T mean angular difference, Eq. 7
-    similar_pairs(source, ..., gamma)       list of the pairs below gamma, without the S x T matrix
 
 Each is a custom operator of torch (`torch.ops.actupose.<name>`): on CUDA tensors a Triton kernel, on CPU
 tensors the plain PyTorch of `kernels.reference`, which is the specification of both. With TRITON_INTERPRET=1
@@ -14,8 +13,8 @@ interpreter. Without Triton, or where the first argument is float64, the referen
 
 They work under torch.compile(fullgraph=True), autocast (they compute in float32 whatever the input) and in
 CUDA graphs. Before the capture of a graph, call them once on tensors of the same layout, since the first call
-compiles, and give `similar_pairs` a capacity, since without one it waits for the GPU. The very first call
-also compiles a few lines of C, with gcc and Python's headers. They take batches; torch.func.vmap loops.
+compiles. The very first call also compiles a few lines of C, with gcc and Python's headers. They take
+batches; torch.func.vmap loops.
 
 How to read a kernel. A kernel is the body of a loop that has no order: a grid of *programs* runs it, each
 with its own `tl.program_id`, on one multiprocessor of the GPU. A program computes on *tiles*: `tl.arange(0,
@@ -29,19 +28,24 @@ warps, a *barrier* at which all wait. So loops keep their sums per lane and redu
 Arguments marked `tl.constexpr` are compiled in, one version of the kernel for each value. Of other integers
 the compiler learns whether they are 1 or multiples of 16 (*specialisation*): a stride of 1 is what makes
 neighbours. Each file has the formula and what it must move, then the kernel, the plan (tiles, programs and
-constants for a layout, computed once and kept), and the operator, which launches it.
+constants for a layout, computed once and kept), and the operator, which launches it. docs/kernels.md has
+what the compiled code does, and its times.
 """
 import torch
 
 # Importing the files of the operators registers them.
-from kernels import heatmap_argmax as _, reference, triplet_angle as _  # noqa: F401
+from kernels import angles, argmax, reference  # noqa: F401
 from kernels.common import runs_triton
-from kernels.soft_argmax import SoftArgmax
+from kernels.softargmax import SoftArgmax
 
-__all__ = ["heatmap_argmax", "heatmap_argmax_mean", "rectify", "reference", "similar_pairs", "soft_argmax",
+__all__ = ["heatmap_argmax", "heatmap_argmax_mean", "rectify", "reference", "soft_argmax",
            "triplet_angle_distance"]
 
-_operators = torch.ops.actupose
+# Looked up once: to find an operator's overload takes 0.1 microseconds at every call.
+_heatmap_argmax = torch.ops.actupose.heatmap_argmax.default
+_heatmap_argmax_mean = torch.ops.actupose.heatmap_argmax_mean.default
+_rectify = torch.ops.actupose.rectify.default
+_triplet_angle_distance = torch.ops.actupose.triplet_angle_distance.default
 
 
 def _plain(name, value):
@@ -60,12 +64,12 @@ def _optional(name, value):
 
 def heatmap_argmax(heatmaps):
     """Heatmaps (B, K, H, W) -> cells (B, K, 2) as (x, y) and values (B, K) of their maxima. No gradient."""
-    return _operators.heatmap_argmax.default(_plain("heatmaps", heatmaps))
+    return _heatmap_argmax(_plain("heatmaps", heatmaps))
 
 
 def heatmap_argmax_mean(heatmaps, weight=None):
     """`heatmap_argmax`, and the mean value of a sample (B,) over its keypoints, weighted by (B, K). Eq. 4."""
-    return _operators.heatmap_argmax_mean.default(_plain("heatmaps", heatmaps), _optional("weight", weight))
+    return _heatmap_argmax_mean(_plain("heatmaps", heatmaps), _optional("weight", weight))
 
 
 def rectify(heatmaps, sigma, subcell=False):
@@ -73,15 +77,19 @@ def rectify(heatmaps, sigma, subcell=False):
 
     sigma: cells; subcell: finer than a cell. On a GPU the Gaussians are within 1e-6. No gradient.
     """
-    return _operators.rectify.default(_plain("heatmaps", heatmaps), float(sigma), subcell)
+    return _rectify(_plain("heatmaps", heatmaps), float(sigma), subcell)
 
 
 def soft_argmax(heatmaps, beta):
     """Heatmaps (B, K, H, W) -> expected cells (B, K, 2) under softmax(beta * heatmap), differentiable.
 
-    On a GPU in reverse mode: forward mode is an error there.
+    beta: a number; it has no gradient, so a tensor that requires one is a TypeError. On a GPU in reverse
+    mode: forward mode is an error there.
     """
-    _plain("heatmaps", heatmaps)   # is a tensor
+    if not isinstance(heatmaps, torch.Tensor):
+        raise TypeError(f"heatmaps must be a torch tensor, got {type(heatmaps).__name__}")
+    if isinstance(beta, torch.Tensor) and beta.requires_grad:
+        raise TypeError("beta must be a number: soft_argmax has no gradient for it. Give beta.item()")
     if runs_triton(heatmaps):
         return SoftArgmax.apply(heatmaps, float(beta))[0]
     # The operator's backward pass forms the probabilities again to save memory. Where the reference runs
@@ -95,18 +103,6 @@ def triplet_angle_distance(source, target, triplets, source_valid=None, target_v
     On a GPU a triplet that names no keypoint is not usable; on a CPU it is an error. No gradient. Poses with
     several leading dimensions are left to the reference, on a GPU too.
     """
-    return _operators.triplet_angle_distance.default(
+    return _triplet_angle_distance(
         _plain("source", source), _plain("target", target), _plain("triplets", triplets),
         _optional("source_valid", source_valid), _optional("target_valid", target_valid), min_triplets)
-
-
-def similar_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=1,
-                  capacity=None):
-    """Pairs (P, 2) of poses (S, K, 2), (T, K, 2) whose distance (Eq. 7) is below gamma, without the matrix.
-
-    To learn P it waits for the GPU; with `capacity` it does not, and returns that many rows.
-    """
-    return _operators.similar_pairs.default(
-        _plain("source", source), _plain("target", target), _plain("triplets", triplets), float(gamma),
-        _optional("source_valid", source_valid), _optional("target_valid", target_valid), min_triplets,
-        capacity)

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy
 import torch
 
 try:
@@ -17,6 +18,10 @@ except ImportError:  # not packaged outside Linux: kernels are then defined but 
 
 # Triton reads TRITON_INTERPRET where a kernel is defined, that is, when this package is imported.
 INTERPRET = HAVE_TRITON and triton.knobs.runtime.interpret
+if INTERPRET:
+    # tl.maximum(NaN, 0) is 0, on a GPU and by Triton's documentation, but NaN in the interpreters of 3.6 and 3.7.
+    from triton.runtime.interpreter import InterpreterBuilder
+    InterpreterBuilder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, numpy.fmax)
 
 WARPS = 4096     # warps that give each of a large GPU's 132 multiprocessors half of what it holds
 SHARE = 16384    # cells; below about this a map is read before the launch that joins its shares has begun
@@ -32,15 +37,19 @@ def runs_triton(tensor):
 
 # Operators --------------------------------------------------------------------------------------------------
 
-LIBRARY = torch.library.Library("actupose", "DEF")
+try:
+    LIBRARY = torch.library.Library("actupose", "DEF")
+except RuntimeError as error:
+    raise RuntimeError("torch.ops.actupose exists: `kernels` was imported before in this process, and torch "
+                       "registers operators once. Restart Python to import it again.") from error
 
 
-def register(schema, on_gpu, plain, fake=None):
+def register(schema, on_gpu, plain):
     """Define the operator torch.ops.actupose.<name> with this schema, and return it.
 
-    on_gpu: launches its kernel; plain: its reference, which runs elsewhere; fake: what torch.compile runs on
-    tensors without data, if not the reference. The parts of `torch.library` are used one by one because
-    `torch.library.custom_op`, which wraps them all, adds about 5 microseconds to every call.
+    on_gpu: launches its kernel; plain: its reference, which runs elsewhere, and in torch.compile on tensors
+    without data. The parts of `torch.library` are used one by one because `torch.library.custom_op`, which
+    wraps them all, adds about 5 microseconds to every call.
     """
     def operator(*arguments):
         return on_gpu(*arguments) if runs_triton(arguments[0]) else plain(*arguments)
@@ -48,7 +57,7 @@ def register(schema, on_gpu, plain, fake=None):
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, operator, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"actupose::{name}", fake or plain, lib=LIBRARY)
+    torch.library.register_fake(f"actupose::{name}", plain, lib=LIBRARY)
     return getattr(torch.ops.actupose, name).default
 
 
@@ -74,9 +83,12 @@ class Launch:
     """
 
     def __init__(self, kernel, grid, sizes, constants, **options):
-        self.kernel, self.grid, self.constants = kernel, (*grid, 1, 1)[:3], constants
-        self.fixed, self.run = (*sizes, *constants.values()), None
-        self.options = options | {"enable_fp_fusion": True}   # named, or Triton 3.9 warns of a new default
+        self.kernel = kernel
+        self.grid = (*grid, 1, 1)[:3]
+        self.constants = constants
+        self.fixed = (*sizes, *constants.values())
+        self.options = options | {"enable_fp_fusion": True}   # versions of Triton differ in its default
+        self.run = None
 
     def __call__(self, *pointers):
         with device_of(pointers[0]):
@@ -124,7 +136,7 @@ class Layout(NamedTuple):
     strides: tuple     # of batch, keypoint, row, column
     flat: bool         # rows follow each other at the columns' stride: cell n lies at n * strides[3]
     block_k: int       # maps of a program
-    lanes: int         # cells that it loads at a time
+    lanes: int         # cells of each that it loads at a time
     vector: int        # of them neighbours in memory, for one load of a thread
     rows: int          # such loads of a step, all under way at once
     warps: int
@@ -146,29 +158,39 @@ def walk(shape, strides):
 def divide(shape, strides, itemsize, split=True):
     """Layout of heatmaps of that shape (B, K, H, W). split: large maps may be divided into shares.
 
-    A thread loads 16 bytes at a time. Where a map's cells are neighbours in memory, these are cells; small
-    maps share a program. In channels-last heatmaps the neighbours are keypoints: a program takes as many as
-    fill a 32-byte sector, the least that a GPU's memory delivers, or 4 of them with twice the threads where
-    the programs would otherwise not fill the GPU. Large maps, when few, are divided among several programs.
+    A thread loads 16 bytes at a time. A program has one warp where the maps alone fill the GPU, and up to 8
+    where they are few: across warps the last step of an argmax costs as many instructions as a 64 x 64 map.
+    Where a map's cells are neighbours in memory, a load is of cells, and small maps share a program. In
+    channels-last heatmaps the neighbours are keypoints: a program takes those of 64 bytes, which memory
+    delivers at a time, or only 4 of them with 16 warps where that would leave most of the GPU without work.
+    Large maps, when few, are divided among several programs.
 
         heatmaps, float32                     block_k  lanes x rows  warps  programs  shares
         32 x 16 x 64 x 64                           1      1024 x 4      8       512       1
+        2048 x 16 x 64 x 64                         1       128 x 4      1     32768       1
         32 x 16 x 64 x 64, channels-last            4       512 x 4     16       128       1
-        1024 x 16 x 64 x 64, channels-last          8       128 x 4      8      2048       1
+        2048 x 16 x 64 x 64, channels-last         16        16 x 4      2      2048       1
         32 x 16 x 8 x 8                            16        64 x 1      8        32       1
         4 x 16 x 1024 x 1024                        1      1024 x 4      8        64       8
     """
     batch, keypoints, height, width = shape
     *strides, flat, across = walk(shape, strides)
     if batch == 1 or strides[0] == keypoints * strides[1]:   # B samples of K maps are as one of B K
-        batch, keypoints = 1, batch * keypoints
+        keypoints = batch * keypoints
+        batch = 1
     cells = height * width
-    vector, tile = 16 // itemsize, 1024   # elements of a thread's load and of a program's
-    if across and batch * ceil_div(keypoints, 32 // itemsize) * 8 < WARPS // 2:
-        block_k, vector, tile = 4, 4, 2048
-    elif across:
-        block_k = 32 // itemsize
-    else:
+    vector = 16 // itemsize
+    block_k = 64 // itemsize if across else 1
+    programs = batch * ceil_div(keypoints, block_k)
+    warps = 8
+    while warps > 1 and programs * warps > WARPS:
+        warps //= 2
+    tile = min(1024, 32 * vector * warps)   # elements of a program's load
+    if across and programs < WARPS // 16:
+        block_k = 4
+        vector = 4
+        tile = 2048
+    elif not across:
         block_k = max(1, tile // power_of_2(cells))
     block_k = min(power_of_2(keypoints), block_k)
     lanes = min(power_of_2(cells), tile // block_k)

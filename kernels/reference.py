@@ -5,13 +5,21 @@ cells of the heatmap; angles are in radians.
 """
 import torch
 
+FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+def check_float(name, dtype):
+    """Raise TypeError unless the tensor of that name is of a floating-point dtype that PyTorch adds."""
+    if dtype not in FLOATS:
+        raise TypeError(f"{name} must be floating point (float16, bfloat16, float32 or float64), got "
+                        f"{dtype}: convert with .float()")
+
 
 def check_heatmaps(shape, dtype):
     """Raise TypeError / ValueError unless heatmaps (B, K, H, W) are floating point, of 1 to 2^20 cells."""
     if len(shape) != 4:
         raise ValueError(f"heatmaps must have 4 dimensions (B, K, H, W), got shape {tuple(shape)}")
-    if not dtype.is_floating_point:
-        raise TypeError(f"heatmaps must be floating point, got {dtype}: convert them with .float()")
+    check_float("heatmaps", dtype)
     if not 0 < shape[2] * shape[3] <= 2 ** 20:
         raise ValueError(f"heatmaps must have from 1 to 2^20 cells, got shape {tuple(shape)}")
 
@@ -26,8 +34,7 @@ def check_weight(weight, heatmaps):
     """Raise TypeError / ValueError unless `weight` is None or a floating (B, K) on the heatmaps' device."""
     if weight is None:
         return
-    if not weight.is_floating_point():
-        raise TypeError(f"weight must be floating point, got {weight.dtype}: convert it with .float()")
+    check_float("weight", weight.dtype)
     if weight.shape != heatmaps.shape[:2]:
         raise ValueError(f"weight must have shape {tuple(heatmaps.shape[:2])}, got {tuple(weight.shape)}")
     if weight.device != heatmaps.device:
@@ -39,8 +46,7 @@ def check_poses(source, target, triplets, source_valid, target_valid, min_triple
     for name, poses, valid in ("source", source, source_valid), ("target", target, target_valid):
         if len(poses.shape) < 3 or poses.shape[-1] != 2 or poses.shape[-2] == 0:
             raise ValueError(f"{name} must have shape (..., poses, K, 2), K >= 1, got {tuple(poses.shape)}")
-        if not poses.dtype.is_floating_point:
-            raise TypeError(f"{name} must be floating point, got {poses.dtype}: convert it with .float()")
+        check_float(name, poses.dtype)
         if valid is not None and valid.dtype != torch.bool:
             raise TypeError(f"{name}_valid must be bool, got {valid.dtype}: compare it with a threshold")
         if valid is not None and valid.shape != poses.shape[:-1]:
@@ -63,17 +69,6 @@ def check_poses(source, target, triplets, source_valid, target_valid, min_triple
             raise ValueError(f"{name} on {other.device}, source on {source.device}: move one of them")
     if min_triplets < 0:
         raise ValueError(f"min_triplets must not be negative, got {min_triplets}")
-
-
-def check_pairs(source, target, gamma, capacity):
-    """Raise ValueError unless there are two banks of poses, a threshold and a capacity."""
-    if source.dim() != 3 or target.dim() != 3:
-        raise ValueError(f"source and target must have shape (poses, K, 2), got {tuple(source.shape)} and "
-                         f"{tuple(target.shape)}")
-    if not gamma >= 0:
-        raise ValueError(f"gamma must not be negative, got {gamma}")
-    if capacity is not None and capacity < 0:
-        raise ValueError(f"capacity must not be negative, got {capacity}")
 
 
 def check_indices(triplets, keypoints):
@@ -250,10 +245,11 @@ def triplet_angle_distance(source, target, triplets, source_valid=None, target_v
     n_valid) keeps pruning from making poses look alike; a pair with no usable triplet, or with fewer than
     `min_triplets`, has distance inf.
 
-    source: (..., S, K, 2), target: (..., T, K, 2) floating point, (x, y) in any one unit that keeps them
-    below 1e18 (their products must not overflow), leading dimensions equal or 1; triplets: (A, 3) long,
-    keypoint indices (end, middle, end); source_valid (..., S, K), target_valid (..., T, K): bool, or None
-    when all are valid. All on one device. Returns (..., S, T) float32, radians. Not differentiable as an
+    source: (..., S, K, 2), target: (..., T, K, 2) floating point, (x, y) in any one unit in which coordinates
+    are below 1e18 and limbs are longer than 1e-18, since the product of two limbs must neither overflow nor
+    underflow in float32; leading dimensions equal or 1; triplets: (A, 3) long, keypoint indices (end, middle,
+    end); source_valid (..., S, K), target_valid (..., T, K): bool, or None when all are valid. All on one
+    device. Returns (..., S, T) float32, radians. Not differentiable as an
     operator: it is used to choose pairs. Raises ValueError / TypeError naming the argument for wrong shapes,
     dtypes or devices, and for triplets on a CPU that are out of range.
     """
@@ -267,28 +263,3 @@ def triplet_angle_distance(source, target, triplets, source_valid=None, target_v
     scale = torch.sqrt(triplets.shape[0] / count.clamp(min=1).to(difference.dtype)) / source.shape[-2]
     distance = torch.linalg.vector_norm(difference, dim=-1) * scale                                 # Eq. 7
     return torch.where(count >= max(min_triplets, 1), distance, float("inf")).float()
-
-
-def similar_pairs(source, target, triplets, gamma, source_valid=None, target_valid=None, min_triplets=1,
-                  capacity=None):
-    """The pairs whose distance (Eq. 7) is below gamma, without the S x T matrix in memory.
-
-    source: (S, K, 2), target: (T, K, 2); gamma >= 0, radians; the rest as in `triplet_angle_distance`.
-    Returns (P, 2) int64, rows (index of source, index of target) in rising order, as
-    `(distance < gamma).nonzero()` would list them. capacity: return that many rows instead, the first ones,
-    those beyond P filled with -1, so that nothing has to wait for P.
-    """
-    check_poses(source, target, triplets, source_valid, target_valid, min_triplets)
-    check_pairs(source, target, gamma, capacity)
-    found = [triplets.new_empty((0, 2))]
-    rows = max(1, 2 ** 22 // max(1, target.shape[0] * triplets.shape[0]))   # some tens of MB at a time
-    for start in range(0, source.shape[0], rows):
-        block = slice(start, start + rows)
-        distance = triplet_angle_distance(source[block], target, triplets,
-                                          None if source_valid is None else source_valid[block],
-                                          target_valid, min_triplets)
-        found.append((distance < gamma).nonzero() + triplets.new_tensor([start, 0]))
-    pairs = torch.cat(found)
-    if capacity is None:
-        return pairs
-    return torch.nn.functional.pad(pairs[:capacity], (0, 0, 0, max(0, capacity - len(pairs))), value=-1)

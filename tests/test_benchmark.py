@@ -10,20 +10,21 @@ import pytest
 import torch
 
 import kernels
-from kernels import benchmark, common
+from kernels import benchmark, common, compiled
 
 CUDA = torch.cuda.is_available()
 SMALL = benchmark.Plan([((2, 3, 8, 8), torch.float32, "contiguous"),
                         ((2, 3, 8, 8), torch.bfloat16, "channels-last")],
                        [(32, 32, 16, 16, False), (64, 64, 14, 21, True)], seconds=0.01)
-LIMITS = dict(read=1e10, write=5e9, copy=8e9, fp32=1e11, launch_us="not measured")
+LIMITS = dict(read=1e10, write=5e9, fp32=1e11, launch_us="not measured")
 
 
 @pytest.fixture(autouse=True)
 def light(monkeypatch):
-    """No interpreter, no compiler (seconds per row) and no large copies to measure limits by."""
+    """No interpreter, no compilers (seconds per row) and no large copies to measure limits by."""
     monkeypatch.setattr(common, "INTERPRET", False)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(compiled, "missing", lambda capability: "not in this test")
     monkeypatch.setattr(benchmark, "measure_limits", lambda clock: LIMITS)
 
 
@@ -31,15 +32,13 @@ def test_formulas_against_hand_values():
     def work(*arguments):
         return tuple(benchmark.work(*arguments).values())
     paper = 32 * 16 * 64 * 64
-    assert work("heatmap_argmax", benchmark.BODY, 4) == (4 * paper, 0, 0) == (8388608, 0, 0)
+    assert work("heatmap_argmax", benchmark.BODY, 4) == (4 * paper, 0, 0, 512) == (8388608, 0, 0, 512)
     # The maps are read twice and the gradient is written once; rectify draws in float32.
-    assert work("soft_argmax_gradient", benchmark.BODY, 2) == (4 * paper, 2 * paper, 0)
-    assert work("rectify", benchmark.BODY, 2) == (2 * paper, 4 * paper, 0)
+    assert work("soft_argmax_gradient", benchmark.BODY, 2) == (4 * paper, 2 * paper, 0, 512)
+    assert work("rectify", benchmark.BODY, 2) == (2 * paper, 4 * paper, 0, 512)
     # 32 x 32 float32, or bool; a difference, a square and a sum per triplet of 16 and per pair.
-    assert work("triplet_angle_distance", (32, 32, 16, 16)) == (0, 4096, 49152)
-    assert work("similar_mask", (32, 32, 16, 16)) == (0, 1024, 49152)
-    # One pair in a hundred is similar; the capacity is twice that, and one; a row is two int64.
-    assert work("similar_pairs", (1000, 500, 14, 21)) == (0, 10001 * 16, 21_000_000)
+    assert work("triplet_angle_distance", (32, 32, 16, 16)) == (0, 4096, 49152, 0.25)
+    assert work("similar_mask", (32, 32, 16, 16)) == (0, 1024, 49152, 0.25)
     # Reading at 10 GB/s and writing at 5 GB/s; three operations take the time of four at 100 GFLOP/s.
     row = dict(read_bytes=2e7, written_bytes=1e7, operations=3e8)
     assert benchmark.limit_ms(row, LIMITS) == pytest.approx(4)
@@ -68,11 +67,16 @@ def test_every_operator(monkeypatch, capsys):
     assert benchmark.main(["--seed", "3"], plan=SMALL) == 0
     printed = capsys.readouterr().out
     assert "| seed | 3 |" in printed and "| commit |" in printed
-    assert [row["operator"] for row in rows] == [name for name in benchmark.OPERATORS for _ in range(2)]
+    several = benchmark.HEATMAP_OPERATORS | benchmark.POSE_OPERATORS
+    names = [name for name in several for _ in range(2)] + ["training_step"]
+    assert [row["operator"] for row in rows] == names
     for row in rows:
         eager, triton = row["providers"]["eager"], row["providers"]["triton"]
         assert eager["share"] == pytest.approx(benchmark.limit_ms(row, LIMITS) / eager["ms"])
         assert ({"torch.max", "NumPy"} <= set(row["providers"])) == (row["operator"] == "heatmap_argmax")
+        times = {provider: cell["ms"] for provider, cell in row["providers"].items() if "ms" in cell}
+        assert all(times[row["fastest"]] <= times[name] for name in ("triton", "eager") if name in times)
+        assert row["fastest"] not in ("torch.max", "NumPy")   # which do not return all that the operator does
         if CUDA:
             assert row["speedup"] == pytest.approx(eager["ms"] / triton["ms"])
             assert triton["extra_bytes"] >= row["written_bytes"]
@@ -93,7 +97,7 @@ def test_stand_in_launches_leave_nothing_behind(backend, monkeypatch):
         pytest.skip("stand-ins are for CPU tensors and Triton's kernels")
     inputs = benchmark.map_inputs((2, 3, 9, 7), torch.float32, "channels-last", torch.Generator())
     call = benchmark.call_of("heatmap_argmax_mean", kernels, inputs)
-    with benchmark.no_launches(), monkeypatch.context() as patch:
+    with compiled.no_launches(), monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "max", lambda *arguments, **rest: pytest.fail("ran the reference"))
         call(), call()
     assert benchmark.error_of("heatmap_argmax_mean", inputs)[0] <= 1
@@ -112,8 +116,8 @@ def test_device_time_grows_with_the_work():
 @pytest.mark.parametrize("operator", benchmark.OPERATORS)
 def test_a_wrong_operator_ends_the_run(operator, monkeypatch, capsys):
     """One line says which operator is wrong and with which seed, and nothing is timed."""
-    name = operator.replace("similar_mask", "triplet_angle_distance")
-    name = name.removesuffix("_gradient")
+    name = operator.replace("similar_mask", "triplet_angle_distance").removesuffix("_gradient")
+    name = name.replace("training_step", "heatmap_argmax_mean")
     right = getattr(kernels, name)
 
     def wrong(*arguments):
@@ -122,7 +126,7 @@ def test_a_wrong_operator_ends_the_run(operator, monkeypatch, capsys):
             return 1.001 * result - 0.001 * result.detach()   # right values, wrong gradient
         if isinstance(result, tuple):
             return result[0] + 1e-2, *result[1:]
-        return result[1:] if name == "similar_pairs" else result + 1e-2
+        return result + 1e-2
 
     monkeypatch.setattr(kernels, name, wrong)
     assert benchmark.main(["--only", operator, "--seed", "5"], plan=SMALL) == 1
@@ -138,7 +142,7 @@ def test_what_cannot_be_measured_costs_one_cell(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda function, **options: fails)
     assert benchmark.main(["--only", "heatmap_argmax"], plan=SMALL) == 0
     assert capsys.readouterr().out.count("| failed: No working C++ compiler found |") == 2
-    row = dict(operator="similar_pairs", operations=3 * 65536**2 * 16)
+    row = dict(operator="triplet_angle_distance", operations=3 * 65536**2 * 16)
     assert benchmark.why_skipped(row, "eager", cuda=False) == "too much for a CPU"
     assert benchmark.why_skipped(row, "eager", cuda=True) is None
     assert benchmark.why_skipped(row, "triton", cuda=False) == "not measured"
@@ -162,3 +166,17 @@ def test_the_interpreter_is_refused():
     run = subprocess.run(command, text=True, capture_output=True,
                          cwd=Path(__file__).resolve().parents[1], env=os.environ | {"TRITON_INTERPRET": "1"})
     assert run.returncode == 2 and "unset TRITON_INTERPRET" in run.stderr and run.stdout == ""
+
+
+def test_instructions_are_counted_along_the_path_that_a_warp_takes():
+    """A loop counts as often as it runs, a guarded exit does not end the path, a call is passed by."""
+    texts = ["S2R R0, SR_TID.X", "@P0 EXIT", "@P4 BRA 0x50", "MOV R1, RZ", "BRA 0x80", "FADD R1, R1, R2",
+             "BAR.SYNC 0x0", "@P1 BRA 0x50", "@P2 BRA 0xa0", "CALL.REL.NOINC 0xd0", "@P3 BRA 0xc0",
+             "STG.E [R2.64], R1", "EXIT", "MUFU.RCP R1, R1"]
+    code = [(0x10 * n, text) for n, text in enumerate(texts)]
+    path = [text.split()[0] for text in compiled.executed(code, [3])]
+    # @P4 leads to the loop, past what stands in for one of no trips; @P2 past the slow path of a division.
+    assert path == ["S2R", "@P0", "@P4", *["FADD", "BAR.SYNC", "@P1"] * 3, "@P2", "@P3", "STG.E", "EXIT"]
+    for trips in ([], [3, 2]):   # a loop more or less than in the kernel: another compiler unrolled one
+        with pytest.raises(ValueError, match="loops than in the kernel"):
+            compiled.executed(code, trips)

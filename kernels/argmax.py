@@ -5,17 +5,18 @@
 and `rectify`, the teacher's whole decoding (§3.2): the same, moved to the vertex of the parabola through the
 maximum and its neighbours, and a clean Gaussian drawn there.
 
-Every cell must be read once, and compared: 32 x 16 x 64 x 64 floats are 8.4 MB, 2.5 microseconds of an
-H100's memory. In PyTorch this is a flattening (a copy, unless the map lies contiguous), a maximum that writes
-int64 indices, a remainder, a division, a stack and conversions: eight launches, each longer than the reading.
-Here a program reads a map, or several, in whatever layout. Each lane keeps the best of its cells, and one
-reduction picks among the lanes: on sm_90, 31 to 48 registers and no barrier before the last cell. Only when
-maps are few and large is a map shared among programs; a second launch then picks among their candidates. It
-also computes a sample's mean confidence, over the maps of several programs, which needs no atomic counters.
+Every cell must be read once, and compared: 32 x 16 x 64 x 64 floats are 8.4 MB, 1.9 microseconds of an H200's
+memory. In PyTorch this is a flattening (a copy, unless the map lies contiguous), a maximum that writes int64
+indices, a remainder, a division, a stack and conversions: eight launches, each longer than the reading. Here
+a program reads a map, or several, in whatever layout. Each lane keeps the best of its cells, and one
+reduction picks among the lanes. Only when maps are few and large is a map shared among programs; a second
+launch then picks among their candidates. It also computes a sample's mean confidence, over the maps of
+several programs, which needs no atomic counters.
 
 In torch.max the first of equal cells wins, and the first NaN over everything; a comparison of floats knows
-neither rule. So a lane, which sees its cells in rising order, replaces only what is less; and lanes are
-compared by one integer: the value's bits, ordered as the floats are, above the cell's number, counted down.
+neither rule. So a lane, which sees its cells in rising order, takes a cell only if that changes the maximum;
+and lanes are compared by one integer: the value's bits, ordered as the floats are, above the cell's number,
+counted down.
 """
 import functools
 import math
@@ -40,20 +41,26 @@ def first_maximum(value, n):
 @triton.jit
 def best_cell(maps, exists, begin, end, width, stride_h, stride_w,
               FLAT: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):
-    """The first maximum's cell of each map (BLOCK_K,) among the cells begin ... end - 1."""
+    """The first maximum's cell of each map (BLOCK_K,) among the cells begin ... end - 1.
+
+    `higher` is the maximum so far, or NaN since the first NaN. Its bits change where a cell is the first to
+    reach it, and nowhere else. A lane remembers in which row of LANES cells that was.
+    """
     lane = tl.arange(0, LANES)
     best = tl.full((BLOCK_K, LANES), float("-inf"), tl.float32)
-    best_n = tl.zeros((BLOCK_K, LANES), tl.int32) + (begin + lane)[None, :]
+    best_row = tl.zeros((BLOCK_K, LANES), tl.int32) + begin
     for start in range(begin, end, ROWS * LANES):
         for row in tl.static_range(ROWS):
-            n = start + row * LANES + lane
+            n = start + (row * LANES + lane)
             inside = exists[:, None] & (n < end)[None, :]
             offset = cell_offset(n, width, stride_h, stride_w, FLAT)
             value = tl.load(maps[:, None] + offset[None, :], mask=inside, other=float("-inf")).to(tl.float32)
-            better = (value > best) | ((value != value) & (best == best))
-            best = tl.where(better, value, best)
-            best_n = tl.where(better, n[None, :], best_n)
-    return first_maximum(best, best_n)
+            value += 0.0   # makes 0 of -0, which must tie with 0
+            higher = tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL)
+            changed = higher.to(tl.int32, bitcast=True) != best.to(tl.int32, bitcast=True)
+            best_row = tl.where(changed, start + row * LANES, best_row)
+            best = higher
+    return first_maximum(best, best_row + lane[None, :])
 
 
 @triton.jit
@@ -129,7 +136,8 @@ def vertex(maps, exists, n, top, i, size, step, width, stride_h, stride_w, FLAT:
     inner = exists & (i > 0) & (i < size - 1)
     before = tl.load(maps + cell_offset(n - step, width, stride_h, stride_w, FLAT), mask=inner, other=0.0)
     after = tl.load(maps + cell_offset(n + step, width, stride_h, stride_w, FLAT), mask=inner, other=0.0)
-    before, after = before.to(tl.float32), after.to(tl.float32)
+    before = before.to(tl.float32)
+    after = after.to(tl.float32)
     curvature = 2.0 * top - before - after
     curved = inner & ~(curvature <= 0.0)
     offset = tl.div_rn(0.5 * (after - before), tl.where(curvature > 0.0, curvature, 1.0))
