@@ -156,7 +156,7 @@ class Settings:
                                 "without it, one is trained")
     style_prob: float = option(0.5, "probability of restyling a batch, each direction", low=0,
                                high=1)
-    style_iters: int = option(300, "iterations that train the style networks", low=1)
+    style_iters: int = option(900, "iterations that train the style networks", low=1)
 
     rotation: float = option(30.0, "random rotation of the views, +- degrees (rhd: 180)", low=0)
     shear: float = option(0.0, "random shear of the views, +- degrees", low=0, high=80)

@@ -53,6 +53,7 @@ QUOTED = {
 }
 POSEDA = "PoseDA (quoted from the paper)"
 REMARKS = {("oracle", "lsp"): " (trained on its test images, unless this is LSP Extended)"}
+NOTHING = "(no finished run yet)"
 # 97.5 % quantiles of Student's t for 3, 4, ... 10 seeds (NIST/SEMATECH e-Handbook, section 1.3.6.7.2).
 T95 = (4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -197,14 +198,8 @@ def keep(path, settings, out, commit):
 # --- Running what is missing --------------------------------------------------------------------------------
 
 
-def collect(comparison, kept_in, out=None, jobs=1, device="auto"):
-    """Results of a comparison: {row name: [result per seed]}, rows without one left out; and what failed.
-
-    kept_in: file of kept runs; out: directory of new runs, None where nothing is to be trained.
-    """
-    failed = []
-    if out is not None:
-        failed = run_missing(comparison, kept_in, out, jobs, device)
+def collect(comparison, kept_in):
+    """Results of a comparison from a file of kept runs: {row name: [result per seed]}, empty rows left out."""
     kept = read_kept(kept_in)
     results = {}
     for row in comparison.rows:
@@ -215,11 +210,14 @@ def collect(comparison, kept_in, out=None, jobs=1, device="auto"):
                 found.append(kept[key]["result"])
         if found:
             results[row.name] = found
-    return results, failed
+    return results
 
 
 def run_missing(comparison, kept_in, out, jobs, device):
-    """Train what has no line yet, and keep it. Returns what failed."""
+    """Train what has no line yet, and keep it. Returns what failed.
+
+    kept_in: file of kept runs; out: directory of new runs.
+    """
     commit = present_commit()
     kept = read_kept(kept_in)
     commands = {}
@@ -541,7 +539,7 @@ def fill_documents():
     for path in DOCUMENTS:
         train.write_text(path, fill(path.read_text()))
     for comparison in COMPARISONS.values():
-        results, _ = collect(comparison, KEPT)
+        results = collect(comparison, KEPT)
         draw_sweeps(ROOT / "docs", comparison, results)
 
 
@@ -649,13 +647,12 @@ def our_row(comparison):
 def results_of(task):
     """Finished runs of a comparison by name, or of a directory: {row: [result, ...]}, of one task."""
     if task in COMPARISONS:
-        results, _ = collect(COMPARISONS[task], KEPT)
-    else:
-        results = {}
-        for name in (*train.METHODS, *ABLATIONS):
-            paths = sorted(Path(task).expanduser().glob(f"{name}-s[0-9]*/result.json"))
-            if paths:
-                results[name] = [train.read_json(path) for path in paths]
+        return collect(COMPARISONS[task], KEPT)
+    results = {}
+    for name in (*train.METHODS, *ABLATIONS):
+        paths = sorted(Path(task).expanduser().glob(f"{name}-s[0-9]*/result.json"))
+        if paths:
+            results[name] = [train.read_json(path) for path in paths]
     tasks = {(r["source"], r["target"]) for runs in results.values() for r in runs}
     if len(tasks) != 1:
         raise UserError(f"--tasks: {task} has finished runs of {len(tasks)} tasks; give names or directories of "
@@ -663,19 +660,21 @@ def results_of(task):
     return results
 
 
-def table_of(options, out=None):
-    """The table that the options ask for. out: directory of new runs, None where nothing is to be trained."""
+def kept_file(options):
+    """Where the runs that the options ask for are kept."""
+    return KEPT if options.name and not options.out else options.out / "runs.jsonl"
+
+
+def table_of(options):
+    """The table that the options ask for, of finished runs."""
     if options.tasks:
-        return tasks_table({task: results_of(task) for task in options.tasks.split(",")})
+        tasks = {task: results_of(task) for task in options.tasks.split(",")}
+        finished = {task: results for task, results in tasks.items() if results}
+        return tasks_table(finished) if finished else NOTHING
     comparison = chosen(options)
-    kept_in = KEPT if options.name and not options.out else options.out / "runs.jsonl"
-    results, failed = collect(comparison, kept_in, out, options.jobs, options.device)
-    if out is not None:
-        draw_pictures(out, comparison, results, options.device)
-    if failed:
-        raise UserError("; ".join(failed))
+    results = collect(comparison, kept_file(options))
     if not results:
-        return "(no finished run yet)"
+        return NOTHING
     ours = our_row(comparison)
     if options.show == "bins":
         return bins_table(results)
@@ -715,7 +714,15 @@ def command(arguments):
         raise UserError(f"--jobs: must be at least 1, got {options.jobs}")
     if not options.name and not options.out and not options.tasks:
         raise UserError(f"give the NAME of a comparison ({', '.join(COMPARISONS)}), or the --out of your own")
-    train.say(table_of(options, options.out or Path("runs") / str(options.name)))
+    failed = []
+    if not options.tasks:
+        comparison = chosen(options)
+        out = options.out or Path("runs") / options.name
+        failed = run_missing(comparison, kept_file(options), out, options.jobs, options.device)
+        draw_pictures(out, comparison, collect(comparison, kept_file(options)), options.device)
+    train.say(table_of(options))
+    if failed:
+        raise UserError("; ".join(failed))
     return 0
 
 

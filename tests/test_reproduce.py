@@ -111,11 +111,12 @@ def test_what_makes_another_demo(name, default, same, monkeypatch):
 
 
 def test_what_failed_is_named(reproduce_into, monkeypatch):
-    """Other runs are trained and kept."""
+    """Other runs are trained, kept and printed."""
     monkeypatch.setattr(train.RegDATrainer, "step", Mock(side_effect=train.UserError("too hot")))
-    status, _, errors = reproduce_into("--methods", "regda,source-only", "--seeds", "0", "--epochs", "2")
+    status, rows, errors = reproduce_into("--methods", "regda,source-only", "--seeds", "0", "--epochs", "2")
     assert status == 2 and "regda-s0: exit status 2, see" in errors.splitlines()[-1]
     assert [name for name, _ in reproduce_into.started] == ["regda-s0", "source-only-s0"]
+    assert [cells[0] for cells in rows[1:]] == ["source-only"]
 
 
 def test_sweeps_and_the_panel(reproduce_into, tmp_path, monkeypatch):
