@@ -5,7 +5,10 @@ import struct
 import zlib
 
 import numpy as np
+import torch
 from PIL import Image
+
+from data import check_dataset
 
 # The tables of the formats, written out again.
 LSP_SLOTS = [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15, 8, 9]
@@ -58,6 +61,20 @@ def dots(width, height, points, radius):
 def save(picture, file, quality=95):
     file.parent.mkdir(parents=True, exist_ok=True)
     picture.save(file, **({"quality": quality, "subsampling": 0} if file.suffix == ".jpg" else {}))
+
+
+def check_dots(ds, counted=None, tolerance=0.6):
+    """Shapes and types as promised; the centre of the light near each keypoint is the keypoint."""
+    check_dataset(ds, "")
+    (images, keypoints, visible), size = ds[range(len(ds))], ds.size
+    light = images.float().mean(1)
+    light = light * (light > 40)                                   # JPEG ringing is no dot
+    line = torch.arange(size)
+    near = ((line - keypoints[..., None]).abs() < size / 15).float()    # (B, K, 2, size)
+    weight = torch.einsum("bkx,bky,byx->bkyx", near[:, :, 0], near[:, :, 1], light)
+    centre = torch.stack([(weight.sum(2) * line).sum(-1), (weight.sum(3) * line).sum(-1)], -1)
+    error = (centre / weight.sum((2, 3))[..., None] - keypoints).abs().amax(-1)
+    assert error[visible > 0 if counted is None else counted].max() < tolerance, error
 
 
 def make_tree(root, extended, sizes):

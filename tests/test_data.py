@@ -1,5 +1,8 @@
-"""Skeletons, geometry, target heatmaps, augmentation: by hand and against the published base method."""
+"""Skeletons, what a dataset must be, geometry, target heatmaps, augmentation, batches: by hand and against
+the published base method."""
 
+import dataclasses
+import json
 import math
 
 import numpy as np
@@ -148,11 +151,13 @@ def test_colour_jitter_agrees_with_pillow(order):
 
 
 def test_every_pass_of_batches_visits_all_once():
-    """Batches of 4 over 10 samples: 25 are 10 passes, which differ."""
+    """Batches of 4 over 10 samples: 25 are 10 passes, which differ. A span is a part of the same passes."""
     drawn = np.concatenate([data.shuffled_batch(10, 4, step, seed=3) for step in range(25)])
     passes = drawn.reshape(10, 10)
     assert (np.sort(passes, 1) == np.arange(10)).all() and not (passes[0] == passes[1]).all()
     assert (data.shuffled_batch(10, 4, 7, seed=3) == drawn[28:32]).all()
+    for start, count in ((0, 100), (28, 4), (9, 1), (10, 10), (37, 55)):
+        assert (data.shuffled_span(10, start, count, seed=3) == drawn[start:start + count]).all()
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -162,13 +167,102 @@ def test_prefetch_keeps_the_order_and_the_errors(workers):
         list(data.prefetch((lambda i=i: 1 // (5 - i) for i in range(9)), workers))
 
 
-@pytest.mark.parametrize("field, value", [("names", ()), ("limbs", ((0, 9),)), ("triplets", ((0, 1),)),
-                                          ("groups", {"some": (0,)}), ("root", ())])
+GOOD = dict(names=("a", "b", "c"), limbs=[(0, 1)], triplets=[(0, 1, 2)], groups={"all": [0]}, root=(0,))
+
+
+@pytest.mark.parametrize("field, value", [
+    ("names", ()), ("names", (1, 2)), ("limbs", ((0, 9),)), ("limbs", ((0, 1.0),)), ("limbs", (3, 4)),
+    ("triplets", ((0, 1),)), ("triplets", ((0, 1, -1),)), ("groups", {"some": (0,)}),
+    ("groups", {"all": ()}), ("root", ()), ("root", "a"), ("stand_ins", {1: ()}), ("stand_ins", {3: (0,)}),
+    ("stand_ins", {1: (3,)}), ("stand_ins", {"b": (0,)}), ("stand_ins", {1.5: (0,)})])
 def test_a_skeleton_that_does_not_fit_is_refused(field, value):
-    good = dict(names=("a", "b", "c"), limbs=[(0, 1)], triplets=[(0, 1, 2)], groups={"all": [0]}, root=(0,))
-    data.Skeleton(**good)
+    data.Skeleton(**GOOD)
     with pytest.raises(ValueError, match=field):
-        data.Skeleton(**{**good, field: value})
+        data.Skeleton(**{**GOOD, field: value})
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_a_skeleton_is_the_same_however_it_is_given(kind):
+    """By lists, tuples, NumPy or PyTorch integers, a range, or as read from a file that it was written to."""
+    given = dict(names=["a", "b", "c", "d"], limbs=kind([[0, 1], [1, 2]]), triplets=kind([[0, 1, 2]]),
+                 groups={"all": range(4), "ends": kind([0, 3])}, root=kind([0, 1]),
+                 stand_ins={np.int64(2): kind([0, 3])})
+    skeleton = data.Skeleton(**given)
+    assert skeleton == data.Skeleton(("a", "b", "c", "d"), ((0, 1), (1, 2)), ((0, 1, 2),),
+                                     {"all": (0, 1, 2, 3), "ends": (0, 3)}, (0, 1), {2: (0, 3)})
+    assert data.Skeleton(**json.loads(json.dumps(dataclasses.asdict(skeleton)))) == skeleton
+
+
+def test_stand_ins():
+    """In place of a missing pelvis the hips, of the thorax the shoulders, of all others the root."""
+    rows = BODY16.stand_in_rows
+    assert rows[7] == (12, 13) and set(rows[:7] + rows[8:]) == {(2, 3)} and len(rows) == 16
+    assert HAND21.stand_in_rows == ((0, 9),) * 21
+
+
+class Own:
+    """A dataset as a user writes it: five samples of 16 keypoints in images of 64 pixels."""
+    skeleton = BODY16
+    size = 64
+    dtype = torch.uint8
+
+    def __init__(self, **changes):
+        self.keypoints = 63 * torch.rand(5, 16, 2, generator=torch.Generator().manual_seed(0))
+        self.visible = torch.ones(5, 16)
+        self.visible[:, 6:8] = 0
+        vars(self).update(changes)
+
+    def __len__(self):
+        return len(self.keypoints)
+
+    def names(self, indices):
+        return [f"{int(i)}.jpg" for i in indices]
+
+    def __getitem__(self, indices):
+        images = torch.zeros(len(indices), 3, self.size, self.size, dtype=self.dtype)
+        return images, self.keypoints[indices], self.visible[indices]
+
+
+PLACES = Own().keypoints
+CROPPED = PLACES + torch.tensor([30.0, 0])                          # nearly half of them are outside
+MOSTLY_OUTSIDE = torch.where(torch.arange(80).view(5, 16, 1) % 15 > 0, PLACES - 500, PLACES)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"visible": torch.ones(5, 16) * 2}, "`visible` other than 0 and 1.*COCO"),
+    ({"visible": torch.tensor([0.0, 1, 1, 2]).repeat(5, 4)}, "`visible` other than 0 and 1"),
+    ({"visible": torch.full((5, 16), 0.5)}, "`visible` other than 0 and 1"),
+    ({"visible": torch.full((5, 16), math.nan)}, "`visible` other than 0 and 1"),
+    ({"keypoints": PLACES * 440 / 64}, "outside the image.*in pixels of the 64 x 64 image"),
+    ({"keypoints": MOSTLY_OUTSIDE}, "outside the image.*in pixels of the 64 x 64 image"),
+    ({"keypoints": PLACES / 63}, "within a pixel of the corner.*in pixels of the 64 x 64 image"),
+    ({"keypoints": PLACES / 32 - 1}, "within a pixel of the corner"),
+    ({"keypoints": torch.zeros(5, 16, 2)}, "within a pixel of the corner.*visible 0 where"),
+    ({"keypoints": PLACES.double()}, "needs `keypoints`, a float32 tensor"),
+    ({"keypoints": PLACES * math.nan}, "not finite"), ({"visible": torch.ones(5, 15)}, "needs `visible`"),
+    ({"skeleton": None}, "needs a `skeleton`"), ({"size": 64.0}, "`size`"),
+    ({"dtype": torch.float32}, "must give uint8 images"), ({"names": lambda indices: []}, "needs names")])
+def test_a_dataset_that_does_not_fit_is_refused(changes, message):
+    with pytest.raises(data.DataError, match=f"--source own: Own .*{message}"):
+        data.check_dataset(Own(**changes), "--source own")
+
+
+def test_a_dataset_gives_the_labels_that_it_has():
+    class Scaled(Own):
+        def __getitem__(self, indices):
+            images, keypoints, visible = super().__getitem__(indices)
+            return images, keypoints / 64, visible
+
+    with pytest.raises(data.DataError, match="other labels with an image"):
+        data.check_dataset(Scaled(), "")
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"keypoints": CROPPED}, {"visible": torch.zeros(5, 16)},
+    {"keypoints": torch.zeros(5, 16, 2), "visible": torch.zeros(5, 16)},
+    {"visible": torch.ones(1, 1).expand(5, 16)}])
+def test_cropped_people_and_missing_labels_are_welcome(changes):
+    data.check_dataset(Own(**changes), "")
 
 
 def test_letterbox_by_hand():

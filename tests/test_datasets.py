@@ -2,15 +2,13 @@
 
 Promises: a dot drawn at each keypoint is where the loader says; splits, keypoint maps, visibility and
 handedness are the published ones; a missing or damaged file is named in one line; files from outside run
-nothing and take no memory on trust; preparation goes on where it stopped.
+nothing and take no memory on trust.
 """
 import json
 import math
 import pickle
 import random
-import re
 import struct
-import sys
 import tracemalloc
 import zlib
 from contextlib import contextmanager
@@ -23,26 +21,12 @@ from PIL import Image
 
 import data
 from data import BODY16, HAND21, LSP, SURREAL, DataError, Hand3DStudio, Human36M, RenderedHandPose, read_mat
-from miniatures import (CLASS, LSP_SLOTS, MAT_HEADER, RHD_PICTURES, SURREAL_JOINTS, compressed, element,
-                        entry, grid_points, make_clip, make_h3d, make_human36m, make_human36m_release,
-                        make_rhd, make_surreal, make_tree, numeric, variable, write_info, write_mat)
+from miniatures import (CLASS, LSP_SLOTS, MAT_HEADER, RHD_PICTURES, SURREAL_JOINTS, check_dots, compressed,
+                        element, entry, grid_points, make_h3d, make_human36m, make_rhd, make_surreal, make_tree,
+                        numeric, variable, write_mat)
 
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-
-
-def check_dots(ds, counted=None, tolerance=0.6):
-    """Shapes and types as promised; the centre of the light near each keypoint is the keypoint."""
-    data.check_dataset(ds, "")
-    (images, keypoints, visible), size = ds[range(len(ds))], ds.size
-    light = images.float().mean(1)
-    light = light * (light > 40)                                   # JPEG ringing is no dot
-    line = torch.arange(size)
-    near = ((line - keypoints[..., None]).abs() < size / 15).float()    # (B, K, 2, size)
-    weight = torch.einsum("bkx,bky,byx->bkyx", near[:, :, 0], near[:, :, 1], light)
-    centre = torch.stack([(weight.sum(2) * line).sum(-1), (weight.sum(3) * line).sum(-1)], -1)
-    error = (centre / weight.sum((2, 3))[..., None] - keypoints).abs().amax(-1)
-    assert error[visible > 0 if counted is None else counted].max() < tolerance, error
 
 
 def shuffled(n):
@@ -368,8 +352,36 @@ def test_bad_entries(tmp_path, name, key, value, message):
         loader(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["SURREAL", "Human36M", "H3D"])
+@pytest.mark.parametrize("change", ["a nested object", "a nested entry", "one per line", "a byte order mark",
+                                    "a size that ends in .0", "true for 1"])
+def test_other_ways_to_write_the_same(tmp_path, name, change):
+    """What is not needed may be in an entry; JSON may be laid out in any way; a whole number may end in .0."""
+    make, loader, relative = MAKERS[name]
+    make(tmp_path)
+    before = loader(tmp_path, size=16)
+    file = tmp_path / relative
+    entries = json.loads(file.read_text())
+    for sample in entries:
+        if change == "a nested object":
+            sample["camera"] = {"fov": 50, "lens": {"name": None}, "list": [{}, {"keypoint2d": 3}]}
+        elif change == "a nested entry":
+            sample["before"] = dict(sample)
+        elif change == "a size that ends in .0" and name != "Human36M":
+            pictures = file.with_suffix("") if name == "SURREAL" else file.parent
+            with Image.open(pictures / sample["name"]) as image:
+                sample["size"] = float(image.width)
+        elif change == "true for 1" and sample.get("without_object") == 1:
+            sample["without_object"] = True
+    text = json.dumps(entries, indent=1 if change == "one per line" else None)
+    file.write_text(text + "\n", encoding="utf-8-sig" if change == "a byte order mark" else "utf-8")
+    after = loader(tmp_path, size=16)
+    assert all_names(after) == all_names(before) and torch.equal(after.keypoints, before.keypoints)
+    assert torch.equal(after[range(len(after))][0], before[range(len(before))][0])
+
+
 @pytest.mark.parametrize("text", [
-    "", "[", "[{}", '[{"name": "a', "[]]", "[,]", "\xff[", "[" * 100000, '[{"a":' + "[" * 100000, "[1]",
+    "", "[", "{}", "[] 1", '[{"name": "a"} {}]', "[{}]]", "[{},]", "[{}", '[{"name": "a', "[]]", "[,]", "\xff[", "[" * 100000, '[{"a":' + "[" * 100000, "[1]",
     '[{"name": ' + "9" * 5000 + "}]", "[null]", "[[]]", "null"])
 def test_damaged_json(tmp_path, text):
     make_surreal(tmp_path)
@@ -390,6 +402,9 @@ def test_bad_trees(tmp_path, name):
     with pytest.raises(ValueError, match="split 'dev': must be"):
         loader(tmp_path / "set", "dev")
     ds = loader(tmp_path / "set", size=16)
+    shown = []
+    ds.check_files(lambda done, total: shown.append((done, total)))
+    assert shown == [(i + 1, len(ds)) for i in range(len(ds))]
     base = tmp_path / "set" / {"RHD": "RHD_published_v2", "H3D": "H3D_crop"}.get(name, "")
     file = base / ds.names([0])[0].removesuffix(" left")
     half = file.read_bytes()[:file.stat().st_size // 2]
@@ -400,6 +415,8 @@ def test_bad_trees(tmp_path, name):
         file.write_bytes(damaged)
         with pytest.raises(DataError, match=f"{file.name}: {message}"):
             loader(tmp_path / "set", size=16)[[0]]
+        with pytest.raises(DataError, match=f"{file.name}: {message}"):
+            loader(tmp_path / "set", size=16).check_files()
     Image.new("RGB", (60, 50)).save(file)
     for reader in (ds, loader(tmp_path / "set", size=16)):         # changed behind its back, or before
         with pytest.raises(DataError, match=f"{file.name}: 60 x 50 pixels, but .* the same release"):
@@ -426,6 +443,18 @@ def test_rhd(tmp_path):
     assert all_names(RenderedHandPose(root, "val", 8)) == ds.names(range(0, len(ds), 5))     # every fifth
     assert all_names(RenderedHandPose(root, "test", 8)) == [
         "evaluation/color/00000.png left", "evaluation/color/00001.png right"]
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint16])
+@pytest.mark.parametrize("protocol", range(6))
+def test_rhd_with_numpy_integers_as_keys(tmp_path, kind, protocol):
+    make_rhd(tmp_path, "training", [0, 1, 2])
+    before = RenderedHandPose(tmp_path, "train", 16)
+    file = tmp_path / "RHD_published_v2" / "training" / "anno_training.pickle"
+    annotations = {kind(key): value for key, value in pickle.loads(file.read_bytes()).items()}
+    file.write_bytes(pickle.dumps(annotations, protocol=protocol))
+    after = RenderedHandPose(tmp_path, "train", 16)
+    assert all_names(after) == all_names(before) and torch.equal(after.keypoints, before.keypoints)
 
 
 def test_array_pickles(tmp_path):
@@ -468,131 +497,3 @@ def test_bad_pickles(tmp_path, monkeypatch, payload, message):
     with pytest.raises(DataError, match=f"anno_training.pickle: .*{message}"):
         RenderedHandPose(tmp_path)
     assert not (tmp_path / "owned").exists()
-
-
-STUB = """#!{python}
-import sys
-video = sys.argv[sys.argv.index("-i") + 1]
-print(video.rpartition("/")[2], file=open(__file__ + ".calls", "a"))
-frames = open(video, "rb").read()
-if frames.startswith(b"broken"):
-    sys.exit(video + ": moov atom not found")
-sys.stdout.buffer.write(frames)
-"""
-
-
-@pytest.fixture
-def calls(tmp_path, monkeypatch):
-    """An `ffmpeg` that writes out what a test has put into the video file -> the log of its calls."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "ffmpeg").write_text(STUB.format(python=sys.executable))
-    (tmp_path / "bin" / "ffmpeg").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    return tmp_path / "bin" / "ffmpeg.calls"
-
-
-def prepare(capsys, *arguments):
-    status = data.main(["prepare", *map(str, arguments), "--jobs", "2"])
-    return status, *capsys.readouterr()
-
-
-def test_prepare_surreal(tmp_path, calls, capsys):
-    """From videos to a layout that the loader reads: the published crop, dots at the keypoints."""
-    raw, out = tmp_path / "raw", tmp_path / "out"
-    first = make_clip(raw / "cmu/train/run0/01", "a", 3) + make_clip(raw / "cmu/train/run0/01", "b", 1)
-    make_clip(raw / "cmu/train/run1/02", "c", 2, 1)
-    make_clip(raw / "cmu/train/run2/03", "d", 2, 2)
-    status, printed, errors = prepare(capsys, "surreal", raw, out)
-    assert status == 0 and errors == ""
-    assert "run0.json: 4 frames of 2 clips, 0 clips failed" in printed
-    entries = json.loads((out / "train/run0.json").read_text())
-    assert [sample["name"][3:-4] for sample in entries] == ["a_f000", "a_f001", "a_f002", "b_f000"]
-    assert not list(out.glob("**/*.parts")) and not list(out.glob("**/*.tmp"))
-    for sample, places in zip(entries, first):
-        side = min(round(1.5 * np.ptp(places, 0).max()), 240)
-        corner = np.round((places.min(0) + places.max(0) - side) / 2).clip(0, [320 - side, 240 - side])
-        np.testing.assert_allclose(sample["keypoint2d"], places - corner, atol=1e-3)
-        assert sample["size"] == side
-    check_dots(SURREAL(out, "train", 128))
-    assert sorted(calls.read_text().split()) == ["a.mp4", "b.mp4", "c.mp4", "d.mp4"]
-    status, printed, _ = prepare(capsys, "surreal", raw / "cmu", out)
-    assert status == 0 and printed.count("there already") == 3 and len(calls.read_text().split()) == 4
-    calls.with_name("ffmpeg").unlink()
-    for dataset, folder, message in (("surreal", raw, "ffmpeg: not found.*apt-get install ffmpeg"),
-                                     ("surreal", calls, "no SURREAL release; give the directory that holds"),
-                                     ("human36m", raw, "Human36M_subject1_data.json: missing; give the")):
-        status, _, errors = prepare(capsys, dataset, folder, tmp_path / "elsewhere")
-        assert status == 2 and re.search(message, errors)
-
-
-def test_prepare_surreal_goes_on(tmp_path, calls, capsys):
-    """A clip that fails is named, and the next start does it alone. Frames of nobody or a few pixels go."""
-    raw, folder = tmp_path / "raw", tmp_path / "raw" / "cmu" / "train" / "run0" / "01"
-    for clip in "abcde":
-        make_clip(folder, clip, 2)
-    (folder / "b.mp4").write_bytes(b"broken")
-    (folder / "c_info.mat").unlink()
-    write_info(folder / "d_info.mat", np.zeros((2, 24, 3)))
-    write_info(folder / "e_info.mat", np.full((2, 24, 2), np.nan))
-    status, printed, errors = prepare(capsys, "surreal", raw, tmp_path / "out")
-    assert status == 1 and "2 frames of 1 clips, 4 clips failed" in printed
-    for message in ("b.mp4: ffmpeg: .*moov atom not found", "c_info.mat", "e_info.mat: joints2D of shape",
-                    "d.mp4: ffmpeg: 2 frames of 320 x 240 pixels; d_info.mat has 3 frames"):
-        assert re.search("failed: .*" + message, errors)
-    for clip in "bce":
-        make_clip(folder, clip, 1)
-    outside, tiny = np.full((24, 2), -50.0), np.linspace((100, 100), (109, 109), 24)
-    write_info(folder / "d_info.mat", np.stack([outside, tiny, grid_points(24, 120, 0)]).T)
-    (folder / "d.mp4").write_bytes(bytes(3 * 240 * 320 * 3))
-    calls.unlink()
-    status, printed, errors = prepare(capsys, "surreal", raw, tmp_path / "out")
-    assert status == 0 and errors == "" and "6 frames of 5 clips, 0 clips failed" in printed
-    assert sorted(calls.read_text().split()) == ["b.mp4", "c.mp4", "d.mp4", "e.mp4"]
-    entries = json.loads((tmp_path / "out" / "train" / "run0.json").read_text())
-    assert [e["name"][3:-4] for e in entries] == ["a_f000", "a_f001", "b_f000", "c_f000", "d_f002", "e_f000"]
-
-
-def test_prepare_human36m(tmp_path, capsys):
-    """Every fifth image: world to camera to picture to crop; dots at the loader's keypoints; going on."""
-    raw, out = tmp_path / "raw", tmp_path / "out"
-    for subject in (1, 5, 6, 7, 8):
-        kept, places = make_human36m_release(raw, subject)
-    status, printed, errors = prepare(capsys, "human36m", raw, out)
-    assert (status, errors) == (0, "") and printed.count("2 images, 0 failed") == 5
-    listed = out / "annotations" / "keypoints2d_8.json"
-    entries = json.loads(listed.read_text())
-    assert [sample["name"] for sample in entries] == kept
-    for sample in entries:
-        points = places[sample["name"]]
-        side = round(1.5 * np.ptp(points, 0).max())
-        expected = (points - np.round((points.min(0) + points.max(0) - side) / 2) + 0.5) * 512 / side - 0.5
-        np.testing.assert_allclose(sample["keypoint2d"], expected, atol=1e-3)
-    check_dots(Human36M(out, "train", 256))
-    listed.unlink()
-    before = (out / "crop_images" / kept[0]).stat().st_mtime_ns
-    (raw / "images" / kept[1]).write_bytes(b"no image")
-    status, printed, errors = prepare(capsys, "human36m", raw, out)
-    assert status == 1 and printed.count("there already") == 4 and "1 images, 1 failed; delete it" in printed
-    assert re.search("failed: .*f_000005.jpg: cannot identify image", errors)
-    assert (out / "crop_images" / kept[0]).stat().st_mtime_ns == before
-    assert len(json.loads(listed.read_text())) == 1
-
-
-def test_bad_human36m_release(tmp_path, capsys):
-    make_human36m_release(tmp_path, 1)
-    for kind, change, message in (
-            ("camera", lambda text: text.replace("R", "Q"), "KeyError: 'R'"),
-            ("data", lambda text: text.replace('"frame_idx": 0', '"frame_idx": 99'), "KeyError: '99'"),
-            ("data", lambda text: text.replace("s_01/", "/etc/"), "'/etc/.* is no path"),
-            ("joint_3d", lambda text: re.sub("-?[0-9.]{4,}", "NaN", text), "behind the camera"),
-            ("joint_3d", lambda text: text[:-1], "joint_3d.json: JSONDecodeError")):
-        file = tmp_path / "annotations" / f"Human36M_subject1_{kind}.json"
-        whole = file.read_text()
-        file.write_text(change(whole))
-        status, _, errors = prepare(capsys, "human36m", tmp_path, tmp_path / "out")
-        assert status == 2 and re.search("Human36M_subject1_.*" + message, errors), errors
-        file.write_text(whole)
-    for image in (tmp_path / "images").rglob("*.jpg"):
-        image.write_bytes(b"")
-    assert prepare(capsys, "human36m", tmp_path, tmp_path / "out")[0] == 2
-    assert not [*(tmp_path / "out").rglob("*.json")]             # it would look finished
