@@ -1008,11 +1008,14 @@ def evaluate(run, dataset):
 def evaluate_run(out, device, places):
     """`evaluate RUN`: score the last checkpoint and draw the pictures again.
 
-    places: {setting: path} where the run's data lie now. UserError where result.json says something
-    else.
+    places: {setting: path} where the run's data lie now, which is written down. UserError where
+    result.json says something else.
     """
     settings = dataclasses.replace(saved_settings(out), **places)
     run = set_up(settings, device, load_run(out / "last.pt"))
+    if places:
+        found = {name: getattr(settings, name) for name in places}
+        write_json(out / "config.json", {**read_json(out / "config.json"), **found})
     scores, predictions = evaluate(run, run.domains.test)
     result = {**scores["student"], "teacher": scores.get("teacher")}
     say(run_summary(result))
