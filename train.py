@@ -87,6 +87,9 @@ SOURCES = {"surreal": data.SURREAL, "rhd": data.RenderedHandPose}
 TARGETS = {"lsp": data.LSP, "human36m": data.Human36M, "h3d": data.Hand3DStudio}
 
 
+# --schedule: the settings that it alone uses.
+SCHEDULES = {"cosine": ("warmup", "lr_end"), "steps": ("lr_drops", "lr_factor")}
+
 # Settings that are paths, and those that may change when a run goes on.
 PATHS = ("source_root", "target_root", "cache", "weights", "style_weights", "style_decoder")
 PLACES = ("source_root", "target_root", "cache", "workers")
@@ -125,7 +128,7 @@ class Settings:
     iters_per_epoch: int = option(45, "iterations per epoch", low=1)
     batch_size: int = option(32, "images of each domain per batch, over all processes", low=1)
     workers: int = option(0, "threads that decode batches ahead (0: none)", low=0)
-    schedule: str = option("cosine", "of the learning rate", ("cosine", "steps"))
+    schedule: str = option("cosine", "of the learning rate", tuple(SCHEDULES))
     lr: float = option(6e-3, "highest learning rate of Adam", above=0)
     warmup: float = option(0.03, "cosine: share of all iterations in which it rises", low=0, high=1)
     lr_end: float = option(0.02, "cosine: share of it that is left at the end", low=0, high=1)
@@ -197,7 +200,12 @@ def make_settings(preset="demo", **given):
     values.update(HANDS.get(given.get("source"), {}))
     values.update(given)
     values.update(fixed)
-    return Settings(**values)
+    settings = Settings(**values)
+    for schedule, names in SCHEDULES.items():
+        for name in names:
+            if name in given and settings.schedule != schedule:
+                refuse(name, f"needs --schedule {schedule}", given[name])
+    return settings
 
 
 # --- Data of a run --------------------------------------------------------------------------------
@@ -1870,6 +1878,7 @@ def predict_run(run, inputs, out, box, device):
     settings = saved_settings(run)
     skeleton = data.Skeleton(**read_json(run / "config.json")["skeleton"])
     files = find_photographs(inputs, out)
+    check_writable(out, "--out")
     trainer = make_trainer(settings, skeleton, device)
     load_networks(trainer, load_run(run / "last.pt"), run / "last.pt")
     out.mkdir(parents=True, exist_ok=True)
@@ -1878,10 +1887,10 @@ def predict_run(run, inputs, out, box, device):
     for done, (name, file) in enumerate(files.items(), 1):
         try:
             predict_photograph(trainer, name, file, out, box)
-        except Exception as error:  # a damaged file, or a box outside of it
+        except Exception as error:  # a damaged file, or a box outside of it: others go on
             failed += 1
-            hint = f" (is --box {show(box)} within its pixels?)" if box else ""
-            warn(f"{file}: {error}{hint}")
+            message = str(error)
+            warn(message if message.startswith(str(file)) else f"{file}: {message}")
         progress(done, len(files))
     say(f"{len(files) - failed} of {len(files)} photographs done by {run}, in {out}")
     return 1 if failed else 0
@@ -1894,6 +1903,9 @@ def predict_photograph(trainer, name, file, out, box):
     image = data.open_picture(file)
     x, y, w, h = box or (0, 0, *image.size)
     region = (max(x, 0), max(y, 0), min(x + w, image.width), min(y + h, image.height))
+    if region[0] >= region[2] or region[1] >= region[3]:
+        raise UserError(f"--box {show(box)} lies outside of its {image.width} x {image.height} "
+                        "pixels; give x,y,w,h inside")
     crop = letterbox(image, region, size)
     keypoints, confidence = decode(trainer.student, crop[None], trainer.settings, trainer.device)
     _, _, view = letterbox_view(region, size)
@@ -2099,7 +2111,8 @@ def choose_device(name):
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device: unknown device {name!r}; use cpu, cuda or cuda:1") from None
+        raise UserError(f"--device: torch finds no device {name!r} here; use cpu, or cuda or cuda:1"
+                        " where there are such GPUs") from None
     return device
 
 

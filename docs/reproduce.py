@@ -235,6 +235,8 @@ def run_missing(comparison, kept_in, out, jobs, device):
                 continue
             settings_of[run] = settings
             commands[run] = command_of(comparison, row, seed, run, device)
+    if commands:
+        train.warn(f"runs to train, in {out}: {len(commands)}, {jobs} at a time", "docs.reproduce")
     return run_all(commands, jobs, lambda run: keep(kept_in, settings_of[run], run, commit))
 
 
@@ -653,10 +655,12 @@ def results_of(task):
         paths = sorted(Path(task).expanduser().glob(f"{name}-s[0-9]*/result.json"))
         if paths:
             results[name] = [train.read_json(path) for path in paths]
+    if not results:
+        raise UserError(f"--tasks: {task} is neither a comparison ({', '.join(COMPARISONS)}) nor a directory with "
+                        "finished runs")
     tasks = {(r["source"], r["target"]) for runs in results.values() for r in runs}
     if len(tasks) != 1:
-        raise UserError(f"--tasks: {task} has finished runs of {len(tasks)} tasks; give names or directories of "
-                        f"comparisons of one task each ({', '.join(COMPARISONS)})")
+        raise UserError(f"--tasks: {task} has finished runs of {len(tasks)} tasks; give directories of one each")
     return results
 
 

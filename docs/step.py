@@ -74,6 +74,8 @@ def command(arguments):
     parser.add_argument("--preset", choices=("demo", "paper"), default="demo", help="of the settings [demo]")
     parser.add_settings()
     options = vars(parser.parse_args(arguments))
+    if options["steps"] < 1:
+        raise train.UserError(f"--steps: must be at least 1, got {options['steps']}")
     device = train.choose_device(options.pop("device"))
     count = options.pop("steps")
     settings = train.resolve_amp(train.make_settings(options.pop("preset"), **options), device)

@@ -152,7 +152,7 @@ def distance_kernel(source, target, source_valid, target_valid, triplets, distan
     shared = tl.sum(count_bits(words_m[:, :, None] & words_n[:, None, :]), axis=0)
     # Both roots are approximate on a GPU, within a relative 2^-22.9. The factor is 0 where there are too few.
     factor = tl.where(shared >= min_triplets, tl.rsqrt(shared.to(tl.float32)) * scale, 0.0)
-    result = tl.sqrt(squares) * factor
+    result = tl.sqrt(squares) * factor   # Eq. 7
     result = tl.where(result == float("inf"), float("nan"), result)
     result = tl.where(factor > 0.0, result, float("inf"))
     entry = (bank * S + m + i)[:, None] * T + (n + i)[None, :]   # int64: there may be more than 2^31

@@ -480,7 +480,7 @@ def main(arguments=None, plan=None):
     """Run the benchmark; returns the exit status: 1 if an operator is wrong. `plan`: in place of FULL."""
     parser = argparse.ArgumentParser(prog="python -m kernels.benchmark", allow_abbrev=False,
                                      description="Check the operators, then time them against PyTorch.")
-    parser.error = lambda message: parser.exit(2, f"{message} (--help lists the options)\n")
+    parser.error = lambda message: parser.exit(2, f"benchmark: {message} (--help lists the options)\n")
     parser.add_argument("--quick", action="store_true", help="only the sizes of training, measured shortly")
     parser.add_argument("--only", choices=OPERATORS, metavar="NAME", help="one of " + ", ".join(OPERATORS))
     parser.add_argument("--compiled", type=int, metavar="CAPABILITY",

@@ -3,6 +3,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -24,8 +25,9 @@ from tiny_runs import TINY, check_one_line, read, record
 
 @pytest.fixture
 def reproduce_into(launch, tmp_path, capsys, monkeypatch):
-    """`docs.reproduce` with tiny runs into tmp_path: its status, the rows of its table (cells), stderr. Its
-    processes run here, in turn; reproduce_into.started: their directories, and whether they go on."""
+    """`docs.reproduce` with tiny runs into tmp_path: its status, the rows of its table (cells), what it says on
+    stderr but how many runs it trains. Its processes run here, in turn; reproduce_into.started: their
+    directories, and whether they go on."""
     def process(command, **_):
         out = next(Path(word).name for word in command if word.startswith("--out="))
         started.append((out, "--resume" in command))
@@ -40,8 +42,9 @@ def reproduce_into(launch, tmp_path, capsys, monkeypatch):
             words = [*TINY, "--cache", launch.cache, "--out", str(tmp_path), *options]
             status = reproduce.main(words)
         said = capsys.readouterr()
+        errors = re.sub("docs.reproduce: runs to train, in .*: ([0-9]+), 1 at a time\n", "", said.err)
         rows = [line[2:-2].split(" | ") for line in said.out.splitlines() if line.startswith("| ")]
-        return status, rows, said.err
+        return status, rows, errors
 
     started = []
     reproduce_into.started = started
@@ -312,7 +315,7 @@ bodie => bodies; --methods udap --out x => --methods: use; --seeds a --out x; --
 --sweep pace=1,x --out x => --sweep: use NAME=; --sweep seed=1 --out x => 'seed' is no setting;
 --sweep pace --out x => --sweep; --sweep source=lsp --out x => 'source' is no setting;
 --seeds -1 --out x => --seed; --sweep pace=0 --out x => --pace: must be above 0; --tasks a --lr 1 => --tasks;
---tasks no/run => --tasks: no/run has finished runs of 0 tasks; bodies --tables => --tables;
+--tasks no/run => --tasks: no/run is neither a comparison; bodies --tables => --tables;
 bodies --methods udape => --methods; --lr 1 => --out; bodies --preset paper => --style-weights;
 --methods udape --w-cross 1 --out x => --w-cross: --method udape has 0"""
 
