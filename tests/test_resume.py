@@ -323,7 +323,7 @@ def test_a_directory_with_settings_holds_a_run(launch, tmp_path, capsys, monkeyp
     assert launch(tmp_path / "r", "--style", "off", "--lr", 0.5) == 2
     check_one_line(capsys.readouterr().err, "--out: ", "holds a run")
     assert train.main(["--resume", "--device", "cpu", "--out", str(tmp_path / "r")]) == 0
-    assert read(tmp_path / "r" / "config.json")["lr"] == 0.001
+    assert read(tmp_path / "r" / "config.json")["lr"] == 0.006
 
 
 def test_the_home_directory_in_a_runs_paths(launch, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@ import json
 
 TINY = """--epochs 3 --pretrain-epochs 1 --iters-per-epoch 2 --batch-size 4 --source-count 60
           --target-count 30 --image-size 32 --style-iters 2 --vae-steps 5 --bins 5 --hard-bins 2
-          --schedule steps --lr 0.001 --lr-drops 1,2 --lr-factor 0.5 --device cpu""".split()
+          --device cpu""".split()
 # train.py with few images to score and without the slow pictures, for runs in processes of their own.
 SCRIPT = """
 import sys
