@@ -462,8 +462,11 @@ def tasks_table(tasks):
 
 
 def draw_sweep(path, name, rows, results):
-    """Fig. 10: PCK over the values of a setting, a dot per seed, lines through the means."""
-    rows = sorted((row for row in rows if row.name in results), key=lambda row: row.changes[name])
+    """Fig. 10: PCK over the values of a setting, a dot per seed, lines through the means.
+
+    rows: those that have results.
+    """
+    rows = sorted(rows, key=lambda row: row.changes[name])
     series = {
         "validation": [[r["val"] for r in results[row.name]] for row in rows],
         "test": [[r["pck"]["all"] for r in results[row.name]] for row in rows],
@@ -546,10 +549,10 @@ def fill_documents():
 
 
 def draw_sweeps(folder, comparison, results):
-    """sweep-NAME.png of each swept setting of a comparison."""
+    """sweep-NAME.png of each swept setting of which a comparison has several values."""
     for name in dict.fromkeys(row.swept for row in comparison.rows if row.swept):
-        rows = [row for row in comparison.rows if row.swept == name]
-        if any(row.name in results for row in rows):
+        rows = [row for row in comparison.rows if row.swept == name and row.name in results]
+        if len(rows) > 1:
             draw_sweep(folder / f"sweep-{name}.png", name, rows, results)
 
 
