@@ -1778,11 +1778,11 @@ def draw_drawn(path, curriculum, settings):
     for epoch in np.unique(np.linspace(0, arrival, 5).round().astype(int)).tolist():
         drawn = curriculum.drawn[epoch]
         pool = sum(drawn)
-        series[f"epoch {epoch}: {pool:,}, {min(pool, trained):,} of them trained on"] = drawn
+        series[f"epoch {epoch}: {min(pool, trained):,} of {pool:,}"] = drawn
     canvas, draw = blank(2200, 720)
     everything = value_range(list(series.values()))
     chart = Chart(draw, (110, 80, 2180, 600), (0, max(s.bins - 1, 1)), everything, "samples drawn",
-                  BINS_LABEL)
+                  f"{BINS_LABEL}; in the legend: trained on, of the pool")
     for drawn, colour in zip(series.values(), PALETTE):
         chart.line(range(s.bins), drawn, colour)
     chart.legend(series)
