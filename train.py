@@ -658,8 +658,8 @@ class EpochStats:
             return
         losses = torch.stack([terms["loss"] for _, _, terms in steps])
         finite = torch.isfinite(gather(losses[None])).all(0).tolist()
-        weights = torch.stack([p.isfinite().all() for p in self.run.trainer.student.parameters()])
-        if all(finite) and weights.all():
+        weights = torch.nn.utils.get_total_norm(self.run.trainer.student.parameters())
+        if all(finite) and weights.isfinite():
             return
         step, indices, terms = steps[-1] if all(finite) else steps[finite.index(False)]
         found = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
