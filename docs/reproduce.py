@@ -23,7 +23,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import actupose
 import data
+import kernels
 import train
 from train import UserError, fmt, make_settings, option_of, show
 
@@ -523,6 +525,38 @@ def draw_panel(path, runs, device):
         train.draw_panels(path, list(zip(*columns)), test.skeleton, titles)
 
 
+# --- How difficult the benchmarks are -----------------------------------------------------------------------
+
+DISTANCES = (0.01, 0.05, 0.1, 0.25, 0.5)   # quantiles of Eq. 7 between random poses
+
+
+def difficulty_table():
+    """Easy poses of both domains, complexity of the target's, and Eq. 7 between random poses of the source."""
+    table = [["", "bodies", "hands"], ["easy poses in the source"], ["easy poses in the target"],
+             ["target poses as complex as the hardest 8 of the source's 25 bins"],
+             ["random source pairs below 0.06 rad"], ["random source pairs below 0.019 rad"],
+             [f"Eq. 7 between them, quantiles {show(DISTANCES)}, rad"]]
+    for hand in (False, True):
+        source = data.Mannequin("source", "train", count=6000, hand=hand)
+        target = data.Mannequin("target", "test", hand=hand)
+        rows = source.skeleton.stand_in_rows
+        vae = actupose.train_pose_vae(source.keypoints, source.visible, rows, train.Settings.vae_steps)
+        complexity = actupose.pose_complexity(vae, source.keypoints, source.visible, rows)
+        of_target = actupose.pose_complexity(vae, target.keypoints, target.visible, rows)
+        chosen = torch.randperm(6000, generator=torch.Generator().manual_seed(0))[:4000]
+        a, b = chosen.split(2000)
+        distance = kernels.triplet_angle_distance(
+            source.keypoints[a], source.keypoints[b], torch.tensor(source.skeleton.triplets),
+            source.visible[a] > 0, source.visible[b] > 0).flatten()[::4]
+        shares = [source.upright, target.upright, of_target >= complexity.quantile(17 / 25),
+                  distance < 0.06, distance < 0.019]
+        for row, share in zip(table[1:], shares):
+            row.append(f"{100 * share.float().mean():.1f} %")
+        quantiles = distance.quantile(torch.tensor(DISTANCES)).tolist()
+        table[-1].append(", ".join(f"{value:.3f}" for value in quantiles))
+    return markdown(table)
+
+
 # --- Documents ----------------------------------------------------------------------------------------------
 
 BLOCK = re.compile(r"(<!-- python -m docs\.reproduce (.*?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -566,6 +600,7 @@ HELP = f"""Tables, sweeps and plots, of the comparisons of docs/results.md or of
   python -m docs.reproduce --sweep pace=1,2,3,4,6 --out mine         Fig. 10 b
   python -m docs.reproduce --tasks bodies,hands,mine       Table 2
   python -m docs.reproduce --tables                        README.md and docs/results.md, without training
+  python -m docs.reproduce --difficulty                    what the built-in benchmarks consist of
 
 Pictures lie beside the new runs: panel.png (Fig. 8), bins.png (Fig. 9), sweep-NAME.png (Fig. 10). Finished runs
 are reused: after editing code give a new --out.
@@ -609,6 +644,7 @@ def make_parser():
     add("--show", choices=("all", "short", "bins", "seeds"), default="all",
         help="the table: all columns, without joints, PCK by complexity bin, or seed by seed")
     add("--tasks", metavar="NAME,DIR,...", help="Table 2, of comparisons by name or directory")
+    add("--difficulty", action="store_true", help="how difficult the built-in benchmarks are")
     add("--tables", action="store_true", help="print the tables of README.md and docs/results.md into them")
     add("--out", type=train.parse_path,
         help="directory of new runs and of their runs.jsonl [runs/NAME, docs/runs.jsonl]")
@@ -710,12 +746,15 @@ def draw_pictures(out, comparison, results, device):
 def command(arguments):
     """What the command line asks for. Returns the exit status."""
     options = make_parser().parse_args(arguments)
-    alone = {"--tables": options.tables, f"--tasks={options.tasks}": options.tasks}
+    alone = {"--tables": options.tables, "--difficulty": options.difficulty, f"--tasks={options.tasks}": options.tasks}
     for word, given in alone.items():
         if given and options != make_parser().parse_args([word]):
-            raise UserError(f"{word}: prints finished runs; leave the other options out")
+            raise UserError(f"{word}: stands alone; leave the other options out")
     if options.tables:
         fill_documents()
+        return 0
+    if options.difficulty:
+        train.say(difficulty_table())
         return 0
     if options.jobs < 1:
         raise UserError(f"--jobs: must be at least 1, got {options.jobs}")

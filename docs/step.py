@@ -3,10 +3,12 @@
 Times the parts of `Trainer.step` where they are called, over some steps before and after the teacher has
 joined, and prints a table in Markdown. A GPU is waited for after each part.
 """
+import dataclasses
 import sys
 import time
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import actupose
 import data
@@ -67,18 +69,46 @@ class Clock:
         return whole, rows
 
 
+def operations(settings):
+    """Operations of the networks in a whole run, a multiply-add counted as two; half of the batches restyled."""
+    few = dataclasses.replace(settings, batch_size=2, style_prob=1.0)
+    trainer = train.make_trainer(few, data.BODY16, torch.device("cpu"))
+    images = torch.zeros(2, 3, few.image_size, few.image_size, dtype=torch.uint8)
+    keypoints = torch.rand(2, len(data.BODY16), 2) * few.image_size
+    batch = (images, keypoints, torch.ones(2, len(data.BODY16)))
+    total = 0
+    phases = {"pretraining": few.pretrain_epochs, "adaptation": few.epochs - few.pretrain_epochs}
+    for phase, epochs in phases.items():
+        if phase == "adaptation":
+            trainer.begin_adaptation()
+        for style in (None, actupose.StyleTransfer(few.style)):
+            trainer.style_transfer = style
+            with FlopCounterMode(display=False) as counter:
+                trainer.step(0, batch, images)
+            per_image = counter.get_total_flops() / 2
+            total += epochs * settings.iters_per_epoch / 2 * settings.batch_size * per_image
+    return total
+
+
 def command(arguments):
     """Print the table. Returns the exit status."""
     parser = train.Parser(prog="python -m docs.step", description=__doc__)
     parser.add_argument("--steps", type=int, default=40, help="steps that are timed [40]")
     parser.add_argument("--preset", choices=("demo", "paper"), default="demo", help="of the settings [demo]")
+    parser.add_argument("--operations", action="store_true", help="of a whole run, in place of the table")
     parser.add_settings()
     options = vars(parser.parse_args(arguments))
     if options["steps"] < 1:
         raise train.UserError(f"--steps: must be at least 1, got {options['steps']}")
     device = train.choose_device(options.pop("device"))
     count = options.pop("steps")
+    count_operations = options.pop("operations")
     settings = train.resolve_amp(train.make_settings(options.pop("preset"), **options), device)
+    if count_operations:
+        total = operations(settings)
+        print(f"{total:.2g} operations: {total / 1e14 / 3600:.1f} hours at 100 TFLOP/s, "
+              f"{total / 1.5e13 / 3600:.1f} at 15")
+        return 0
     trainer = train.make_trainer(settings, data.BODY16, device)
     if settings.style != "off":
         trainer.style_transfer = actupose.StyleTransfer(settings.style).to(device).requires_grad_(False).eval()
