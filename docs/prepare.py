@@ -216,6 +216,7 @@ def project_subject(folder, subject):
 
 
 def crop_photograph(source, target, name, keypoints):
+    """Cut the square around a person's keypoints (K, 2) out of a picture, and save it."""
     picture = open_picture(source)
     corner, side = square_box(keypoints.min(0), keypoints.max(0), picture.size)
     return save_crop(picture, (*corner, *(corner + side)), CROP, target, name, keypoints)

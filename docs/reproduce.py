@@ -677,7 +677,7 @@ def our_row(comparison):
     """The row that is ACTUPose itself, with which the others are compared; "" where there is none."""
     try:
         ours = run_settings(comparison, named_row("actupose"), 0)
-    except UserError:                                           # --epochs 20, say, is enough for the oracle alone
+    except UserError:  # --epochs 20, say, is enough for the oracle alone
         return ""
     for row in comparison.rows:
         if run_settings(comparison, row, 0) == ours:
@@ -695,11 +695,12 @@ def results_of(task):
         if paths:
             results[name] = [train.read_json(path) for path in paths]
     if not results:
-        raise UserError(f"--tasks: {task} is neither a comparison ({', '.join(COMPARISONS)}) nor a directory with "
-                        "finished runs")
+        raise UserError(f"--tasks: {task} is neither a comparison ({', '.join(COMPARISONS)}) nor a "
+                        "directory with finished runs")
     tasks = {(r["source"], r["target"]) for runs in results.values() for r in runs}
     if len(tasks) != 1:
-        raise UserError(f"--tasks: {task} has finished runs of {len(tasks)} tasks; give directories of one each")
+        raise UserError(f"--tasks: {task} has finished runs of {len(tasks)} tasks; give directories of "
+                        "one each")
     return results
 
 
@@ -746,7 +747,11 @@ def draw_pictures(out, comparison, results, device):
 def command(arguments):
     """What the command line asks for. Returns the exit status."""
     options = make_parser().parse_args(arguments)
-    alone = {"--tables": options.tables, "--difficulty": options.difficulty, f"--tasks={options.tasks}": options.tasks}
+    alone = {
+        "--tables": options.tables,
+        "--difficulty": options.difficulty,
+        f"--tasks={options.tasks}": options.tasks,
+    }
     for word, given in alone.items():
         if given and options != make_parser().parse_args([word]):
             raise UserError(f"{word}: stands alone; leave the other options out")

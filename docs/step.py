@@ -70,7 +70,7 @@ class Clock:
 
 
 def operations(settings):
-    """Operations of the networks in a whole run, a multiply-add counted as two; half of the batches restyled."""
+    """Operations of the networks in a whole run, half of its batches restyled. A multiply-add is two."""
     few = dataclasses.replace(settings, batch_size=2, style_prob=1.0)
     trainer = train.make_trainer(few, data.BODY16, torch.device("cpu"))
     images = torch.zeros(2, 3, few.image_size, few.image_size, dtype=torch.uint8)

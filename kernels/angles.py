@@ -193,6 +193,7 @@ def plan(source, target, triplets, source_valid, target_valid, min_triplets):
 
 
 def key_of(tensor):
+    """`plan_key`, None for None."""
     return None if tensor is None else plan_key(tensor)
 
 

@@ -19,7 +19,7 @@ except ImportError:  # not packaged outside Linux: kernels are then defined but 
 # Triton reads TRITON_INTERPRET where a kernel is defined, that is, when this package is imported.
 INTERPRET = HAVE_TRITON and triton.knobs.runtime.interpret
 if INTERPRET:
-    # tl.maximum(NaN, 0) is 0, on a GPU and by Triton's documentation, but NaN in the interpreters of 3.6 and 3.7.
+    # tl.maximum(NaN, 0) is 0 on a GPU and by Triton's documentation, but NaN in the interpreters of 3.6, 3.7.
     from triton.runtime.interpreter import InterpreterBuilder
     InterpreterBuilder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, numpy.fmax)
 

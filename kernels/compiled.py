@@ -111,6 +111,7 @@ def target_of(text, name="BRA"):
 
 
 def is_conditional(text):
+    """Whether a branch is not always taken."""
     return text.startswith("@") or "," in text   # @P0 BRA 0x80, BRA.U UP0, 0x80
 
 

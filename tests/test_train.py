@@ -542,8 +542,8 @@ MISTAKES = """
 --method udape+vae-hm --hard-bins 26 => --hard-bins: must be at most; --preset demi;
 --epochs 20 => --pretrain-epochs; --style vgg => --style-weights;
 --style vgg --style-weights . => --style-weights: . holds no vgg_normalised.pth;
---device warp9 => --device: torch finds no device 'warp9' here; --lr-drops 44 => --lr-drops: needs --schedule steps;
---source surreal => --source-root;
+--device warp9 => --device: torch finds no device 'warp9' here;
+--lr-drops 44 => --lr-drops: needs --schedule steps; --source surreal => --source-root;
 --source mannequin-wild => --source and --target must differ;
 --target lsp --target-root no/place => --target-root: no/place; --resume --out no/run => no/run;
 --source mannequin-hand --target mannequin-wild --source-count 60 => two domains of bodies or two of hands;
