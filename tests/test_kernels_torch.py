@@ -218,9 +218,8 @@ import sys
 from kernels import benchmark
 capability = int(sys.argv[1])
 plan = benchmark.COMPILED
-if capability != 90:
-    plan = plan._replace(heatmaps=plan.heatmaps[:2])
-print(benchmark.print_compiled(capability, plan))
+heatmaps = plan.heatmaps[::2] if capability == 90 else plan.heatmaps[:2]
+print(benchmark.print_compiled(capability, plan._replace(heatmaps=heatmaps)))
 """
 
 
