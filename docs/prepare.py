@@ -67,7 +67,8 @@ def write_entries(file, entries):
 
 # --- SURREAL: videos, each with a MATLAB file --------------------------------------------------------------
 
-WIDTH, HEIGHT = 320, 240  # of all its videos
+WIDTH = 320     # of all its videos
+HEIGHT = 240
 
 
 def prepare_surreal(raw, out, jobs):

@@ -77,7 +77,8 @@ def check_indices(triplets, keypoints):
     Only plain tensors on a CPU: a look at others would wait for the GPU, and torch.compile's have no values.
     """
     if type(triplets) is torch.Tensor and triplets.is_cpu and triplets.numel():
-        low, high = triplets.min().item(), triplets.max().item()
+        low = triplets.min().item()
+        high = triplets.max().item()
         if low < 0 or high >= keypoints:
             raise ValueError(f"triplets must hold keypoint indices in [0, {keypoints}), got {low} ... {high}")
 
@@ -118,10 +119,12 @@ def subcell_offset(heatmaps, cells, confidence):
     heatmaps: (B, K, H, W); cells (B, K, 2), confidence (B, K): their maxima. Returns (B, K, 2) within +- 1/2.
     """
     height, width = heatmaps.shape[-2:]
-    flat, index = heatmaps.flatten(2), cells.long()
+    flat = heatmaps.flatten(2)
+    index = cells.long()
     offset = []
     for axis, (size, step) in enumerate(((width, 1), (height, width))):
-        i, at = index[..., axis], index[..., 1] * width + index[..., 0]
+        i = index[..., axis]
+        at = index[..., 1] * width + index[..., 0]
         edge = (i == 0) | (i == size - 1)
         before = flat.gather(2, torch.where(edge, at, at - step)[..., None])[..., 0].float()
         after = flat.gather(2, torch.where(edge, at, at + step)[..., None])[..., 0].float()
@@ -206,8 +209,10 @@ def expected_cell(probability, dtype):
     from the centre, and what the softmax rounded to one is divided by its sum: the result would else carry a
     rounding error of the whole side.
     """
-    columns, rows = probability.sum(dim=2, dtype=dtype), probability.sum(dim=3, dtype=dtype)
-    width, height = columns.shape[2], rows.shape[2]
+    columns = probability.sum(dim=2, dtype=dtype)
+    rows = probability.sum(dim=3, dtype=dtype)
+    width = columns.shape[2]
+    height = rows.shape[2]
     x = torch.arange(width, dtype=dtype, device=columns.device) - 0.5 * (width - 1)
     y = torch.arange(height, dtype=dtype, device=rows.device) - 0.5 * (height - 1)
     total = columns.sum(dim=2)
@@ -226,7 +231,8 @@ def triplet_angles(keypoints, triplets, valid=None):
     if keypoints.dtype != torch.float64:
         keypoints = keypoints.float()
     first, middle, last = keypoints[..., triplets, :].unbind(dim=-2)
-    a, b = first - middle, last - middle
+    a = first - middle
+    b = last - middle
     cross = a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
     dot = a[..., 0] * b[..., 0] + a[..., 1] * b[..., 1]
     usable = (a != 0).any(dim=-1) & (b != 0).any(dim=-1)

@@ -252,7 +252,8 @@ class SoftArgmax(torch.autograd.Function):
         if grad_coords is None:   # nothing depends on the coordinates
             return None, None
         if torch.is_grad_enabled():   # with create_graph=True the gradient may be differentiated itself
-            heatmaps, beta = ctx.saved_tensors[0], ctx.beta
+            heatmaps = ctx.saved_tensors[0]
+            beta = ctx.beta
             _, pull_back = torch.func.vjp(lambda maps: reference.soft_argmax(maps, beta), heatmaps)
             return pull_back(grad_coords)[0], None
         heatmaps, coords, stats = ctx.saved_tensors

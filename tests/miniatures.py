@@ -66,7 +66,8 @@ def save(picture, file, quality=95):
 def check_dots(ds, counted=None, tolerance=0.6):
     """Shapes and types as promised; the centre of the light near each keypoint is the keypoint."""
     check_dataset(ds, "")
-    (images, keypoints, visible), size = ds[range(len(ds))], ds.size
+    images, keypoints, visible = ds[range(len(ds))]
+    size = ds.size
     light = images.float().mean(1)
     light = light * (light > 40)                                   # JPEG ringing is no dot
     line = torch.arange(size)
@@ -79,7 +80,8 @@ def check_dots(ds, counted=None, tolerance=0.6):
 
 def make_tree(root, extended, sizes):
     """A miniature of LSP or LSP Extended -> positions (N, 14, 2), third values (N, 14)."""
-    positions, flags = np.zeros((len(sizes), 14, 2)), np.full((len(sizes), 14), float(extended))
+    positions = np.zeros((len(sizes), 14, 2))
+    flags = np.full((len(sizes), 14), float(extended))
     flags[1::2, ::4] = 1 - extended                      # occluded in LSP, not labelled in LSP Extended
     for i, (width, height) in enumerate(sizes):
         place = (np.arange(14) * 3 + i) % 15             # a 5 x 3 grid keeps the dots apart
@@ -106,7 +108,8 @@ def entry(name, points):
 
 def make_surreal(root, folder="train", runs=(4, 5, 6), sizes=False, suffix="jpg"):
     """A miniature of the prepared layout -> names in the files' order, all 24 places and side of each."""
-    names, places = [], []
+    names = []
+    places = []
     for run, count in enumerate(runs):
         entries = []
         for i in range(count):
@@ -201,10 +204,15 @@ def write_info(path, joints):
 def make_human36m_release(root, subject):
     """The JSON release of one subject, one camera, six frames -> names of every fifth, places of all."""
     (root / "annotations").mkdir(parents=True, exist_ok=True)
-    images, joints, places = [], {}, {}
-    cos, sin = np.cos(0.3), np.sin(0.3)
+    images = []
+    joints = {}
+    places = {}
+    cos = np.cos(0.3)
+    sin = np.sin(0.3)
     rotation = np.array([[cos, -sin, 0], [0, 0, -1], [sin, cos, 0]])   # world z is up, the camera's y is down
-    t, f, c = np.array([100.0, 900, 5000]), np.array([1145.0, 1143.0]), np.array([512.5, 515.4])
+    t = np.array([100.0, 900, 5000])
+    f = np.array([1145.0, 1143.0])
+    c = np.array([512.5, 515.4])
     for frame in range(6):
         grid = (grid_points(17, 1000, 0) - 500) * [1.2, 1.5 + 0.1 * frame]
         grid[[14, 15, 11, 6]] = grid[[15, 14, 6, 11]]          # none in the middle of the shoulders

@@ -25,7 +25,8 @@ def seed():
 def test_eq1_by_hand():
     poses = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
     reconstruction = torch.tensor([[0.0, 0.0], [0.0, 3.0]])
-    mean, log_var = torch.tensor([[2.0], [0.0]]), torch.tensor([[0.0], [math.log(4.0)]])
+    mean = torch.tensor([[2.0], [0.0]])
+    log_var = torch.tensor([[0.0], [math.log(4.0)]])
     # sample 0: 1 + 4 = 5, KL = (4 + 1 - 1 - 0) / 2 = 2; sample 1: 9, KL = (0 + 4 - 1 - log 4) / 2
     expected = ((5 + 0.5 * 2) + (9 + 0.5 * (3 - math.log(4)) / 2)) / 2
     loss = actupose.vae_loss(poses, reconstruction, mean, log_var, kl_weight=0.5)
@@ -34,13 +35,15 @@ def test_eq1_by_hand():
 
 def test_eq2_by_hand():
     """The sum over the three known coordinates, 1 + 4 + 9, is rescaled to all four."""
-    poses, weight = torch.tensor([[1.0, 2.0, 3.0, 100.0]]), torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    poses = torch.tensor([[1.0, 2.0, 3.0, 100.0]])
+    weight = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
     error = actupose.reconstruction_error(poses, torch.zeros(1, 4), weight)
     assert error.item() == pytest.approx(14 * 4 / 3)
 
 
 def test_poses_are_free_of_place_and_size():
-    keypoints, visible = torch.rand(20, 16, 2) * 100, (torch.rand(20, 16) < 0.8).float()
+    keypoints = torch.rand(20, 16, 2) * 100
+    visible = (torch.rand(20, 16) < 0.8).float()
     poses, weight = actupose.normalise_poses(keypoints, visible, (2, 3))
     moved, _ = actupose.normalise_poses(keypoints * 3.5 + torch.tensor([40.0, -7.0]), visible, (2, 3))
     assert torch.allclose(poses, moved, atol=1e-5)
@@ -49,7 +52,8 @@ def test_poses_are_free_of_place_and_size():
 
 
 def test_coordinates_of_missing_keypoints_do_not_count():
-    keypoints, visible = torch.rand(5, 16, 2), torch.ones(5, 16)
+    keypoints = torch.rand(5, 16, 2)
+    visible = torch.ones(5, 16)
     visible[:, 7] = 0
     junk = keypoints.clone()
     junk[:, 7] = -999.0
@@ -116,9 +120,11 @@ def test_fig3_on_real_poses():
     joints = np.ascontiguousarray(data.read_mat(path, "joints"), dtype=np.float32)
     joints = torch.from_numpy(joints).permute(2, 0, 1)
     joints = joints[(joints[..., 2] == 1).all(1)][..., :2]
-    keypoints, visible = torch.zeros(len(joints), 16, 2), torch.zeros(len(joints), 16)
+    keypoints = torch.zeros(len(joints), 16, 2)
+    visible = torch.zeros(len(joints), 16)
     slots = [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15, 8, 9]
-    keypoints[:, slots], visible[:, slots] = joints, 1.0
+    keypoints[:, slots] = joints
+    visible[:, slots] = 1.0
     vae = actupose.train_pose_vae(keypoints, visible, (2, 3), steps=800)
     bins = actupose.assign_bins(actupose.pose_complexity(vae, keypoints, visible, (2, 3)), 25)
     triplets = torch.tensor([t for t in data.BODY16.triplets if not {6, 7} & set(t)])
@@ -346,7 +352,8 @@ def test_style_transfer_gives_valid_pixels(networks):
 
 def test_style_transfer_learns_to_carry_colour():
     """A red image gets the mean colour of the blue domain, and with alpha = 0 stays about as it was."""
-    red, blue = torch.tensor([0.5, -1.0, -1.0]), torch.tensor([-0.5, 0.5, 1.5])
+    red = torch.tensor([0.5, -1.0, -1.0])
+    blue = torch.tensor([-0.5, 0.5, 1.5])
 
     def noise(colour):
         return colour[:, None, None] + 0.4 * torch.nn.functional.interpolate(torch.randn(8, 3, 6, 6), 32)
@@ -358,7 +365,8 @@ def test_style_transfer_learns_to_carry_colour():
     transfer = actupose.StyleTransfer("small")
     actupose.train_style_transfer(transfer, batches, 160, train_encoder=True)
     content, style = batches(1000)
-    restyled, same = transfer(content, style, 1.0), transfer(content, style, 0.0)
+    restyled = transfer(content, style, 1.0)
+    same = transfer(content, style, 0.0)
     assert (restyled.mean((0, 2, 3)) - blue).abs().max() < 0.4
     assert (same.mean((0, 2, 3)) - red).abs().max() < 0.2
     assert not any(p.requires_grad for p in transfer.parameters())
@@ -384,7 +392,9 @@ def test_the_style_losses_by_hand():
     transfer.taps = (0, 1)
     x = torch.arange(4.0).view(1, 1, 2, 2)
     found = [loss.item() for loss in transfer.losses(x, 2 * x)]
-    square, mean, variance = 3.5, 1.5, 5 / 3                    # of x: mean square, mean, sample variance
+    square = 3.5
+    mean = 1.5
+    variance = 5 / 3                                            # of the sample
     expected = [(8 - 1) ** 2 * square, (64 - 8) ** 2 * square,
                 ((32 - 4) ** 2 + (64 - 8) ** 2) * (mean ** 2 + variance)]
     assert found == pytest.approx(expected, rel=1e-3)
@@ -427,7 +437,8 @@ def test_rectified_maps_agree_with_published(golden):
 
 
 def test_losses_agree_with_published(golden):
-    student, teacher = golden["loss_student"].float(), golden["loss_teacher"].float()
+    student = golden["loss_student"].float()
+    teacher = golden["loss_teacher"].float()
     mse = actupose.heatmap_mse(student, teacher, golden["loss_weight"])
     assert mse.item() == pytest.approx(golden["loss_joints_mse"].item(), rel=1e-5)
     mask = actupose.confidence_mask(teacher.amax((2, 3)), golden["loss_mask_ratio"].item())
@@ -438,7 +449,8 @@ def test_losses_agree_with_published(golden):
 
 def test_consistency_by_hand():
     """The published mask is empty, since its confidences tie at the maximum. This one has content."""
-    student, teacher = torch.zeros(1, 2, 2, 2), torch.tensor([[[[1.0, 0], [0, 2]], [[5, 5], [5, 5]]]])
+    student = torch.zeros(1, 2, 2, 2)
+    teacher = torch.tensor([[[[1.0, 0], [0, 2]], [[5, 5], [5, 5]]]])
     loss = actupose.consistency_loss(student, teacher, torch.tensor([[True, False]]))
     assert loss.item() == pytest.approx((1 + 4) / 8)
 
@@ -477,7 +489,8 @@ def test_occlusion_lands_on_the_keypoint():
 def test_eq5_by_hand():
     """Sample 0: limbs at 0 and 60 degrees to their labels, a third without label. Sample 1: one at 180."""
     labelled = torch.tensor([[[0.0, 0], [2, 0], [4, 0], [9, 9]], [[0, 0], [1, 0], [1, 0], [0, 0]]])
-    x, y = 3 * math.cos(math.radians(60)), 3 * math.sin(math.radians(60))
+    x = 3 * math.cos(math.radians(60))
+    y = 3 * math.sin(math.radians(60))
     predicted = torch.tensor([[[1.0, 1], [6, 1], [6 + x, 1 + y], [0, 0]], [[0, 0], [-1, 0], [5, 0], [0, 0]]])
     inputs = predicted, labelled, CHAIN, torch.tensor([[1.0, 1, 1, 0], [1, 1, 1, 0]])
     cosine = actupose.limb_cosines(*inputs)                         # sample 1's second limb has no length
@@ -493,17 +506,20 @@ def test_eq5_by_hand():
 def test_eq6_by_hand():
     """Cosines 0.6, -1 and 0.8; no pair gives 0. Centred, means (2, 0) and (5, 5) subtracted: (-1, 1), (1, -1)
     and (0, -3), (0, 3), of which three pairs are similar."""
-    source, target = torch.tensor([[1.0, 0], [0, 2]]), torch.tensor([[1.0, 0], [3, 4], [-1, 0]])
+    source = torch.tensor([[1.0, 0], [0, 2]])
+    target = torch.tensor([[1.0, 0], [3, 4], [-1, 0]])
     similar = torch.tensor([[False, True, True], [False, True, False]])
     assert actupose.cross_domain_loss(source, target, similar).item() == pytest.approx(-0.4)
     assert actupose.cross_domain_loss(source, target, similar & False).item() == 0
-    source, target = torch.tensor([[1.0, 1], [3, -1]]), torch.tensor([[5.0, 2], [5, 8]])
+    source = torch.tensor([[1.0, 1], [3, -1]])
+    target = torch.tensor([[5.0, 2], [5, 8]])
     loss = actupose.cross_domain_loss(source, target, torch.tensor([[True, True], [False, True]]), True)
     assert loss.item() == pytest.approx(-(-1 + 1 - 1) / math.sqrt(2))
 
 
 def test_eq6_gradient_reaches_the_student_alone():
-    source, target = torch.randn(3, 5, requires_grad=True), torch.randn(2, 5, requires_grad=True)
+    source = torch.randn(3, 5, requires_grad=True)
+    target = torch.randn(2, 5, requires_grad=True)
     actupose.cross_domain_loss(source, target, torch.tensor([[1, 0], [1, 1], [0, 0]]) > 0).backward()
     assert target.grad is None and source.grad[2].abs().sum() == 0 and source.grad[:2].abs().sum() > 0
 
@@ -511,7 +527,8 @@ def test_eq6_gradient_reaches_the_student_alone():
 def test_eq7_by_hand():
     """A straight and a right-angled arm, one triplet of three keypoints: angles pi and pi/2, over K = 3."""
     poses = torch.tensor([[[0.0, 0], [1, 0], [2, 0]], [[0, 0], [1, 0], [1, 5]]])
-    triplets, distance = torch.tensor([[0, 1, 2]]), (math.pi / 2) / 3
+    triplets = torch.tensor([[0, 1, 2]])
+    distance = (math.pi / 2) / 3
     found = kernels.triplet_angle_distance(poses, poses, triplets, min_triplets=1)
     assert torch.allclose(found, torch.tensor([[0, distance], [distance, 0]]), atol=1e-6)
     unsure = torch.tensor([[True, True, False], [True, True, True]])        # prunes the triplet of pose 0
@@ -557,7 +574,8 @@ def test_regdas_gradient_layer():
     share of another number. Forward it changes nothing; psi gets that part of the gradient of f', f' all."""
     factors = [actupose.gradient_factor(*i) for i in ((0, 15000), (1000, 15000), (90, 1350), (15000, 15000))]
     assert factors == pytest.approx([0, 0.0462117, 0.0462117, 0.1], rel=1e-5)
-    network, images = actupose.PoseResNet("narrow", 5), torch.rand(2, 3, 32, 32)
+    network = actupose.PoseResNet("narrow", 5)
+    images = torch.rand(2, 3, 32, 32)
     actupose.make_regressors(network)
     found = []
     for factor in (1.0, 0.25):

@@ -48,7 +48,8 @@ def test_formulas_against_hand_values():
 def test_adverse_maps():
     """What the check runs on; NumPy decodes as the operator does; decoding that is wrong there is found."""
     inputs = benchmark.map_inputs((5, 3, 37, 23), torch.bfloat16, "channels-last", torch.Generator(), True)
-    maps, right = inputs[0], kernels.heatmap_argmax
+    maps = inputs[0]
+    right = kernels.heatmap_argmax
     assert maps[0, 0].isnan().sum() == 2 and (maps[1, 0] == -math.inf).all() and (maps[2, 0] == 0.5).all()
     assert maps[4, 0, -1, -1] == 30 and maps.stride(1) == 1 and not maps[1:].isnan().any()
     decoded = zip(benchmark.decode_on_host(maps), right(maps))
@@ -61,7 +62,10 @@ def test_adverse_maps():
 
 def test_every_operator(monkeypatch, capsys):
     """A run checks and times every operator and prints a table for each."""
-    rows, hosts, measure_row, host_times = [], [], benchmark.measure_row, benchmark.host_times
+    rows = []
+    hosts = []
+    measure_row = benchmark.measure_row
+    host_times = benchmark.host_times
     monkeypatch.setattr(benchmark, "measure_row", lambda *given: rows.append(given[0]) or measure_row(*given))
     monkeypatch.setattr(benchmark, "host_times", lambda *given: hosts.append(host_times(*given)) or hosts[-1])
     assert benchmark.main(["--seed", "3"], plan=SMALL) == 0
@@ -71,7 +75,8 @@ def test_every_operator(monkeypatch, capsys):
     names = [name for name in several for _ in range(2)] + ["training_step"]
     assert [row["operator"] for row in rows] == names
     for row in rows:
-        eager, triton = row["providers"]["eager"], row["providers"]["triton"]
+        eager = row["providers"]["eager"]
+        triton = row["providers"]["triton"]
         assert eager["share"] == pytest.approx(benchmark.limit_ms(row, LIMITS) / eager["ms"])
         assert ({"torch.max", "NumPy"} <= set(row["providers"])) == (row["operator"] == "heatmap_argmax")
         times = {provider: cell["ms"] for provider, cell in row["providers"].items() if "ms" in cell}

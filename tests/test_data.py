@@ -24,7 +24,10 @@ def test_skeletons_are_consistent(skeleton, k):
     assert len(skeleton) == len(set(skeleton.names)) == k
     assert all(len(set(t)) == 3 and set(t) <= set(range(k)) for t in skeleton.triplets)
     assert {i for limb in set(skeleton.limbs) for i in limb} == set(range(k))
-    parts = [i for name, group in skeleton.groups.items() if name != "all" for i in group]
+    parts = []
+    for name, group in skeleton.groups.items():
+        if name != "all":
+            parts += group
     assert list(skeleton.groups)[-1] == "all" and len(parts) == len(set(parts))
     assert set(parts) <= set(skeleton.groups["all"])
 
@@ -53,7 +56,8 @@ def test_quarter_turn_by_hand():
 
 
 def test_inverse_and_composition():
-    a, b = views(seed=1), views(seed=2)
+    a = views(seed=1)
+    b = views(seed=2)
     keypoints = torch.rand(5, 16, 2) * 64
     mapped = data.map_keypoints(keypoints, a)
     assert torch.allclose(data.map_keypoints(mapped, data.invert_view(a)), keypoints, atol=1e-3)
@@ -79,7 +83,8 @@ def test_heatmaps_and_keypoints_move_together(stride, cells):
     view = views(8, size)
     keypoints = size * (0.35 + 0.3 * torch.rand(8, 4, 2, generator=torch.Generator().manual_seed(0)))
     heatmaps, _ = data.render_heatmaps(keypoints, torch.ones(8, 4), cells, stride, 2.0, subcell=True)
-    warped, mapped = data.warp(heatmaps, view, stride), data.map_keypoints(keypoints, view)
+    warped = data.warp(heatmaps, view, stride)
+    mapped = data.map_keypoints(keypoints, view)
     inside = ((mapped > stride) & (mapped < size - 2 * stride)).all(-1)
     assert inside.sum() > 20
     for maps, expected in (warped, mapped), (data.warp(warped, data.invert_view(view), stride), keypoints):
@@ -96,7 +101,8 @@ def test_warp_has_a_gradient():
 def test_random_crop_covers_the_area():
     """Areas 0.6 and 1.3 of a 64 px image: sides 64 * sqrt(area), at a corner between 0 and 64 - side."""
     view = data.random_crop_view(torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.5, 0.5]]), 64, (0.6, 1.3))
-    low, half = 64 * math.sqrt(0.6), 32 * math.sqrt(1.3)
+    low = 64 * math.sqrt(0.6)
+    half = 32 * math.sqrt(1.3)
     corners = torch.tensor([[[0.0, 64 - low], [low, 64.0]], [[32 - half] * 2, [32 + half] * 2]])
     expected = torch.tensor([[0.0, 0.0], [64.0, 64.0]]).expand(2, 2, 2)
     assert torch.allclose(data.map_keypoints(corners, view), expected, atol=1e-3)

@@ -151,11 +151,14 @@ def test_mat(tmp_path, pack):
 
 def hostile_files():
     """What is wrong -> the bytes of a file, and words of the message."""
-    big, good = 2**31 - 1, numeric("joints", np.ones((3, 14)))
-    bomb, uncut = zlib.compress(b"\0" * (1 << 22)), zlib.compress(good)[:-4]      # uncut: no checksum
+    big = 2**31 - 1
+    good = numeric("joints", np.ones((3, 14)))
+    bomb = zlib.compress(b"\0" * (1 << 22))
+    uncut = zlib.compress(good)[:-4]                            # whole but for its checksum
     start = element(6, b"\6".ljust(8, b"\0")) + element(5, struct.pack("<2i", 1, 1)) + element(1, b"joints")
     wide = variable("joints", (1 << 26, 1), b"\0" * (1 << 26), 6, 2)              # doubles stored as bytes
-    one, level5 = b"\0" * 8, "not a little-endian MATLAB level-5 file"
+    one = b"\0" * 8
+    level5 = "not a little-endian MATLAB level-5 file"
     variables = {
         "dimensions beyond the bytes": (variable("joints", (1 << 24, 1), one, 6, 9), "do not fill"),
         "empty with huge axes": (variable("joints", (0, big, big, big), b"", 6, 9), "beyond the limit"),
@@ -186,7 +189,8 @@ def test_hostile_mat_files(tmp_path, what):
 
 def corrupted(whole, head, trial):
     """Flipped bits, a cut or an overwritten size; half of the bits and sizes in the first `head` bytes."""
-    rng, broken = random.Random(trial), bytearray(whole)
+    rng = random.Random(trial)
+    broken = bytearray(whole)
     reach = head if trial % 2 else len(broken)
     if trial % 3 == 0:
         for _ in range(rng.randint(1, 4)):
@@ -202,13 +206,15 @@ def corrupted(whole, head, trial):
 @pytest.mark.parametrize("form", ["lsp", "lspet", "lsp inflated", "lspet inflated", "pickle"])
 def test_corrupted_files(tmp_path, form):
     """200 corruptions of each file: an error with its path, or values of the true size; little memory."""
-    mat, file = SHARED / "mat" / f"{form.split()[0]}_joints.mat", tmp_path / "joints.mat"
+    mat = SHARED / "mat" / f"{form.split()[0]}_joints.mat"
+    file = tmp_path / "joints.mat"
     if form == "pickle":
         make_rhd(tmp_path, "training", [0, 1, 2])
         file = mat = tmp_path / "RHD_published_v2" / "training" / "anno_training.pickle"
     if not mat.is_file():
         pytest.skip("no original files in ../shared/mat")
-    whole, refused = mat.read_bytes(), 0
+    whole = mat.read_bytes()
+    refused = 0
     if "inflated" in form:
         whole = whole[:128] + zlib.decompress(whole[136:])
     with memory(math.inf if form == "pickle" else 1 << 26):

@@ -12,7 +12,8 @@ import kernels
 from kernels import angles, common, reference
 
 CUDA = torch.cuda.is_available()
-INF, NAN = float("inf"), float("nan")
+INF = float("inf")
+NAN = float("nan")
 TRIPLETS = torch.tensor([[0, 1, 2], [1, 2, 3], [2, 3, 4], [3, 4, 5], [5, 6, 7]])
 FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 LAYOUTS = ["contiguous", "channels-last", "transposed", "swapped", "gaps", "expanded"]
@@ -128,7 +129,8 @@ def check_soft_argmax(backend, maps, beta, function=kernels.soft_argmax):
     exact = maps.detach().double().clone().requires_grad_()
     expected = float64_soft_argmax(exact, beta)
     gradient, = torch.autograd.grad((expected * direction).sum(), exact)
-    expected, gradient = expected.detach(), gradient.flatten(2)
+    expected = expected.detach()
+    gradient = gradient.flatten(2)
     none = expected.isnan().any(dim=2)   # maps with NaN or inf, or with nothing but -inf
     cells = 1e-5 * max(1.0, max(maps.shape[2:]) / 64)
     # An error of X moves the gradient beta p_n (x_n - X) g by beta p_n g times as much.
@@ -142,7 +144,8 @@ def check_soft_argmax(backend, maps, beta, function=kernels.soft_argmax):
     found, = torch.autograd.grad((coords * direction.to(coords)).sum(), given)
     assert coords.dtype == (torch.float64 if maps.dtype == torch.float64 else torch.float32)
     assert found.dtype == maps.dtype and found.shape == maps.shape
-    coords, found = coords.detach().cpu().double(), found.cpu().double().flatten(2)
+    coords = coords.detach().cpu().double()
+    found = found.cpu().double().flatten(2)
     assert torch.equal(coords.isnan(), none[..., None].expand_as(coords)) and found[none].isnan().all()
     assert ((coords - expected)[~none].abs() <= cells).all()
     assert ((found - gradient).abs() <= allowed)[~none].all()
@@ -152,14 +155,17 @@ def check_rectify(backend, maps, sigma=1.3):
     """Confidence is equal to the bit. A cell lies on the maximum, or at the vertex of the parabola through it
     and its neighbours, as far as float32 can tell; the Gaussian around the cell is within 1e-6 of float64."""
     maximum, values = numpy_argmax(maps)
-    exact, (height, width) = float64(maps), maps.shape[2:]
+    exact = float64(maps)
+    height, width = maps.shape[2:]
     padded = np.pad(exact, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=NAN)   # NaN: no neighbour
     b, k = np.ogrid[:maps.shape[0], :maps.shape[1]]
-    x, y = maximum[..., 0] + 1, maximum[..., 1] + 1
+    x = maximum[..., 0] + 1
+    y = maximum[..., 1] + 1
     top = padded[b, k, y, x]
     offset, allowed = np.zeros((2, *maximum.shape))
     for axis, (dx, dy) in enumerate(((1, 0), (0, 1))):
-        before, after = padded[b, k, y - dy, x - dx], padded[b, k, y + dy, x + dx]
+        before = padded[b, k, y - dy, x - dx]
+        after = padded[b, k, y + dy, x + dx]
         curvature = 2 * top - before - after
         rounding = 1e-6 * (2 * np.abs(top) + np.abs(before) + np.abs(after))
         known = curvature > 0   # not at an edge, where a neighbour is missing
@@ -210,14 +216,17 @@ def test_large_maps_are_shared_among_programs(backend, layout):
     maps = random_maps((4, 1, 300, 257), seed=1)
     flat = maps.view(4, -1)
     flat[1, 20000] = flat[1, 70000] = 9.0
-    flat[2, 5], flat[2, 60001], flat[2, 40000] = INF, NAN, NAN
+    flat[2, 5] = INF
+    flat[2, 60001] = NAN
+    flat[2, 40000] = NAN
     flat[3] = -INF
     check_argmax(backend, laid_out(maps, layout, rng))
     weight = torch.tensor([[0.2, 3.0, 1.0], [0.0, 2.0, 0.1]])
     check_argmax(backend, laid_out(random_maps((2, 3, 200, 301)), layout, rng), weight)
     maps = random_maps((2, 2, 300, 257)) * 0.1
     maps[0, 0, :100] = -INF
-    maps[0, 1, 250, 3], maps[0, 1, 10, 200] = 0.9, 0.88
+    maps[0, 1, 250, 3] = 0.9
+    maps[0, 1, 10, 200] = 0.88
     check_soft_argmax(backend, laid_out(maps, layout, rng), 20.0)
     check_rectify(backend, laid_out(maps, layout, rng), sigma=20.0)
 
@@ -243,7 +252,8 @@ def drawn_maps(rng, seed):
         values = rng.integers(-2, rng.integers(-1, 4), shape) / 2.0
     flat = values.reshape(*shape[:2], shape[2] * shape[3])
     if rng.random() < 0.5:
-        n, count = np.arange(flat.shape[2]), flat.shape[2]
+        n = np.arange(flat.shape[2])
+        count = flat.shape[2]
         for special in rng.permutation([NAN, INF, -INF, -INF, -0.0]):
             chosen = rng.random(shape[:2]) < pick(rng, [0.1, 0.5])
             cells = pick(rng, [n == 0, n == count - 1, n >= 0, n < 0.9 * count, rng.random(count) < 0.3])
@@ -254,7 +264,8 @@ def drawn_maps(rng, seed):
 @pytest.mark.parametrize("seed", range(40))
 def test_random_heatmaps(backend, seed):
     rng = np.random.default_rng([0, seed])
-    maps, weight = drawn_maps(rng, seed), None
+    maps = drawn_maps(rng, seed)
+    weight = None
     if rng.random() < 0.8:
         weight = torch.from_numpy(rng.random(maps.shape[:2]) * (rng.random(maps.shape[:2]) < 0.6))
         weight = laid_out(weight.to(pick(rng, FLOATS)), pick(rng, ALL_LAYOUTS), rng)
@@ -267,7 +278,8 @@ def test_rectify_by_hand(backend):
     """The first of three equal maxima has 0 on one side: its vertex is half a cell towards the other. There
     is none at an edge, or where all is equal."""
     maps = torch.zeros(1, 3, 4, 5)
-    maps[0, 0, 1:4, 2], maps[0, 0, 2, 1:4] = torch.tensor([0.2, 1.0, 0.6]), torch.tensor([1.0, 1.0, 1.0])
+    maps[0, 0, 1:4, 2] = torch.tensor([0.2, 1.0, 0.6])
+    maps[0, 0, 2, 1:4] = torch.tensor([1.0, 1.0, 1.0])
     maps[0, 1, 0, 4] = 2.0
     drawn, cells, confidence = (part.cpu() for part in kernels.rectify(maps.to(backend), 0.5, True))
     assert confidence.tolist() == [[1.0, 2.0, 0.0]]
@@ -287,11 +299,13 @@ def test_argmax_special_values(backend):
     maps[0, 2, 0, 2] = maps[0, 2, 1, 0] = 4.0                     # a tie, broken in row-major order
     maps[0, 3, 1, 2] = INF
     maps[0, 4, 0, 1] = INF
-    maps[0, 4, 1, 0], maps[0, 4, 1, 2] = NAN, NAN                 # the first NaN, whatever else there is
+    maps[0, 4, 1, 0] = NAN
+    maps[0, 4, 1, 2] = NAN                                      # the first NaN, whatever else there is
     maps[0, 5] = NAN
     maps[0, 6] = -INF
     maps[0, 6, 1, 1] = -1e30                                      # the one number among -inf
-    maps[0, 7, 0, 1], maps[0, 7, 1, 1] = -0.0, 0.0                # -0.0 equals 0.0 and comes first
+    maps[0, 7, 0, 1] = -0.0
+    maps[0, 7, 1, 1] = 0.0                                      # -0.0 equals 0.0 and comes first
     maps[0, 8] = INF
     maps[0, 9, 1, 1] = -0.25                                      # a maximum below zero
     cells, values = numpy_argmax(maps)
@@ -319,9 +333,12 @@ def test_argmax_agrees_with_the_published_base_method(backend, golden):
 def test_soft_argmax_hand_values(backend):
     maps = torch.full((1, 6, 2, 3), -INF)
     # Weights 1 and 3 at x = 0 and x = 2 of row 1; equal cells; no value for -inf alone, with NaN or with inf.
-    maps[0, 0, 1, 0], maps[0, 0, 1, 2] = 0.0, float(np.log(3.0)) / 2
-    maps[0, 1], maps[0, 3:] = -4.0, 0.0
-    maps[0, 3, 1, 1], maps[0, 4, 1, 2] = NAN, INF
+    maps[0, 0, 1, 0] = 0.0
+    maps[0, 0, 1, 2] = float(np.log(3.0)) / 2
+    maps[0, 1] = -4.0
+    maps[0, 3:] = 0.0
+    maps[0, 3, 1, 1] = NAN
+    maps[0, 4, 1, 2] = INF
     coords = kernels.soft_argmax(maps.to(backend), 2).cpu()
     expected = torch.tensor([[[1.5, 1.0], [1.0, 0.5], [NAN, NAN], [NAN, NAN], [NAN, NAN], [1.0, 0.5]]])
     torch.testing.assert_close(coords, expected, rtol=0, atol=1e-6, equal_nan=True)
@@ -375,7 +392,8 @@ def check_distance(backend, *banks):
     expected = numpy_distance(*banks)
     found = kernels.triplet_angle_distance(*(to(backend, tensor) for tensor in banks[:5]), *banks[5:])
     assert found.dtype == torch.float32 and found.shape == expected.shape
-    found, number = float64(found), np.isfinite(expected)
+    found = float64(found)
+    number = np.isfinite(expected)
     assert np.array_equal(np.isnan(found), np.isnan(expected))
     assert np.array_equal(found == INF, expected == INF)
     assert (np.abs(found[number] - expected[number]) < 1e-5).all()
@@ -410,8 +428,10 @@ def test_distance_hand_values(backend, tiles):
     ((2, 3, 4), (1, 3, 5)), ((5,), (2, 3)), ((2, 0, 4), (1, 0, 5))], ids=str)
 def test_distance_of_every_size(backend, tiles, source, target):
     """One or many tiles, leading dimensions, no poses; no mask, one or both; more triplets than a tile."""
-    ours, theirs = random_poses(*source), random_poses(*target, seed=1)
-    source_valid, target_valid = random_mask(*source, 8, seed=2), random_mask(*target, 8, seed=3)
+    ours = random_poses(*source)
+    theirs = random_poses(*target, seed=1)
+    source_valid = random_mask(*source, 8, seed=2)
+    target_valid = random_mask(*target, 8, seed=3)
     many = TRIPLETS.repeat(4, 1)
     check_distance(backend, ours, theirs, TRIPLETS)
     check_distance(backend, ours, theirs, TRIPLETS, source_valid, None, 2)
@@ -433,10 +453,12 @@ def test_distance_of_every_layout_and_dtype(backend, layout):
 def test_angles_are_accurate_from_zero_to_pi(backend, tiles):
     """Against a folded pose of angle 0, K times the distance is the angle, also at 0 and pi, where arccos is
     off by 3e-4: within 1.5e-6 of float64."""
-    folded, triplet = hand_poses(backend)[0][2:], hand_poses(backend)[1]
+    folded = hand_poses(backend)[0][2:]
+    triplet = hand_poses(backend)[1]
     theta = torch.linspace(0, float(np.pi), 501, dtype=torch.float64)
     ends = (3 * torch.stack((theta.cos(), theta.sin()), dim=1)).float()
-    limbs, middle = random_poses(50, keypoints=1)[:, 0] - 128, torch.zeros(601, 2)
+    limbs = random_poses(50, keypoints=1)[:, 0] - 128
+    middle = torch.zeros(601, 2)
     first = torch.cat((ends, limbs, limbs))
     last = torch.cat((torch.tensor([[0.5, 0.0]]).expand(501, 2), 0.7 * limbs, -0.3 * limbs))
     angles = torch.atan2(ends[:, 1].double().abs(), ends[:, 0].double())   # of coordinates rounded to float32
@@ -533,9 +555,13 @@ def test_random_distances(backend, seed, monkeypatch):
 
 def test_errors_name_the_argument(backend):
     maps = torch.zeros(1, 2, 3, 4, device=backend)
-    poses, triplets = torch.zeros(2, 8, 2, device=backend), TRIPLETS.to(backend)
-    valid, weight = torch.ones(2, 8, dtype=torch.bool, device=backend), torch.ones(1, 2, device=backend)
-    argmax, mean, soft = kernels.heatmap_argmax, kernels.heatmap_argmax_mean, kernels.soft_argmax
+    poses = torch.zeros(2, 8, 2, device=backend)
+    triplets = TRIPLETS.to(backend)
+    valid = torch.ones(2, 8, dtype=torch.bool, device=backend)
+    weight = torch.ones(1, 2, device=backend)
+    argmax = kernels.heatmap_argmax
+    mean = kernels.heatmap_argmax_mean
+    soft = kernels.soft_argmax
     distance = kernels.triplet_angle_distance
     float8 = torch.float8_e4m3fn
     cases = [

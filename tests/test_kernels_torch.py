@@ -49,7 +49,8 @@ def test_compiles_into_one_graph(backend, compiler):
         maps = random_maps((batch, 3, 7, 5)).to(backend).requires_grad_()
         arguments = (maps, random_poses(batch).to(backend), random_poses(3, seed=1).to(backend),
                      TRIPLETS.to(backend), torch.ones(batch, 8, dtype=torch.bool, device=backend))
-        expected, found = decode(*arguments), compiled(*arguments)
+        expected = decode(*arguments)
+        found = compiled(*arguments)
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
         gradients = [torch.autograd.grad(result[0].square().sum(), maps)[0] for result in (expected, found)]
         assert torch.equal(*gradients)
@@ -59,7 +60,8 @@ def test_compiles_into_one_graph(backend, compiler):
 def test_autocast_changes_nothing(backend, dtype):
     """Half-precision heatmaps under autocast are decoded in float32; their gradients come back in half."""
     maps = random_maps((2, 3, 9, 8)).to(backend, dtype).requires_grad_()
-    poses, triplets = random_poses(6).to(backend), TRIPLETS.to(backend)
+    poses = random_poses(6).to(backend)
+    triplets = TRIPLETS.to(backend)
 
     def results():
         coords = kernels.soft_argmax(maps, 20.0)
@@ -75,7 +77,8 @@ def test_autocast_changes_nothing(backend, dtype):
 
 def test_derivatives_are_right_or_refused(backend):
     """torch.func's grad, vjp and a second derivative are the reference's; so is jvp, or it is an error."""
-    maps, direction = random_maps((1, 2, 4, 4)).to(backend), random_maps((1, 2, 2), seed=1).to(backend)
+    maps = random_maps((1, 2, 4, 4)).to(backend)
+    direction = random_maps((1, 2, 2), seed=1).to(backend)
     plain, operator = (lambda given, module=module: module.soft_argmax(given, 4.0)
                        for module in (reference, torch.ops.actupose))
     expected, = torch.func.vjp(plain, maps)[1](direction)
@@ -119,7 +122,8 @@ def test_a_second_call_compiles_nothing(monkeypatch):
 
     for plan in plans:
         plan.cache_clear()
-    maps, poses = random_maps((3, 5, 9, 7)), random_poses(9)
+    maps = random_maps((3, 5, 9, 7))
+    poses = random_poses(9)
     # argmax, its mean's two, rectify, soft-argmax's two, the distances
     assert [started_by(maps, poses), started_by(maps + 1, poses + 1)] == [7, 0]
     assert [started_by(maps.half(), poses.half()), started_by(maps[1:].clone(), poses[1:].clone())] == [7, 7]
@@ -151,13 +155,16 @@ def test_offsets_beyond_2_31_elements(backend):
         weight = torch.ones(shape[:2], device=backend)
         torch.testing.assert_close(kernels.heatmap_argmax_mean(maps, weight),
                                    reference.heatmap_argmax_mean(plain, weight), rtol=0, atol=1e-6)
-        maps, plain = maps.detach().requires_grad_(), plain.detach().requires_grad_()
-        found, expected = kernels.soft_argmax(maps, 5.0), reference.soft_argmax(plain, 5.0)
+        maps = maps.detach().requires_grad_()
+        plain = plain.detach().requires_grad_()
+        found = kernels.soft_argmax(maps, 5.0)
+        expected = reference.soft_argmax(plain, 5.0)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(*torch.autograd.grad(found.square().sum(), maps),
                                    *torch.autograd.grad(expected.square().sum(), plain), rtol=2e-3, atol=1e-4)
     poses = room.as_strided((3, 8, 2), (2 ** 30, 2, 1)).copy_(random_poses(3))
-    plain, triplets = poses.clone(memory_format=torch.contiguous_format), TRIPLETS.to(backend)
+    plain = poses.clone(memory_format=torch.contiguous_format)
+    triplets = TRIPLETS.to(backend)
     torch.testing.assert_close(kernels.triplet_angle_distance(poses, poses, triplets),
                                reference.triplet_angle_distance(plain, plain, triplets), rtol=0, atol=1e-6)
 
@@ -175,7 +182,8 @@ def test_contiguous_maps_beyond_2_31_on_gpu():
 def test_cuda_graph_on_gpu():
     """A replay of the graph decodes the new content of its inputs."""
     maps = torch.rand(4, 16, 64, 64, device="cuda")
-    poses, triplets = random_poses(8).cuda(), TRIPLETS.cuda()
+    poses = random_poses(8).cuda()
+    triplets = TRIPLETS.cuda()
 
     def decode():
         return (*kernels.heatmap_argmax(maps), kernels.soft_argmax(maps, 5.0), *kernels.rectify(maps, 1.5),

@@ -28,7 +28,8 @@ def test_shapes_and_types(domain, hand):
 
 @pytest.mark.parametrize("domain, hand", LOOKS)
 def test_a_sample_depends_on_seed_domain_split_and_index_alone(domain, hand):
-    few, many = make(domain, hand=hand, count=3), make(domain, hand=hand, count=9)
+    few = make(domain, hand=hand, count=3)
+    many = make(domain, hand=hand, count=9)
     assert torch.equal(few[[2]][0], many[[5, 2]][0][1:])
     assert torch.allclose(few.keypoints, many.keypoints[:3], atol=1e-4)
     other = "source" if domain == "target" else "target"
@@ -47,20 +48,24 @@ def test_tables_keep_to_the_joint_limits():
 
 @pytest.mark.parametrize("domain", ["source", "target"])
 def test_bodies_have_human_proportions_and_joints(domain):
-    joints, mean, spread = make(domain, count=500).joints, data.SEGMENTS, 1.08 * (1 + data.PROPORTION[domain])
+    joints = make(domain, count=500).joints
+    mean = data.SEGMENTS
+    spread = 1.08 * (1 + data.PROPORTION[domain])
     for name, pairs in (("thigh", ((1, 2), (4, 3))), ("shin", ((0, 1), (5, 4))), ("spine", ((6, 7),)),
                         ("upper_arm", ((11, 12), (14, 13))), ("forearm", ((10, 11), (15, 14)))):
         length = np.array([np.linalg.norm(joints[:, a] - joints[:, b], axis=-1) for a, b in pairs])
         assert np.allclose(length, length[0])                              # left as right
         assert (length < mean[name] * spread + 1e-9).all() and (length > mean[name] / spread ** 1.2).all()
     for a, b, c in ((0, 1, 2), (3, 4, 5), (10, 11, 12), (13, 14, 15)):     # knees and elbows
-        u, v = joints[:, a] - joints[:, b], joints[:, c] - joints[:, b]
+        u = joints[:, a] - joints[:, b]
+        v = joints[:, c] - joints[:, b]
         cos = (u * v).sum(-1) / np.linalg.norm(u, axis=-1) / np.linalg.norm(v, axis=-1)
         assert (np.degrees(np.arccos(cos)) > 180 - 145 - 1e-6).all()
 
 
 def test_source_is_mostly_upright_and_the_target_is_not():
-    source, target = make("source", count=2000), make("target", count=2000)
+    source = make("source", count=2000)
+    target = make("target", count=2000)
     assert 0.76 < source.upright.float().mean() < 0.84 and 0.20 < target.upright.float().mean() < 0.30
     x, y = (target.keypoints[:, 7] - target.keypoints[:, 6]).T
     tilt = torch.rad2deg(torch.atan2(x, -y)).abs()

@@ -173,7 +173,8 @@ def dots(size, places=PLACES, radius=6):
 def find_colours(network, crops, settings, device):
     """In place of a network: keypoint k is the centre of what has colour k in the crop."""
     far = (crops[:, None] / 255 - torch.tensor(COLOURS)[..., None, None] / 255).abs().amax(2)
-    weight, line = (far < 0.4).double(), torch.arange(crops.shape[-1], dtype=torch.float64)
+    weight = (far < 0.4).double()
+    line = torch.arange(crops.shape[-1], dtype=torch.float64)
     xy = torch.stack([(weight.sum(2) * line).sum(-1), (weight.sum(3) * line).sum(-1)], -1)
     xy = xy / weight.sum((2, 3)).clamp(min=1e-9)[..., None]
     return torch.cat([xy, torch.zeros(1, 10, 2)], 1).float(), torch.full((1, 16), 0.75)
@@ -240,7 +241,8 @@ def test_predict_opens_pictures_as_the_loaders_do(find, monkeypatch):
 
 def test_unreadable_files_are_named_and_the_rest_is_done(run, tmp_path, capsys):
     """Exit status 1. So for a box outside of a picture."""
-    folder, out = tmp_path / "in", ("--out", tmp_path / "out")
+    folder = tmp_path / "in"
+    out = ("--out", tmp_path / "out")
     folder.mkdir()
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8))
     for name in ("cut.jpg", "cut.png", "good.png"):
@@ -249,7 +251,8 @@ def test_unreadable_files_are_named_and_the_rest_is_done(run, tmp_path, capsys):
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "link.png").symlink_to("nowhere")
     assert predict(run, folder, *out) == 1
-    said, bad = capsys.readouterr(), ["cut.jpg", "cut.png", "empty.jpg", "link.png"]
+    said = capsys.readouterr()
+    bad = ["cut.jpg", "cut.png", "empty.jpg", "link.png"]
     lines = said.err.splitlines()
     assert len(lines) == 4 and all("/in/" + name in line for name, line in zip(bad, lines))
     assert "1 of 5" in said.out and len(list((tmp_path / "out").iterdir())) == 2

@@ -242,7 +242,8 @@ def test_resume_refuses_other_settings(option, value, finished, unfinished, monk
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, start, finished, unfinished):
     """One line names the damaged file and the one used; the result is the same. Both damaged: one line."""
-    last, previous = unfinished / "last.pt", unfinished / "previous.pt"
+    last = unfinished / "last.pt"
+    previous = unfinished / "previous.pt"
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
     last.unlink()
