@@ -2,7 +2,7 @@
 
     heatmap_argmax(heatmaps)                cell and value of each map's maximum
     heatmap_argmax_mean(heatmaps, weight)   the same, and the mean value of a sample, for Eq. 4
-    rectify(heatmaps, sigma, subcell)       the same, finer than a cell, redrawn as a Gaussian: pseudo-labels
+    rectify(heatmaps, sigma, subcell)       the same, redrawn as a Gaussian: pseudo-labels
     soft_argmax(heatmaps, beta)             expected cell, differentiable
     triplet_angle_distance(source, ...)     S x T mean angular difference, Eq. 7
 
@@ -11,10 +11,10 @@ tensors the plain PyTorch of `kernels.reference`, which is the specification of 
 in the environment when this package is imported, CPU tensors go through the Triton kernels in Triton's
 interpreter. Without Triton, or where the first argument is float64, the reference runs everywhere.
 
-They work under torch.compile(fullgraph=True), autocast (they compute in float32 whatever the input) and in
-CUDA graphs. Before the capture of a graph, call them once on tensors of the same layout, since the first call
-compiles. The very first call also compiles a few lines of C, with gcc and Python's headers. They take
-batches; torch.func.vmap loops.
+The operators work under torch.compile(fullgraph=True), autocast (half precision is computed in float32) and
+in CUDA graphs. Before the capture of a graph, call them once on tensors of the same layout, since the first
+call compiles. The very first call also compiles a few lines of C, with gcc and Python's headers. Under
+torch.func.vmap an operator is called once per element.
 
 How to read a kernel. A kernel is the body of a loop that has no order: a grid of *programs* runs it, each
 with its own `tl.program_id`, on one multiprocessor of the GPU. A program computes on *tiles*: `tl.arange(0,
@@ -101,7 +101,8 @@ def triplet_angle_distance(source, target, triplets, source_valid=None, target_v
     """Poses (..., S, K, 2), (..., T, K, 2) -> mean angular differences (..., S, T) in radians, Eq. 7.
 
     On a GPU a triplet that names no keypoint is not usable; on a CPU it is an error. No gradient. Poses with
-    several leading dimensions are left to the reference, on a GPU too.
+    several leading dimensions, or more of them than a CUDA grid has room for, are left to the reference, on a
+    GPU too.
     """
     return _triplet_angle_distance(
         _plain("source", source), _plain("target", target), _plain("triplets", triplets),

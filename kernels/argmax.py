@@ -2,8 +2,8 @@
 
     (x, y) = argmax h[y, x],    confidence = h[y, x],    mean = sum_k w_k confidence_k / sum_k w_k  (Eq. 4)
 
-and `rectify`, the teacher's whole decoding (§3.2): the same, moved to the vertex of the parabola through the
-maximum and its neighbours, and a clean Gaussian drawn there.
+and `rectify`, the teacher's whole decoding (§3.2): the same, with `subcell` moved to the vertex of the
+parabola through the maximum and its neighbours, and a clean Gaussian drawn there.
 
 Every cell must be read once, and compared: 32 x 16 x 64 x 64 floats are 8.4 MB, 1.9 microseconds of an H200's
 memory. In PyTorch this is a flattening (a copy, unless the map lies contiguous), a maximum that writes int64
@@ -187,8 +187,8 @@ def plan(shape, strides, dtype, device, aligned, with_mean, weight_key):
     block_s = power_of_2(layout.shares)
     weight_strides = (0, 0) if weight_key is None else weight_key[1]
     finish = Launch(finish_kernel, (batch,),
-                    (keypoints, height * width, width, layout.shares, *strides, *weight_strides),
-                    dict(FLAT=layout.flat and width > 1, SHARED=shared, MEAN=with_mean,
+                    (keypoints, height * width, width, layout.shares, *layout.strides, *weight_strides),
+                    dict(FLAT=layout.flat, SHARED=shared, MEAN=with_mean,
                          WEIGHTED=weight_key is not None,
                          BLOCK_K=min(power_of_2(keypoints), max(1, 512 // block_s)), BLOCK_S=block_s),
                     num_warps=1)   # its sums stay within the warp

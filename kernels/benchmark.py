@@ -1,11 +1,10 @@
 """Measures the operators against plain PyTorch:  python -m kernels.benchmark
 
-It prints the tables of docs/kernels.md. One per operator and per use of one, over sizes, dtypes and layouts:
-soft_argmax_gradient is forward and backward, similar_mask is triplet_angle_distance < gamma, training_step
-what the step calls in turn: heatmap_argmax_mean and similar_mask. A column is a provider and how it is timed.
-Providers are the operator in Triton, also in a CUDA graph; `kernels.reference`, eager and by torch.compile in
-three modes; for the argmax torch.max without coordinates and the field's published NumPy, with the copy to
-the host.
+It prints a table per operator and per use of one, over sizes, dtypes and layouts. soft_argmax_gradient is
+forward and backward, similar_mask is triplet_angle_distance < gamma, training_step is what the step calls in
+turn: heatmap_argmax_mean and similar_mask. A column is a provider and how it is timed. Providers are the
+operator in Triton, also in a CUDA graph; `kernels.reference`, eager and by torch.compile in three modes; for
+the argmax torch.max without coordinates and the field's published NumPy, with the copy to the host.
 
     cold cache, GPU time   Between two events around one call, after a buffer of four L2 caches was read: the
                            cache holds neither data nor writes still to be made. The host issues the call

@@ -161,9 +161,9 @@ def divide(shape, strides, itemsize, split=True):
     A thread loads 16 bytes at a time. A program has one warp where the maps alone fill the GPU, and up to 8
     where they are few: across warps the last step of an argmax costs as many instructions as a 64 x 64 map.
     Where a map's cells are neighbours in memory, a load is of cells, and small maps share a program. In
-    channels-last heatmaps the neighbours are keypoints: a program takes those of 64 bytes, which memory
-    delivers at a time, or only 4 of them with 16 warps where that would leave most of the GPU without work.
-    Large maps, when few, are divided among several programs.
+    channels-last heatmaps the neighbours are keypoints: a program takes those of 64 bytes, two of the sectors
+    in which memory delivers. Where that would leave most of the GPU without work, it takes only 4 keypoints,
+    with 16 warps. Large maps, when few, are divided among several programs.
 
         heatmaps, float32                     block_k  lanes x rows  warps  programs  shares
         32 x 16 x 64 x 64                           1      1024 x 4      8       512       1

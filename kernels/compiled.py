@@ -1,8 +1,8 @@
 """What a GPU executes, counted without one, for `python -m kernels.benchmark --compiled`.
 
-A launch is compiled as it would be on a GPU of some compute capability, and its machine code is walked along:
-a loop as often as the sizes say; past the slow path of an exact division, which is a call; through whatever
-else a branch forward could leave out.
+A launch is compiled as it would be on a GPU of some compute capability, and its machine code is walked along.
+A loop counts as often as the sizes say. The slow path of an exact division, which is a call, is left out. All
+else that a branch forward could skip is counted.
 """
 import re
 import subprocess
@@ -116,8 +116,11 @@ def is_conditional(text):
 
 
 def jumps(code, place, n, target):
-    """Whether a warp with work takes the branch to `target` before instruction n: it always must, or what it
-    skips is the slow path of a division, a call, or what stands in for a loop without a trip."""
+    """Whether a warp with work takes the branch to `target` before instruction n.
+
+    It does where the branch has no condition, where it skips the slow path of a division, which is a call,
+    and where it skips what stands in for a loop without a trip.
+    """
     skipped = [text for _, text in code[n:target]]
     end = next(address for address, text in code if text.startswith("EXIT"))
     slow_path = any((target_of(text, "CALL") or 0) > end for text in skipped)

@@ -152,10 +152,10 @@ LARGEST = {"actupose.total_loss": 12, "torch.save": 6, "write": 12, "os.fsync": 
 
 
 def test_killed_anywhere_and_resumed_to_the_same_bits(start, finished, tmp_path):
-    """12 kills, seeded: within steps, in the middle of writing, at syncs and renames, between result and
+    """8 kills, seeded: within steps, in the middle of writing, at syncs and renames, between result and
     pictures, by the clock. No finished epoch is lost; each chain of kills ends as the run never killed."""
     choice = random.Random(7)
-    kills = [*LARGEST, *LARGEST][:12]
+    kills = [*LARGEST, "write"]
     choice.shuffle(kills)
     chain = 0
     while kills:
@@ -175,7 +175,7 @@ def test_killed_anywhere_and_resumed_to_the_same_bits(start, finished, tmp_path)
             epochs = max(len(load(out / name)["log"]) for name in ("last.pt", "previous.pt"))
             assert epochs >= before
         assert_same_run(finished, out)
-    assert chain < 12                                                       # one chain had several kills
+    assert chain < 8                                                       # one chain had several kills
 
 
 @pytest.mark.parametrize("which", [1, 4])
