@@ -36,6 +36,8 @@ DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
 # ACTUPose with one thing changed.
 ABLATIONS = {
     "no-curriculum": dict(curriculum="off"),
+    "curriculum-alone": dict(w_evalpose=0.0, w_cross=0.0),
+    "hardest": dict(curriculum="hardest"),          # the samples of udape+vae-hm
     "static": dict(curriculum="static"),            # the same dose of hard poses, without order
     "no-eq4": dict(rescoring="off"),
     "full-eq4": dict(rescoring="full"),             # confidences of all samples, under the same weights
@@ -111,7 +113,7 @@ COMPARISONS = {
     "hands": Comparison(SIX, given=HANDS),
     "ablations": Comparison(named_rows(",".join(["actupose", *ABLATIONS]))),
     "everyday-ablations": Comparison(
-        named_rows("udape,actupose,no-curriculum") + sweep_rows("pace", (2.0,)), given=EVERYDAY),
+        named_rows("udape,actupose,no-curriculum,hardest") + sweep_rows("pace", (2.0,)), given=EVERYDAY),
     "pace-spread": Comparison(sweep_rows("pace", (1.0, 2.0, 3.0, 4.0, 6.0))
                               + sweep_rows("spread", (0.12, 0.18, 0.25, 0.5))),
     "long": Comparison(TAUGHT, given=LONG),
