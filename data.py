@@ -31,6 +31,7 @@ import random
 import re
 import struct
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -101,6 +102,13 @@ def replacing(path, keep=None):
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder):
+    """Delete what a process left in a run's folder that was killed within `replacing`."""
+    for path in folder.glob("*.tmp"):
+        if re.search(r"\.(json|jsonl|pt|png)\.\d+\.tmp$", path.name):
+            path.unlink()
 
 
 def write_text(path, text):
@@ -892,6 +900,8 @@ class Mannequin:
         self.hand = hand
         self.cache = cache
         self.progress = progress or (lambda *_: None)
+        self._images = None
+        self._rendering = threading.Lock()
         # Whose look, proportions, ranges and random numbers it has, and whose kinds of pose.
         drawn_as = "source" if domain == "source" else "target"
         mix = "target" if domain == "target" else "source"
@@ -925,6 +935,9 @@ class Mannequin:
     def __getitem__(self, indices):
         """Images (B, 3, S, S) uint8, keypoints (B, K, 2) and visible (B, K) of 1-D `indices`."""
         indices = torch.as_tensor(indices, dtype=torch.int64)
+        with self._rendering:  # threads that prefetch ask at once
+            if self._images is None:
+                self._images = self._all_images()
         return self._images[indices], self.keypoints[indices], self.visible[indices]
 
     def render(self, index):
@@ -956,8 +969,7 @@ class Mannequin:
         pixels = photograph(rng, image) if look is WILD else np.asarray(image)
         return pixels.transpose(2, 0, 1)
 
-    @functools.cached_property
-    def _images(self):
+    def _all_images(self):
         """All images (N, 3, S, S): from the cache if it holds them, else rendered and stored there."""
         digest = hashlib.sha256(repr((RENDERER_VERSION, self.seed, benchmark_tables())).encode())
         name = f"mannequin-{self.names([len(self)])[0]}-{self.size}px-{digest.hexdigest()[:16]}.u8"

@@ -36,7 +36,8 @@ import data
 import kernels
 from data import (Progress, colour_jitter, compose_views, invert_view, letterbox, letterbox_view,
                   map_keypoints, normalise, prefetch, random_affine_view, random_crop_view,
-                  render_heatmaps, replacing, shuffled_batch, unit_range, warp, write_text)
+                  remove_leftovers, render_heatmaps, replacing, shuffled_batch, unit_range, warp,
+                  write_text)
 
 
 class UserError(Exception):
@@ -68,6 +69,7 @@ PAPER = dict(
     style="vgg", style_prob=0.5, style_iters=20000,
     rotation=60.0, shear=30.0, translate=0.05, zoom=(0.6, 1.3), crop=(0.6, 1.0), jitter=0.25,
     w_udape=1.0, w_evalpose=0.1, w_cross=0.01, beta=50.0, gamma=0.06)
+PRESETS = {"demo": {}, "paper": PAPER}
 # What a source of hands changes. Gamma: as many random source pairs are similar as for bodies.
 HANDS = {
     "mannequin-hand": dict(target="mannequin-hand-wild", gamma=0.019),
@@ -196,7 +198,9 @@ def make_settings(preset="demo", **given):
         if given.get(name, value) != value:
             raise UserError(f"{option_of(name)}: --method {given['method']} has {show(value)}, got "
                             f"{show(given[name])}; leave it out, or use --method actupose")
-    values = dict(PAPER) if preset == "paper" else {}
+    if preset not in PRESETS:
+        refuse("preset", f"use {' or '.join(PRESETS)}", preset)
+    values = dict(PRESETS[preset])
     values.update(HANDS.get(given.get("source"), {}))
     values.update(given)
     values.update(fixed)
@@ -205,6 +209,8 @@ def make_settings(preset="demo", **given):
         for name in names:
             if name in given and settings.schedule != schedule:
                 refuse(name, f"needs --schedule {schedule}", given[name])
+    if "shoulders" in given and settings.source != "surreal":
+        refuse("shoulders", "needs --source surreal", given["shoulders"])
     return settings
 
 
@@ -261,6 +267,9 @@ def open_split(settings, role, split):
     except FileNotFoundError as error:
         raise UserError(f"--{role}-root: {error}") from None
     data.check_dataset(dataset, f"--{role} {name}")
+    if dataset.size != s.image_size:
+        rule = f"the images of --{role} {name} have {dataset.size} pixels"
+        refuse("image_size", rule, s.image_size)
     return dataset
 
 
@@ -666,9 +675,10 @@ class EpochStats:
         names = ", ".join(self.run.labelled.names(indices))
         kept = ""
         if (self.out / "last.pt").exists():
-            kept = f"; {self.out / 'last.pt'} keeps the last good state"
+            kept = (f"; {self.out / 'last.pt'} keeps the last good state, from which --weights "
+                    f"{self.out} begins")
         raise UserError(f"step {step}: loss or weights are not finite ({found}); source samples "
-                        f"{names}. Lower --lr, --w-evalpose or --w-cross{kept}")
+                        f"{names}. Lower --lr, --w-evalpose or --w-cross, in another --out{kept}")
 
     def means(self):
         """{term: mean over the steps and processes}."""
@@ -714,6 +724,10 @@ def set_up(settings, device, checkpoint=None, out=None):
     source = domains.source
     skeleton = source.skeleton
     labelled = domains.target if s.method == "oracle" else source
+    if not labelled.visible.any():
+        role = "target" if s.method == "oracle" else "source"
+        raise UserError(f"--{role} {getattr(s, role)}: no keypoint is labelled; {s.method} needs "
+                        "labels to train on")
     make_curriculum(s, np.zeros(len(source)), len(labelled))  # what it refuses is said now
     trainer = make_trainer(s, skeleton, device)
     if checkpoint is None:
@@ -1138,7 +1152,10 @@ def read_json(path):
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: damaged, no JSON object; remove {path.parent} and run again")
+        advice = "put a copy in its place; last.pt has the weights"
+        if path.name == "result.json":
+            advice = "remove it, and --resume writes it anew"
+        raise UserError(f"{path}: damaged, no JSON object; {advice}")
     return value
 
 
@@ -1156,9 +1173,14 @@ def saved_settings(out):
     known = {f.name for f in dataclasses.fields(Settings)}
     config = read_json(out / "config.json")
     try:
-        return Settings(**{name: value for name, value in config.items() if name in known})
+        settings = Settings(**{name: value for name, value in config.items() if name in known})
     except (UserError, TypeError) as error:
         raise UserError(f"{out / 'config.json'}: {error}; mend it, or give another run") from None
+    for name, value in dataclasses.asdict(settings).items():
+        if name not in config and value:  # a new setting that is 0, off or empty changes no run
+            raise UserError(f"{out / 'config.json'}: has no {name}, it is of other code; add the "
+                            "value that the run was started with")
+    return settings
 
 
 def write_speed(path, epoch, seconds, trainer):
@@ -1296,12 +1318,11 @@ def starting_point(out, resume):
     last = out / "last.pt"
     previous = out / "previous.pt"
     files = [out / "config.json", out / "result.json", last, previous]
-    if not resume and any(file.exists() for file in files):
+    if not resume and rank() == 0 and any(file.exists() for file in files):
         raise UserError(f"--out: {out} holds a run; give another, add --resume, or `evaluate "
                         f"{out}`")
     if rank() == 0:  # of a run that was killed while it wrote
-        for stale in out.glob("*.tmp"):
-            stale.unlink()
+        remove_leftovers(out)
     if not resume:
         return None
     if not (last.exists() or previous.exists()):
@@ -1692,8 +1713,7 @@ def draw_figures(run, scores, predictions, folder):
     if curriculum.reranks:
         now = actupose.assign_bins(curriculum.score, s.bins)
         pictures["reranked.png"] = (draw_reranked, source, bins, now)
-    for stale in folder.glob("*.tmp"):  # of a run that was killed while it drew
-        stale.unlink()
+    remove_leftovers(folder)  # of a run that was killed while it drew
     for name, (draw, *arguments) in pictures.items():
         try:
             draw(folder / name, *arguments)
@@ -2010,6 +2030,8 @@ def parse_numbers(text):
 
 def parse_path(text):
     """argparse's type of a path; ~ is the home directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("use a path, got nothing")
     return Path(text).expanduser()
 
 
@@ -2108,6 +2130,7 @@ def choose_device(name):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.zeros(1, device=torch.device(name)).device
+        torch.zeros(1, device=device).item()                    # which "meta" does not have
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):
@@ -2147,7 +2170,7 @@ def make_parser():
     add = parser.add_argument
     add("--out", type=parse_path, help="directory of the run [runs/METHOD-TARGET-sSEED]")
     add("--resume", action="store_true", help="go on with the unfinished run in --out")
-    add("--preset", choices=("demo", "paper"), default="demo",
+    add("--preset", choices=tuple(PRESETS), default="demo",
         help="values of options that are not given [demo]")
     parser.add_settings()
     words = parser.add_subparsers(dest="word", metavar="evaluate | predict", title="other commands")
@@ -2166,7 +2189,8 @@ def make_parser():
     predict.add_argument("--out", type=parse_path, required=True, help="directory of the results")
     predict.add_argument("--box", type=parse_numbers, metavar="X,Y,W,H",
                          help="the part of each picture that shows the person or hand: corner, "
-                         "width and height in its pixels [all of it]")
+                         "width and height in its pixels; --box=X,... where X is negative "
+                         "[all of it]")
     return parser
 
 
@@ -2186,7 +2210,7 @@ def command(arguments):
         return 0
     if word == "predict":
         box = options["box"]
-        if box and (len(box) != 4 or min(box[2:]) <= 0):
+        if box and (len(box) != 4 or min(box[2:]) <= 0 or not np.isfinite(box).all()):
             raise UserError(f"--box: use x,y,w,h in pixels with w and h above 0, got {show(box)}")
         return predict_run(options["run"], options["inputs"], options["out"], box,
                            choose_device(options["device"]))

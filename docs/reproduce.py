@@ -170,13 +170,17 @@ def demo_version():
 
 def read_kept(path):
     """The lines of a file of kept runs that are of this version of the demo: {key: line}."""
-    kept = {}
-    if path.exists():
-        for text in path.read_text().splitlines():
-            line = json.loads(text)
-            if line["demo"] == demo_version():
-                kept[key_of(line["settings"])] = line
-    return kept
+    return {key_of(line["settings"]): line for line in read_lines(path) if is_current(line)}
+
+
+def read_lines(path):
+    """All lines of a file of kept runs."""
+    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
+
+
+def is_current(line):
+    """Whether a line is of the present demo. Others stay in the file and do not count."""
+    return line["demo"] == demo_version()
 
 
 def key_of(differing):
@@ -195,7 +199,8 @@ def keep(path, settings, out, commit):
             "result": train.read_json(out / "result.json")}
     kept = read_kept(path)
     kept[key_of(line["settings"])] = line
-    train.write_lines(path, [kept[key] for key in sorted(kept)])
+    lines = [kept[key] for key in sorted(kept)]
+    train.write_lines(path, lines + [other for other in read_lines(path) if not is_current(other)])
     return line
 
 
@@ -651,7 +656,7 @@ def make_parser():
     add("--out", type=train.parse_path,
         help="directory of new runs and of their runs.jsonl [runs/NAME, docs/runs.jsonl]")
     add("--jobs", type=int, default=1, help="runs at a time, which share the cores [1]")
-    add("--preset", choices=("demo", "paper"), default="demo", help="values of options that are not given")
+    add("--preset", choices=tuple(train.PRESETS), default="demo", help="values of options that are not given")
     parser.add_settings(skip=("method", "seed"))
     return parser
 

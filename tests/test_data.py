@@ -271,6 +271,14 @@ def test_cropped_people_and_missing_labels_are_welcome(changes):
     data.check_dataset(Own(**changes), "")
 
 
+def test_only_a_runs_own_leftovers_are_deleted(tmp_path):
+    names = {"last.pt.17.tmp", "curves.png.17.tmp", "notes.tmp", "notes.17.tmp", "last.pt"}
+    for name in names:
+        (tmp_path / name).touch()
+    data.remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.tmp", "notes.17.tmp", "last.pt"}
+
+
 def test_letterbox_by_hand():
     """40 x 20 pixels in a square of 20: half the size, five black rows above and below."""
     size, place, view = data.letterbox_view((0, 0, 40, 20), 20)

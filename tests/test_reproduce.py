@@ -97,7 +97,8 @@ def test_lines_of_another_demo_do_not_count(reproduce_into, tmp_path, monkeypatc
     assert reproduce.read_kept(tmp_path / "runs.jsonl") == {}
     assert reproduce_into(*one)[0] == 0
     assert reproduce_into.started == [("source-only-s0", False)] * 2
-    assert [line["demo"] for line in read(tmp_path / "runs.jsonl")] == ["another"]
+    kept = [line["demo"] for line in read(tmp_path / "runs.jsonl")]
+    assert len(kept) == 2 and kept[0] == "another"                          # the other one is not lost
 
 
 @pytest.mark.parametrize("name, default, same", [

@@ -1,4 +1,5 @@
 """Runs and the command line: methods end to end, what an epoch trains on, the step (Fig. 4), mistakes."""
+import dataclasses
 import functools
 import json
 import math
@@ -147,6 +148,23 @@ def test_a_skeleton_of_thirty_keypoints(launch, tmp_path, monkeypatch, capsys):
     assert launch(tmp_path / "bad", *options) == 2
     check_one_line(capsys.readouterr().err, "--source rhd: Toy needs `keypoints`")
     assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(size=64), "--image-size: the images of --source rhd have 64 pixels, got 32"),
+    (dict(visible=torch.zeros(20, 30)), "--source rhd: no keypoint is labelled")])
+def test_a_source_that_cannot_be_trained_on(changes, message, launch, tmp_path, monkeypatch, capsys):
+    class Unfit(Toy):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            vars(self).update(changes)
+
+    monkeypatch.setitem(train.SOURCES, "rhd", Unfit)
+    monkeypatch.setitem(train.TARGETS, "h3d", Toy)
+    options = "--source rhd --target h3d --source-root a --target-root bc --style off".split()
+    assert launch(tmp_path / "run", *options) == 2
+    check_one_line(capsys.readouterr().err, message)
+    assert not (tmp_path / "run").exists()
 
 
 MAKERS = {
@@ -542,7 +560,8 @@ MISTAKES = """
 --method udape+vae-hm --hard-bins 26 => --hard-bins: must be at most; --preset demi;
 --epochs 20 => --pretrain-epochs; --style vgg => --style-weights;
 --style vgg --style-weights . => --style-weights: . holds no vgg_normalised.pth;
---device warp9 => --device: torch finds no device 'warp9' here;
+--device warp9 => --device: torch finds no device 'warp9' here; --device meta;
+--shoulders true => --shoulders: needs --source surreal; --out= => --out: use a path;
 --lr-drops 44 => --lr-drops: needs --schedule steps; --source surreal => --source-root;
 --source mannequin-wild => --source and --target must differ;
 --target lsp --target-root no/place => --target-root: no/place; --resume --out no/run => no/run;
@@ -646,6 +665,19 @@ def test_a_damaged_config_is_named(text, tmp_path, capsys):
     (tmp_path / "config.json").write_text(text)
     assert evaluate(tmp_path) == 2
     check_one_line(capsys.readouterr().err, "config.json")
+
+
+def test_a_config_of_other_code_is_named(tmp_path):
+    """What it lacks would else take a default it was not trained with. A setting that is off may lack."""
+    settings = train.make_settings()
+    saved = dataclasses.asdict(settings)
+    del saved["centred"]
+    train.write_json(tmp_path / "config.json", saved)
+    assert train.saved_settings(tmp_path) == settings
+    del saved["jitter"]
+    train.write_json(tmp_path / "config.json", saved)
+    with pytest.raises(train.UserError, match="config.json: has no jitter"):
+        train.saved_settings(tmp_path)
 
 
 def test_a_picture_that_cannot_be_drawn_costs_a_line(finished, launch, tmp_path, capsys, monkeypatch):
