@@ -601,7 +601,8 @@ def draw_sweeps(folder, comparison, results):
 
 HELP = f"""Tables, sweeps and plots, of the comparisons of docs/results.md or of your own.
 
-  python -m docs.reproduce bodies                          Table 1 from docs/runs.jsonl, missing runs trained
+  python -m docs.reproduce bodies                          train what docs/runs.jsonl lacks, print Table 1
+  python -m docs.reproduce bodies --no-training            print what there is of it
   python -m docs.reproduce bodies --seeds 0 --out mine     train again what the table's seed 0 rests on
   python -m docs.reproduce --methods udape,actupose --out mine --lr 0.003
   python -m docs.reproduce --sweep pace=1,2,3,4,6 --out mine         Fig. 10 b
@@ -656,6 +657,7 @@ def make_parser():
     add("--out", type=train.parse_path,
         help="directory of new runs and of their runs.jsonl [runs/NAME, docs/runs.jsonl]")
     add("--jobs", type=int, default=1, help="runs at a time, which share the cores [1]")
+    add("--no-training", action="store_true", help="print and draw what is finished")
     add("--preset", choices=tuple(train.PRESETS), default="demo", help="values of options that are not given")
     parser.add_settings(skip=("method", "seed"))
     return parser
@@ -776,7 +778,8 @@ def command(arguments):
     if not options.tasks:
         comparison = chosen(options)
         out = options.out or Path("runs") / options.name
-        failed = run_missing(comparison, kept_file(options), out, options.jobs, options.device)
+        if not options.no_training:
+            failed = run_missing(comparison, kept_file(options), out, options.jobs, options.device)
         draw_pictures(out, comparison, collect(comparison, kept_file(options)), options.device)
     train.say(table_of(options))
     if failed:

@@ -68,6 +68,8 @@ def test_what_is_missing_is_trained_and_kept(launch, reproduce_into, tmp_path, m
     assert [cells[:2] for cells in table[1:]] == [["source-only", "2"], ["no-eq4", "2"]]
     assert f"**{(first + second) / 2:.1f}** ± {abs(first - second) / math.sqrt(2):.1f}" in table[1]
 
+    assert reproduce_into(*rows, "--seeds", "0,1,2", "--no-training") == (0, table, "")
+
     text = (tmp_path / "runs.jsonl").read_text()
     lines = read(tmp_path / "runs.jsonl")
     assert len(lines) == 4 and str(tmp_path.parent) not in text and launch.cache not in text
