@@ -446,11 +446,15 @@ def bins_table(results, parts=5):
 
 
 def tasks_table(tasks):
-    """Table 2, of {title: {row: [result, ...]}}: overall PCK ± its sample deviation (number of seeds)."""
+    """Table 2, of {title: {row: [result, ...]}}: overall PCK ± its sample deviation (number of seeds).
+
+    mean: of the tasks' means, for a row that has them all.
+    """
     names = [name for results in tasks.values() for name in results]
-    table = [["method", *tasks]]
+    table = [["method", *tasks, "mean"]]
     for name in (*dict.fromkeys(names), POSEDA):
         cells = [name]
+        means = []
         for results in tasks.values():
             first = next(iter(results.values()))[0]
             task = (first["source"], first["target"])
@@ -460,8 +464,11 @@ def tasks_table(tasks):
                 scores = by_seed(results[name]).values()
                 remark = REMARKS.get((name, first["target"]), "")
                 cells.append(f"{fmt(average(scores))}{deviation(scores)} ({len(scores)}){remark}")
+                if scores:
+                    means.append(average(scores))
             else:
                 cells.append("-")
+        cells.append(fmt(average(means)) if len(means) == len(tasks) else "-")
         if set(cells[1:]) != {"-"}:
             table.append(cells)
     return markdown(table)

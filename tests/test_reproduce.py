@@ -252,10 +252,10 @@ def test_tasks_side_by_side(tmp_path, capsys, monkeypatch):
     (tmp_path / "b" / "udape-s0").mkdir()                                            # not finished
     assert reproduce.main(["--tasks", "a,b"]) == 0
     assert capsys.readouterr().out.splitlines() == [
-        "| method | a | b |", "|---|---|---|",
-        "| actupose | 61.0 ± 1.4 (2) | 50.0 (1) |",
-        "| oracle | 80.0 (1) (trained on its test images, unless this is LSP Extended) | - |",
-        "| PoseDA (quoted from the paper) | 77.9 | - |"]
+        "| method | a | b | mean |", "|---|---|---|---|",
+        "| actupose | 61.0 ± 1.4 (2) | 50.0 (1) | 55.5 |",
+        "| oracle | 80.0 (1) (trained on its test images, unless this is LSP Extended) | - | - |",
+        "| PoseDA (quoted from the paper) | 77.9 | - | - |"]
     assert reproduce.main(["--tasks", "b"]) == 0
     assert "PoseDA" not in capsys.readouterr().out
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")                        # without ±
