@@ -546,13 +546,14 @@ DISTANCES = (0.01, 0.05, 0.1, 0.25, 0.5)   # quantiles of Eq. 7 between random p
 
 def difficulty_table():
     """Easy poses of both domains, complexity of the target's, and Eq. 7 between random poses of the source."""
-    table = [["", "bodies", "hands"], ["easy poses in the source"], ["easy poses in the target"],
+    tasks = {"bodies": ("target", False), "everyday": ("everyday", False), "hands": ("target", True)}
+    table = [["", *tasks], ["easy poses in the source"], ["easy poses in the target"],
              ["target poses as complex as the hardest 8 of the source's 25 bins"],
              ["random source pairs below 0.06 rad"], ["random source pairs below 0.019 rad"],
              [f"Eq. 7 between them, quantiles {show(DISTANCES)}, rad"]]
-    for hand in (False, True):
+    for domain, hand in tasks.values():
         source = data.Mannequin("source", "train", count=6000, hand=hand)
-        target = data.Mannequin("target", "test", hand=hand)
+        target = data.Mannequin(domain, "test", hand=hand)
         rows = source.skeleton.stand_in_rows
         vae = actupose.train_pose_vae(source.keypoints, source.visible, rows, train.Settings.vae_steps)
         complexity = actupose.pose_complexity(vae, source.keypoints, source.visible, rows)
