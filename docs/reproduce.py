@@ -114,6 +114,7 @@ COMPARISONS = {
     "ablations": Comparison(named_rows(",".join(["actupose", *ABLATIONS]))),
     "everyday-ablations": Comparison(
         named_rows("udape,actupose,no-curriculum,hardest") + sweep_rows("pace", (2.0,)), given=EVERYDAY),
+    "hands-ablations": Comparison(named_rows("udape,actupose") + sweep_rows("pace", (2.0,)), given=HANDS),
     "pace-spread": Comparison(sweep_rows("pace", (1.0, 2.0, 3.0, 4.0, 6.0))
                               + sweep_rows("spread", (0.12, 0.18, 0.25, 0.5))),
     "long": Comparison(TAUGHT, given=LONG),
