@@ -50,6 +50,12 @@ ABLATIONS = {
     "no-style": dict(style="off"),
     "no-occlusion": dict(occlusion=0.0),
 }
+# Which source samples a run draws: the row without Eq. 5 and 6, and the one with them.
+SAMPLES = {
+    "all": ("udape", "no-curriculum"),
+    "the curriculum's": ("curriculum-alone", "actupose"),
+    "the 8 hardest bins": ("udape+vae-hm", "hardest"),
+}
 # PoseDA has no public code: its figures in the paper's Tables 1 and 2.
 QUOTED = {
     ("surreal", "lsp"): dict(shoulder=82.3, elbow=78.4, wrist=73.2, hip=74.8, knee=79.7, ankle=78.7, all=77.9),
@@ -100,6 +106,7 @@ def sweep_rows(name, values):
 
 
 SIX = named_rows("source-only,regda,udape,udape+vae-hm,actupose,oracle")
+LOSSES = named_rows("udape,no-curriculum,curriculum-alone,actupose,udape+vae-hm,hardest")
 TAUGHT = named_rows("udape,udape+vae-hm,actupose")
 ITERATIONS = train.Settings.iters_per_epoch
 LONG = dict(iters_per_epoch=4 * ITERATIONS)
@@ -114,6 +121,8 @@ COMPARISONS = {
     "ablations": Comparison(named_rows(",".join(["actupose", *ABLATIONS]))),
     "everyday-ablations": Comparison(
         named_rows("udape,actupose,no-curriculum,hardest") + sweep_rows("pace", (2.0,)), given=EVERYDAY),
+    "losses": Comparison(LOSSES),
+    "everyday-losses": Comparison(LOSSES, given=EVERYDAY),
     "hands-ablations": Comparison(named_rows("udape,actupose") + sweep_rows("pace", (2.0,)), given=HANDS),
     "pace-spread": Comparison(sweep_rows("pace", (1.0, 2.0, 3.0, 4.0, 6.0))
                               + sweep_rows("spread", (0.12, 0.18, 0.25, 0.5))),
@@ -429,6 +438,24 @@ def seeds_table(results, ours="actupose"):
     return markdown(table)
 
 
+def losses_table(results):
+    """What Eq. 5 and 6 bring, for each of `SAMPLES`: PCK without and with them, and the differences of PCK and
+    of the EvalPose score, seed by seed."""
+    table = [["source samples", "without Eq. 5 and 6", "with", "difference", "of EvalPose"]]
+    for samples, (without, with_them) in SAMPLES.items():
+        if without not in results or with_them not in results:
+            continue
+        cells = [samples]
+        for name in (without, with_them):
+            scores = by_seed(results[name]).values()
+            cells.append(f"{fmt(average(scores))}{deviation(scores)} ({len(scores)})")
+        cells.append(paired(by_seed(results[with_them]), by_seed(results[without])))
+        evalpose = [{r["seed"]: r["evalpose"] for r in results[name]} for name in (with_them, without)]
+        cells.append(paired(*evalpose))
+        table.append(cells)
+    return markdown(table)
+
+
 def bins_table(results, parts=5):
     """PCK by complexity bin of the target's pose, means over seeds and of neighbouring bins."""
     count = len(next(iter(results.values()))[0]["bins"])
@@ -658,8 +685,9 @@ def make_parser():
     add("--sweep", action="append", default=[], type=parse_sweep, metavar="NAME=V1,V2,...",
         help="a row of actupose per value of a setting, and a plot; can be given again")
     add("--seeds", type=parse_seeds, help="seeds of each row [0,1,2, or those of NAME]")
-    add("--show", choices=("all", "short", "bins", "seeds"), default="all",
-        help="the table: all columns, without joints, PCK by complexity bin, or seed by seed")
+    add("--show", choices=("all", "short", "bins", "seeds", "losses"), default="all",
+        help="the table: all columns, without joints, PCK by complexity bin, seed by seed, or what Eq. 5 "
+        "and 6 bring")
     add("--tasks", metavar="NAME,DIR,...", help="Table 2, of comparisons by name or directory")
     add("--difficulty", action="store_true", help="how difficult the built-in benchmarks are")
     add("--tables", action="store_true", help="print the tables of README.md and docs/results.md into them")
@@ -740,6 +768,8 @@ def table_of(options):
     ours = our_row(comparison)
     if options.show == "bins":
         return bins_table(results)
+    if options.show == "losses":
+        return losses_table(results)
     if options.show == "seeds":
         return seeds_table(results, ours)
     swept = any(row.swept for row in comparison.rows)
