@@ -218,7 +218,7 @@ def keep(path, settings, out, commit):
 
 
 def collect(comparison, kept_in):
-    """Results of a comparison from a file of kept runs: {row name: [result per seed]}, empty rows left out."""
+    """Results of a comparison from a file of kept runs: {row name: [result per seed]}, without empty rows."""
     kept = read_kept(kept_in)
     results = {}
     for row in comparison.rows:
@@ -301,7 +301,8 @@ def run_all(commands, jobs, finished):
                 run = waiting.pop(0)
                 run.mkdir(parents=True, exist_ok=True)
                 with open(run / "output.txt", "a") as output:
-                    running[run] = subprocess.Popen(commands[run], stdout=output, stderr=output, env=environment)
+                    running[run] = subprocess.Popen(commands[run], env=environment, stdout=output,
+                                                    stderr=output)
             time.sleep(0.5)
             for run, process in list(running.items()):
                 if process.poll() is None:
@@ -439,8 +440,8 @@ def seeds_table(results, ours="actupose"):
 
 
 def losses_table(results):
-    """What Eq. 5 and 6 bring, for each of `SAMPLES`: PCK without and with them, and the differences of PCK and
-    of the EvalPose score, seed by seed."""
+    """What Eq. 5 and 6 bring, for each of `SAMPLES`: PCK without and with them, and seed by seed the
+    differences of PCK and of the EvalPose score."""
     table = [["source samples", "without Eq. 5 and 6", "with", "difference", "of EvalPose"]]
     for samples, (without, with_them) in SAMPLES.items():
         if without not in results or with_them not in results:
@@ -520,8 +521,8 @@ def draw_sweep(path, name, rows, results):
         return
     help_text = train.Settings.__dataclass_fields__[name].metadata["help"]
     canvas, draw = train.blank(1800, 720)
-    chart = train.Chart(draw, (110, 80, 1780, 600), (-0.6, len(rows) - 0.4), (every.min() - 1, every.max() + 1),
-                        "PCK@0.05", f"{name}: {help_text}", [show(row.changes[name]) for row in rows])
+    chart = train.Chart(draw, (110, 80, 1780, 600), (-0.6, len(rows) - 0.4),
+                        (every.min() - 1, every.max() + 1), "PCK@0.05", f"{name}: {help_text}", [show(row.changes[name]) for row in rows])
     for scores, colour in zip(series.values(), train.PALETTE):
         chart.line(range(len(rows)), [np.mean(seeds) for seeds in scores], colour)
         for at, seeds in enumerate(scores):

@@ -273,7 +273,8 @@ def test_the_home_directory_in_predicts_paths(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("arguments, text", [
     ("no/run a", "no/run"), ("body no.png", "no.png"), ("body none", "none"), ("body a b", "same name"),
     ("body a --out a", "--out"), ("body a/1.png --out ./b/../a", "--out"), ("body a --box 1,2,3", "--box"),
-    ("body a --box 0,0,inf,9", "--box"), ("body a --box 1,2,0,3", "--box"), ("body a --boxx 1,1,1,1", "did you mean --box?"), ("body", "image")])
+    ("body a --box 0,0,inf,9", "--box"), ("body a --box 1,2,0,3", "--box"),
+    ("body a --boxx 1,1,1,1", "did you mean --box?"), ("body", "image")])
 def test_mistakes_of_predict(arguments, text, run, tmp_path, capsys, monkeypatch):
     """Pictures of one name, results that could overwrite pictures: one line, status 2, nothing written."""
     monkeypatch.chdir(tmp_path)
