@@ -522,7 +522,8 @@ def draw_sweep(path, name, rows, results):
     help_text = train.Settings.__dataclass_fields__[name].metadata["help"]
     canvas, draw = train.blank(1800, 720)
     chart = train.Chart(draw, (110, 80, 1780, 600), (-0.6, len(rows) - 0.4),
-                        (every.min() - 1, every.max() + 1), "PCK@0.05", f"{name}: {help_text}", [show(row.changes[name]) for row in rows])
+                        (every.min() - 1, every.max() + 1), "PCK@0.05", f"{name}: {help_text}",
+                        [show(row.changes[name]) for row in rows])
     for scores, colour in zip(series.values(), train.PALETTE):
         chart.line(range(len(rows)), [np.mean(seeds) for seeds in scores], colour)
         for at, seeds in enumerate(scores):
