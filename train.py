@@ -2170,7 +2170,7 @@ def make_parser():
     add = parser.add_argument
     add("--out", type=parse_path, help="directory of the run [runs/METHOD-TARGET-sSEED]")
     add("--resume", action="store_true", help="go on with the unfinished run in --out")
-    add("--preset", choices=tuple(PRESETS), default="demo",
+    add("--preset", choices=tuple(PRESETS),
         help="values of options that are not given [demo]")
     parser.add_settings()
     words = parser.add_subparsers(dest="word", metavar="evaluate | predict", title="other commands")
@@ -2221,13 +2221,11 @@ def command(arguments):
 def train_command(preset, out, device, resume, **given):
     """`train` with the options of the command line."""
     started = time.time()
-    if resume and out:
-        settings = check_same_settings(out, given)
-    else:
-        settings = make_settings(preset, **given)
+    if not (resume and out):
+        settings = make_settings(preset or "demo", **given)
         out = out or Path(f"runs/{settings.method}-{settings.target}-s{settings.seed}")
-        if resume:
-            settings = check_same_settings(out, given)
+    if resume:
+        settings = check_same_settings(out, {**preset_values(preset, out), **given})
     if settings.batch_size % world_size():
         raise UserError(f"--batch-size: {settings.batch_size} is no multiple of the {world_size()} "
                         "processes")
@@ -2238,6 +2236,20 @@ def train_command(preset, out, device, resume, **given):
     if rank() == 0:
         say(run_summary(result))
         say(f"{time.time() - started:.0f} s, {peak_memory_gb()} GB; pictures in {out / 'figures'}")
+
+
+def preset_values(preset, out):
+    """What --preset says about the run in `out`, which goes on: {setting: value}.
+
+    What the run's method and source decide comes before a preset and is left out.
+    """
+    if preset is None:
+        return {}
+    saved = saved_settings(out)
+    first = {**HANDS.get(saved.source, {}), **METHODS[saved.method]}
+    values = {name: getattr(Settings, name) for name in PAPER}
+    values.update(PRESETS[preset])
+    return {name: value for name, value in values.items() if name not in {*first, *PLACES}}
 
 
 def warn(message, name="train.py"):

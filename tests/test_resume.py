@@ -231,8 +231,11 @@ def test_resume_refuses_other_settings(option, value, finished, unfinished, monk
     for place in ["--out", str(unfinished)], ["--out", str(finished)], []:
         assert train.main(["--resume", *TINY, option, value, *place]) == 2
         check_one_line(capsys.readouterr().err, f"train.py: {option}: ", value)
-    assert train.main(["--resume", *TINY, "--out", str(finished)]) == 0
-    assert "is finished" in capsys.readouterr().out
+    assert train.main(["--resume", "--preset", "paper", *TINY, "--out", str(unfinished)]) == 2
+    check_one_line(capsys.readouterr().err, "--architecture: ", "with narrow, not resnet101")
+    for preset in [], ["--preset", "demo"]:
+        assert train.main(["--resume", *preset, *TINY, "--out", str(finished)]) == 0
+        assert "is finished" in capsys.readouterr().out
     for place in unfinished, finished, unfinished / "last.pt":              # the last is no directory
         assert train.main([*TINY, "--out", str(place)]) == 2
         check_one_line(capsys.readouterr().err, "--out: ")

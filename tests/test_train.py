@@ -186,7 +186,9 @@ def test_the_papers_tasks_from_their_command(source, target, tmp_path, monkeypat
         (tmp_path / name).mkdir()
         MAKERS[name](tmp_path / name)
         options += [f"--{role}={name}", f"--{role}-root={tmp_path / name}"]
-    assert train.main(["--preset", "paper", *TINY, *options, "--out", str(tmp_path / "run")]) == 0
+    command = ["--preset", "paper", *TINY, *options, "--out", str(tmp_path / "run")]
+    assert train.main(command) == 0
+    assert train.main([*command, "--resume"]) == 0
     result = read(tmp_path / "run" / "result.json")
     config = read(tmp_path / "run" / "config.json")
     skeleton = data.HAND21 if source == "rhd" else data.BODY16
