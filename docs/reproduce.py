@@ -58,7 +58,8 @@ SAMPLES = {
 }
 # PoseDA has no public code: its figures in the paper's Tables 1 and 2.
 QUOTED = {
-    ("surreal", "lsp"): dict(shoulder=82.3, elbow=78.4, wrist=73.2, hip=74.8, knee=79.7, ankle=78.7, all=77.9),
+    ("surreal", "lsp"): dict(shoulder=82.3, elbow=78.4, wrist=73.2, hip=74.8, knee=79.7, ankle=78.7,
+                             all=77.9),
     ("surreal", "human36m"): dict(all=79.6),
 }
 POSEDA = "PoseDA (quoted from the paper)"
@@ -136,8 +137,9 @@ COMPARISONS = {
         + sweep_rows("w_evalpose", (0.01, 0.03, 0.1, 0.3, 1.0))
         + sweep_rows("w_cross", (0.001, 0.003, 0.01, 0.1, 1.0))
         + sweep_rows("gamma", (0.03, 0.04, 0.06, 0.09, 0.13)), (0,)),
-    "photographs": Comparison(named_rows("source-only,udape,actupose"), (0,),
-                              dict(source="mannequin-wild", target="lsp", target_root="lspet", image_size=96)),
+    "photographs": Comparison(
+        named_rows("source-only,udape,actupose"), (0,),
+        dict(source="mannequin-wild", target="lsp", target_root="lspet", image_size=96)),
 }
 
 
@@ -361,10 +363,10 @@ def markdown(rows):
 def comparison_table(results, ours="actupose", joints=True, val=False):
     """Table 1, of {row: [result, ...]}: means over seeds, overall PCK ± its sample deviation.
 
-    joints: with a column per group of joints; val: with the validation PCK. With source-only and oracle there:
-    the share of the gap between them that is closed, over the seeds that all three have. With the row `ours`
-    there: the row minus `ours`, seed by seed (on the built-in benchmarks every seed has its own data): mean ±
-    sample deviation of the differences, and the 95 % t-interval of their mean.
+    joints: with a column per group of joints; val: with the validation PCK. Where source-only and oracle are
+    there: the share of the gap between them that is closed, over the seeds that all three have. Where the row
+    `ours` is there: the row minus `ours`, seed by seed (on the built-in benchmarks every seed has its own
+    data): mean ± sample deviation of the differences, and the 95 % t-interval of their mean.
     """
     first = next(iter(results.values()))[0]
     groups = [group for group in first["pck"] if group != "all"] if joints else []
@@ -424,7 +426,10 @@ def paired(own, reference):
 
 def seeds_table(results, ours="actupose"):
     """Overall PCK seed by seed, and each row minus `ours`."""
-    seeds = sorted({r["seed"] for runs in results.values() for r in runs})
+    seeds = set()
+    for runs in results.values():
+        seeds.update(r["seed"] for r in runs)
+    seeds = sorted(seeds)
     reference = by_seed(results.get(ours, []))
     table = [["method", *(f"seed {seed}" for seed in seeds)]]
     for name, runs in results.items():
@@ -468,7 +473,9 @@ def bins_table(results, parts=5):
     for name, runs in results.items():
         cells = [name]
         for start, end in zip(edges, edges[1:]):
-            values = [value for r in runs for value in r["bins"][start:end]]
+            values = []
+            for r in runs:
+                values += r["bins"][start:end]
             cells.append(fmt(average(values)))
         table.append(cells)
     return markdown(table)
@@ -479,9 +486,11 @@ def tasks_table(tasks):
 
     mean: of the tasks' means, for a row that has them all.
     """
-    names = [name for results in tasks.values() for name in results]
+    names = {}                                                  # in the order of their first task
+    for results in tasks.values():
+        names.update(dict.fromkeys(results))
     table = [["method", *tasks, "mean"]]
-    for name in (*dict.fromkeys(names), POSEDA):
+    for name in (*names, POSEDA):
         cells = [name]
         means = []
         for results in tasks.values():
@@ -575,7 +584,7 @@ DISTANCES = (0.01, 0.05, 0.1, 0.25, 0.5)   # quantiles of Eq. 7 between random p
 
 
 def difficulty_table():
-    """Easy poses of both domains, complexity of the target's, and Eq. 7 between random poses of the source."""
+    """Easy poses of both domains, complexity of the target's, Eq. 7 between random poses of the source."""
     tasks = {"bodies": ("target", False), "everyday": ("everyday", False), "hands": ("target", True)}
     table = [["", *tasks], ["easy poses in the source"], ["easy poses in the target"],
              ["target poses as complex as the hardest 8 of the source's 25 bins"],
@@ -648,8 +657,8 @@ HELP = f"""Tables, sweeps and plots, of the comparisons of docs/results.md or of
   python -m docs.reproduce --tables                        README.md and docs/results.md, without training
   python -m docs.reproduce --difficulty                    what the built-in benchmarks consist of
 
-Pictures lie beside the new runs: panel.png (Fig. 8), bins.png (Fig. 9), sweep-NAME.png (Fig. 10). Finished runs
-are reused: after editing code give a new --out.
+Pictures lie beside the new runs: panel.png (Fig. 8), bins.png (Fig. 9), sweep-NAME.png (Fig. 10). Finished
+runs are reused: after editing code give a new --out.
 
 names:     {', '.join(COMPARISONS)}
 methods:   {', '.join(train.METHODS)}
@@ -745,7 +754,9 @@ def results_of(task):
     if not results:
         raise UserError(f"--tasks: {task} is neither a comparison ({', '.join(COMPARISONS)}) nor a "
                         "directory with finished runs")
-    tasks = {(r["source"], r["target"]) for runs in results.values() for r in runs}
+    tasks = set()
+    for runs in results.values():
+        tasks.update((r["source"], r["target"]) for r in runs)
     if len(tasks) != 1:
         raise UserError(f"--tasks: {task} has finished runs of {len(tasks)} tasks; give directories of "
                         "one each")

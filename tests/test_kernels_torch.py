@@ -246,7 +246,8 @@ def test_kernels_compile_without_a_gpu(tmp_path, run_python):
         print(output)
         if "was not counted" in output:
             pytest.skip(output)
-        header, _, *rows = [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("|")]
+        lines = [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("|")]
+        header, _, *rows = lines
         for row in (dict(zip(header, row)) for row in rows):
-            assert int(row["spilled"]) <= 8, row   # bytes; the oldest of the compilers spills two registers once
+            assert int(row["spilled"]) <= 8, row   # bytes; the oldest compiler spills two registers once
             assert "contiguous" not in row["of"] or int(row["16-byte accesses"]) >= 1, row
