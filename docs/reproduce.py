@@ -622,7 +622,7 @@ def fill(text):
     def printed(match):
         begin, words, _, end = match.groups()
         options = make_parser().parse_args(shlex.split(words))
-        return f"{begin}\n{table_of(options)}\n\n{end}"
+        return f"{begin}{table_of(options)}\n{end}"
 
     return BLOCK.sub(printed, text)
 

@@ -291,9 +291,9 @@ def test_blocks_of_a_document(tmp_path, monkeypatch):
     text = (f"Before.\n\n{begin}\nold\n<!-- end -->\n\n"
             "Between. <!-- python -m docs.reproduce hands -->\n<!-- end -->\n")
     filled = reproduce.fill(text)
-    assert filled.startswith(f"Before.\n\n{begin}\n\n| method | seeds | all |")
-    assert "| udape | 1 | **42.0** | 43.0 | 53.0 |\n\n<!-- end -->\n\nBetween. <!--" in filled
-    assert filled.endswith("-->\n\n(no finished run yet)\n\n<!-- end -->\n") and "old" not in filled
+    assert filled.startswith(f"Before.\n\n{begin}\n| method | seeds | all |")
+    assert "| udape | 1 | **42.0** | 43.0 | 53.0 |\n<!-- end -->\n\nBetween. <!--" in filled
+    assert filled.endswith("-->\n(no finished run yet)\n<!-- end -->\n") and "old" not in filled
     assert reproduce.fill(filled) == filled
 
 
