@@ -589,7 +589,9 @@ def difficulty_table():
     table = [["", *tasks], ["easy poses in the source"], ["easy poses in the target"],
              ["target poses as complex as the hardest 8 of the source's 25 bins"],
              ["random source pairs below 0.06 rad"], ["random source pairs below 0.019 rad"],
-             [f"Eq. 7 between them, quantiles {show(DISTANCES)}, rad"]]
+             ["nearest source poses in the hardest 8 bins"],
+             ["the same, by fifths of the target's poses, simple to complex"],
+             [f"Eq. 7 between random source poses, quantiles {show(DISTANCES)}, rad"]]
     for domain, hand in tasks.values():
         source = data.Mannequin("source", "train", count=6000, hand=hand)
         target = data.Mannequin(domain, "test", hand=hand)
@@ -606,9 +608,25 @@ def difficulty_table():
                   distance < 0.06, distance < 0.019]
         for row, share in zip(table[1:], shares):
             row.append(f"{100 * share.float().mean():.1f} %")
+        near = hard_neighbours(source, target, complexity >= complexity.quantile(17 / 25))
+        table[-3].append(f"{100 * near.mean():.1f} %")
+        fifths = near[of_target.argsort()].chunk(5)
+        table[-2].append(", ".join(f"{100 * fifth.mean():.0f}" for fifth in fifths) + " %")
         quantiles = distance.quantile(torch.tensor(DISTANCES)).tolist()
         table[-1].append(", ".join(f"{value:.3f}" for value in quantiles))
     return markdown(table)
+
+
+def hard_neighbours(source, target, hard):
+    """For each target pose: of the ten source poses nearest by Eq. 7, the share that is hard. (N,)
+
+    hard: bool (M,), of the source's poses.
+    """
+    distance = kernels.triplet_angle_distance(
+        target.keypoints, source.keypoints, torch.tensor(source.skeleton.triplets),
+        target.visible > 0, source.visible > 0)
+    nearest = distance.topk(10, largest=False).indices
+    return hard[nearest].float().mean(1)
 
 
 # --- Documents ----------------------------------------------------------------------------------------------

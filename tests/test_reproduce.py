@@ -14,6 +14,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import train
@@ -295,6 +296,22 @@ def test_blocks_of_a_document(tmp_path, monkeypatch):
     assert "| udape | 1 | **42.0** | 43.0 | 53.0 |\n<!-- end -->\n\nBetween. <!--" in filled
     assert filled.endswith("-->\n(no finished run yet)\n<!-- end -->\n") and "old" not in filled
     assert reproduce.fill(filled) == filled
+
+
+def test_the_share_of_hard_poses_among_the_nearest():
+    """Ten source poses bend the arm by 90 degrees, ten by 20: those like the target's pose are its nearest."""
+    def poses(*degrees):
+        bent = torch.tensor([[0.0, 0.0]] * 2 + [[1.0, 0.0]]).repeat(len(degrees), 1, 1)
+        for pose, angle in zip(bent, torch.tensor(degrees).deg2rad()):
+            pose[0] = torch.stack([angle.cos(), angle.sin()])
+        return SimpleNamespace(keypoints=bent, visible=torch.ones(len(degrees), 3),
+                               skeleton=SimpleNamespace(triplets=((0, 1, 2),)))
+
+    source = poses(*range(81, 91), *range(11, 21))
+    hard = torch.zeros(20, dtype=torch.bool)
+    hard[:7] = True
+    hard[10] = True
+    assert reproduce.hard_neighbours(source, poses(80, 22), hard).tolist() == pytest.approx([0.7, 0.1])
 
 
 def test_the_documents_hold_what_the_kept_runs_give():
