@@ -118,7 +118,7 @@ HANDS = dict(source="mannequin-hand")
 COMPARISONS = {
     "bodies": Comparison(SIX, (0, 1, 2, 3, 4)),
     "everyday": Comparison(SIX, given=EVERYDAY),
-    "hands": Comparison(SIX, given=HANDS),
+    "hands": Comparison(SIX, (0, 1, 2, 3, 4), HANDS),
     "ablations": Comparison(named_rows(",".join(["actupose", *ABLATIONS]))),
     "everyday-ablations": Comparison(
         named_rows("udape,actupose,no-curriculum,hardest") + sweep_rows("pace", (2.0,)), given=EVERYDAY),
