@@ -50,11 +50,18 @@ ABLATIONS = {
     "no-style": dict(style="off"),
     "no-occlusion": dict(occlusion=0.0),
 }
-# Which source samples a run draws: the row without Eq. 5 and 6, and the one with them.
-SAMPLES = {
-    "all": ("udape", "no-curriculum"),
-    "the curriculum's": ("curriculum-alone", "actupose"),
-    "the 8 hardest bins": ("udape+vae-hm", "hardest"),
+# Tables of pairs of rows, for `--show`: the header, and {what both rows share: (a row, the one minus it)}.
+PAIRS = {
+    "losses": (["source samples", "without Eq. 5 and 6", "with"], {
+        "all": ("udape", "no-curriculum"),
+        "the curriculum's": ("curriculum-alone", "actupose"),
+        "the 8 hardest bins": ("udape+vae-hm", "hardest"),
+    }),
+    "order": (["lambda", "static: the same dose without order", "actupose: in order"], {
+        "1": ("static pace=1", "actupose pace=1"),
+        "2": ("static pace=2", "actupose pace=2"),
+        "6": ("static", "actupose"),
+    }),
 }
 # PoseDA has no public code: its figures in the paper's Tables 1 and 2.
 QUOTED = {
@@ -110,6 +117,9 @@ SIX = named_rows("source-only,regda,udape,udape+vae-hm,actupose,oracle")
 LOSSES = named_rows("udape,no-curriculum,curriculum-alone,actupose,udape+vae-hm,hardest")
 TAUGHT = named_rows("udape,udape+vae-hm,actupose")
 ITERATIONS = train.Settings.iters_per_epoch
+ORDER = (*named_rows("static,actupose"), *sweep_rows("pace", (1.0, 2.0)),
+         Row("static pace=1", dict(curriculum="static", pace=1.0)),
+         Row("static pace=2", dict(curriculum="static", pace=2.0)))
 LONG = dict(iters_per_epoch=4 * ITERATIONS)
 EVERYDAY = dict(target="mannequin-everyday")
 HANDS = dict(source="mannequin-hand")
@@ -122,6 +132,7 @@ COMPARISONS = {
     "ablations": Comparison(named_rows(",".join(["actupose", *ABLATIONS]))),
     "everyday-ablations": Comparison(
         named_rows("udape,actupose,no-curriculum,hardest") + sweep_rows("pace", (2.0,)), given=EVERYDAY),
+    "order": Comparison(ORDER),
     "losses": Comparison(LOSSES),
     "everyday-losses": Comparison(LOSSES, given=EVERYDAY),
     "hands-ablations": Comparison(named_rows("udape,actupose") + sweep_rows("pace", (2.0,)), given=HANDS),
@@ -444,19 +455,20 @@ def seeds_table(results, ours="actupose"):
     return markdown(table)
 
 
-def losses_table(results):
-    """What Eq. 5 and 6 bring, for each of `SAMPLES`: PCK without and with them, and seed by seed the
-    differences of PCK and of the EvalPose score."""
-    table = [["source samples", "without Eq. 5 and 6", "with", "difference", "of EvalPose"]]
-    for samples, (without, with_them) in SAMPLES.items():
-        if without not in results or with_them not in results:
+def pairs_table(results, shown):
+    """A table of `PAIRS`: PCK of both rows, and seed by seed the differences of PCK and of the EvalPose score."""
+    header, pairs = PAIRS[shown]
+    table = [[*header, "difference", "of EvalPose"]]
+    for label, pair in pairs.items():
+        if pair[0] not in results or pair[1] not in results:
             continue
-        cells = [samples]
-        for name in (without, with_them):
+        cells = [label]
+        for name in pair:
             scores = by_seed(results[name]).values()
             cells.append(f"{fmt(average(scores))}{deviation(scores)} ({len(scores)})")
-        cells.append(paired(by_seed(results[with_them]), by_seed(results[without])))
-        evalpose = [{r["seed"]: r["evalpose"] for r in results[name]} for name in (with_them, without)]
+        first, second = (results[name] for name in pair)
+        cells.append(paired(by_seed(second), by_seed(first)))
+        evalpose = [{r["seed"]: r["evalpose"] for r in runs} for runs in (second, first)]
         cells.append(paired(*evalpose))
         table.append(cells)
     return markdown(table)
@@ -714,9 +726,9 @@ def make_parser():
     add("--sweep", action="append", default=[], type=parse_sweep, metavar="NAME=V1,V2,...",
         help="a row of actupose per value of a setting, and a plot; can be given again")
     add("--seeds", type=parse_seeds, help="seeds of each row [0,1,2, or those of NAME]")
-    add("--show", choices=("all", "short", "bins", "seeds", "losses"), default="all",
-        help="the table: all columns, without joints, PCK by complexity bin, seed by seed, or what Eq. 5 "
-        "and 6 bring")
+    add("--show", choices=("all", "short", "bins", "seeds", *PAIRS), default="all",
+        help="the table: all columns, without joints, PCK by complexity bin, seed by seed, what Eq. 5 and 6 "
+        "bring, or what the order of the samples brings")
     add("--tasks", metavar="NAME,DIR,...", help="Table 2, of comparisons by name or directory")
     add("--difficulty", action="store_true", help="how difficult the built-in benchmarks are")
     add("--tables", action="store_true", help="print the tables of README.md and docs/results.md into them")
@@ -799,8 +811,8 @@ def table_of(options):
     ours = our_row(comparison)
     if options.show == "bins":
         return bins_table(results)
-    if options.show == "losses":
-        return losses_table(results)
+    if options.show in PAIRS:
+        return pairs_table(results, options.show)
     if options.show == "seeds":
         return seeds_table(results, ours)
     swept = any(row.swept for row in comparison.rows)

@@ -241,7 +241,7 @@ def test_what_eq5_and_6_bring_by_hand():
     """Differences of the seeds that both have: +2 and +4. EvalPose scores are 50 + seed in both."""
     rows = {"udape": [result(40.0, 0), result(50.0, 1), result(99.0, 2)], "actupose": [result(60.0, 0)],
             "no-curriculum": [result(42.0, 0), result(54.0, 1)]}
-    assert reproduce.losses_table(rows).splitlines()[2:] == [
+    assert reproduce.pairs_table(rows, "losses").splitlines()[2:] == [
         "| all | 63.0 ± 31.6 (3) | 48.0 ± 8.5 (2) | +3.0 ± 1.4 | +0.0 ± 0.0 |"]
 
 
