@@ -117,7 +117,7 @@ SIX = named_rows("source-only,regda,udape,udape+vae-hm,actupose,oracle")
 LOSSES = named_rows("udape,no-curriculum,curriculum-alone,actupose,udape+vae-hm,hardest")
 TAUGHT = named_rows("udape,udape+vae-hm,actupose")
 ITERATIONS = train.Settings.iters_per_epoch
-ORDER = (*named_rows("static,actupose"), *sweep_rows("pace", (1.0, 2.0)),
+ORDER = (*named_rows("udape,static,actupose"), *sweep_rows("pace", (1.0, 2.0)),
          Row("static pace=1", dict(curriculum="static", pace=1.0)),
          Row("static pace=2", dict(curriculum="static", pace=2.0)))
 LONG = dict(iters_per_epoch=4 * ITERATIONS)
@@ -493,6 +493,27 @@ def bins_table(results, parts=5):
     return markdown(table)
 
 
+def gains_table(tasks, parts=5):
+    """ACTUPose minus UDAPE by the complexity of the target's pose, of {title: {row: [result, ...]}}: means of
+    neighbouring bins, seed by seed."""
+    table = []
+    for title, results in tasks.items():
+        if "udape" not in results or "actupose" not in results:
+            continue
+        count = len(results["udape"][0]["bins"])
+        edges = np.linspace(0, count, parts + 1).round().astype(int)
+        header = ["actupose - udape"]
+        cells = [title]
+        for start, end in zip(edges, edges[1:]):
+            header.append(f"bins {start}-{end - 1}")
+            scores = []
+            for name in ("actupose", "udape"):
+                scores.append({r["seed"]: average(r["bins"][start:end]) for r in results[name]})
+            cells.append(paired(*scores))
+        table.append(cells)
+    return markdown([header, *table]) if table else NOTHING
+
+
 def tasks_table(tasks):
     """Table 2, of {title: {row: [result, ...]}}: overall PCK ± its sample deviation (number of seeds).
 
@@ -729,7 +750,9 @@ def make_parser():
     add("--show", choices=("all", "short", "bins", "seeds", *PAIRS), default="all",
         help="the table: all columns, without joints, PCK by complexity bin, seed by seed, what Eq. 5 and 6 "
         "bring, or what the order of the samples brings")
-    add("--tasks", metavar="NAME,DIR,...", help="Table 2, of comparisons by name or directory")
+    add("--to", metavar="ROW", help="the row with which the others are compared [actupose]")
+    add("--tasks", metavar="NAME,DIR,...", help="Table 2, of comparisons by name or directory; with --show "
+        "bins actupose - udape by complexity bin")
     add("--difficulty", action="store_true", help="how difficult the built-in benchmarks are")
     add("--tables", action="store_true", help="print the tables of README.md and docs/results.md into them")
     add("--out", type=train.parse_path,
@@ -757,6 +780,9 @@ def chosen(options):
     comparison = comparison._replace(given={**comparison.given, **given}, preset=options.preset)
     if options.seeds:
         comparison = comparison._replace(seeds=tuple(dict.fromkeys(options.seeds)))
+    names = [row.name for row in comparison.rows]
+    if options.to and options.to not in names:
+        raise UserError(f"--to: use {' or '.join(names)}, got {options.to}")
     return comparison
 
 
@@ -803,12 +829,14 @@ def table_of(options):
     if options.tasks:
         tasks = {task: results_of(task) for task in options.tasks.split(",")}
         finished = {task: results for task, results in tasks.items() if results}
+        if options.show == "bins":
+            return gains_table(finished)
         return tasks_table(finished) if finished else NOTHING
     comparison = chosen(options)
     results = collect(comparison, kept_file(options))
     if not results:
         return NOTHING
-    ours = our_row(comparison)
+    ours = options.to or our_row(comparison)
     if options.show == "bins":
         return bins_table(results)
     if options.show in PAIRS:
@@ -844,7 +872,8 @@ def command(arguments):
         f"--tasks={options.tasks}": options.tasks,
     }
     for word, given in alone.items():
-        if given and options != make_parser().parse_args([word]):
+        words = [word, "--show=bins"] if options.tasks and options.show == "bins" else [word]
+        if given and options != make_parser().parse_args(words):
             raise UserError(f"{word}: stands alone; leave the other options out")
     if options.tables:
         fill_documents()

@@ -237,6 +237,16 @@ def test_neighbouring_bins_are_averaged():
         "| method | bins 0-1 | bins 2-4 |", "|---|---|---|", "| udape | 45.0 | 45.0 |"]
 
 
+def test_gains_by_bin_by_hand():
+    """ACTUPose minus UDAPE, of the seeds that both have: (3 + 5) / 2 in the first bins, 0 in the others."""
+    rows = {"udape": [result(40.0, 0), result(50.0, 1)], "actupose": [result(60.0, 1), result(41.0, 0)]}
+    rows["actupose"][0]["bins"] = [53.0, 53.0, 50.0, 50.0, 50.0]
+    rows["actupose"][1]["bins"] = [45.0, 45.0, 40.0, 40.0, 40.0]
+    assert reproduce.gains_table({"bodies": rows, "hands": {"udape": rows["udape"]}}, 2).splitlines() == [
+        "| actupose - udape | bins 0-1 | bins 2-4 |", "|---|---|---|",
+        "| bodies | +4.0 ± 1.4 | +0.0 ± 0.0 |"]
+
+
 def test_what_eq5_and_6_bring_by_hand():
     """Differences of the seeds that both have: +2 and +4. EvalPose scores are 50 + seed in both."""
     rows = {"udape": [result(40.0, 0), result(50.0, 1), result(99.0, 2)], "actupose": [result(60.0, 0)],
@@ -339,7 +349,7 @@ def test_named_comparisons_are_valid(name):
 # "=>": what the answer says. Without it, it names the first option.
 MISTAKES = """
 bodie => bodies; --methods udap --out x => --methods: use; --seeds a --out x; --seeds nan --out x;
---jobs 0 --out x;
+--jobs 0 --out x; bodies --to udap => --to: use source-only or; --tasks bodies --show seeds => --tasks;
 --method udape => did you mean --methods?; --sweep pase=1 --out x => --sweep: 'pase' is no setting;
 --sweep pace=1,x --out x => --sweep: use NAME=; --sweep seed=1 --out x => 'seed' is no setting;
 --sweep pace --out x => --sweep; --sweep source=lsp --out x => 'source' is no setting;
