@@ -456,7 +456,7 @@ def seeds_table(results, ours="actupose"):
 
 
 def pairs_table(results, shown):
-    """A table of `PAIRS`: PCK of both rows, and seed by seed the differences of PCK and of the EvalPose score."""
+    """A table of `PAIRS`: PCK of both rows, and seed by seed the differences of PCK and of EvalPose scores."""
     header, pairs = PAIRS[shown]
     table = [[*header, "difference", "of EvalPose"]]
     for label, pair in pairs.items():
@@ -474,17 +474,19 @@ def pairs_table(results, shown):
     return markdown(table)
 
 
+def bin_ranges(runs, parts):
+    """The complexity bins of these results in `parts` ranges of neighbours, (start, end) each."""
+    edges = np.linspace(0, len(runs[0]["bins"]), parts + 1).round().astype(int)
+    return list(zip(edges, edges[1:]))
+
+
 def bins_table(results, parts=5):
     """PCK by complexity bin of the target's pose, means over seeds and of neighbouring bins."""
-    count = len(next(iter(results.values()))[0]["bins"])
-    edges = np.linspace(0, count, parts + 1).round().astype(int)
-    header = ["method"]
-    for start, end in zip(edges, edges[1:]):
-        header.append(f"bins {start}-{end - 1}")
-    table = [header]
+    ranges = bin_ranges(next(iter(results.values())), parts)
+    table = [["method", *(f"bins {start}-{end - 1}" for start, end in ranges)]]
     for name, runs in results.items():
         cells = [name]
-        for start, end in zip(edges, edges[1:]):
+        for start, end in ranges:
             values = []
             for r in runs:
                 values += r["bins"][start:end]
@@ -500,12 +502,10 @@ def gains_table(tasks, parts=5):
     for title, results in tasks.items():
         if "udape" not in results or "actupose" not in results:
             continue
-        count = len(results["udape"][0]["bins"])
-        edges = np.linspace(0, count, parts + 1).round().astype(int)
-        header = ["actupose - udape"]
+        ranges = bin_ranges(results["udape"], parts)
+        header = ["actupose - udape", *(f"bins {start}-{end - 1}" for start, end in ranges)]
         cells = [title]
-        for start, end in zip(edges, edges[1:]):
-            header.append(f"bins {start}-{end - 1}")
+        for start, end in ranges:
             scores = []
             for name in ("actupose", "udape"):
                 scores.append({r["seed"]: average(r["bins"][start:end]) for r in results[name]})

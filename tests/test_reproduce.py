@@ -309,7 +309,7 @@ def test_blocks_of_a_document(tmp_path, monkeypatch):
 
 
 def test_the_share_of_hard_poses_among_the_nearest():
-    """Ten source poses bend the arm by 90 degrees, ten by 20: those like the target's pose are its nearest."""
+    """Ten source poses bend the arm by about 85 degrees, ten by 15: those like the target's are its nearest."""
     def poses(*degrees):
         bent = torch.tensor([[0.0, 0.0]] * 2 + [[1.0, 0.0]]).repeat(len(degrees), 1, 1)
         for pose, angle in zip(bent, torch.tensor(degrees).deg2rad()):
