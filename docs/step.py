@@ -111,7 +111,8 @@ def command(arguments):
         return 0
     trainer = train.make_trainer(settings, data.BODY16, device)
     if settings.style != "off":
-        trainer.style_transfer = actupose.StyleTransfer(settings.style).to(device).requires_grad_(False).eval()
+        transfer = actupose.StyleTransfer(settings.style).to(device)
+        trainer.style_transfer = transfer.requires_grad_(False).eval()
     source = data.Mannequin("source", "train", settings.image_size, settings.batch_size)
     target = data.Mannequin("target", "train", settings.image_size, settings.batch_size)
     everything = torch.arange(settings.batch_size)

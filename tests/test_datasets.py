@@ -387,7 +387,8 @@ def test_other_ways_to_write_the_same(tmp_path, name, change):
 
 
 @pytest.mark.parametrize("text", [
-    "", "[", "{}", "[] 1", '[{"name": "a"} {}]', "[{}]]", "[{},]", "[{}", '[{"name": "a', "[]]", "[,]", "\xff[", "[" * 100000, '[{"a":' + "[" * 100000, "[1]",
+    "", "[", "{}", "[] 1", '[{"name": "a"} {}]', "[{}]]", "[{},]", "[{}", '[{"name": "a', "[]]", "[,]", "\xff[", "[" * 100000,
+    '[{"a":' + "[" * 100000, "[1]",
     '[{"name": ' + "9" * 5000 + "}]", "[null]", "[[]]", "null"])
 def test_damaged_json(tmp_path, text):
     make_surreal(tmp_path)
