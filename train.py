@@ -209,6 +209,10 @@ def make_settings(preset="demo", **given):
         for name in names:
             if name in given and settings.schedule != schedule:
                 refuse(name, f"needs --schedule {schedule}", given[name])
+    for role in ("source", "target"):
+        name = f"{role}_count"
+        if name in given and getattr(settings, role) not in RENDERED:
+            refuse(name, f"needs a rendered --{role}", given[name])
     if "shoulders" in given and settings.source != "surreal":
         refuse("shoulders", "needs --source surreal", given["shoulders"])
     return settings
@@ -730,6 +734,8 @@ def set_up(settings, device, checkpoint=None, out=None):
                         "labels to train on")
     make_curriculum(s, np.zeros(len(source)), len(labelled))  # what it refuses is said now
     trainer = make_trainer(s, skeleton, device)
+    if s.compile:
+        check_compiler(device)
     if checkpoint is None:
         if s.weights:
             load_initial_weights(trainer.student, *read_weights(s))
@@ -765,6 +771,15 @@ def set_up(settings, device, checkpoint=None, out=None):
         train_style(run)  # last: it can take an hour
         broadcast(trainer.style_transfer.state_dict().values())
     return run
+
+
+def check_compiler(device):
+    """UserError where torch.compile does not work, before anything expensive."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+    except Exception as error:  # of many kinds, most often without a C++ compiler
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--compile: torch.compile fails here ({reason}); leave it off") from None
 
 
 def make_curriculum(settings, complexity, count):
@@ -1237,7 +1252,10 @@ def load_run(path):
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: no such file (a run has it after its first epoch)") from None
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
-        raise UserError(f"{path}: damaged, its digest does not fit")
+        hint = ""
+        if path.name == "last.pt" and path.with_name("previous.pt").exists():
+            hint = " (train.py --resume goes on from previous.pt, an epoch older)"
+        raise UserError(f"{path}: damaged, its digest does not fit{hint}")
     return load_torch(io.BytesIO(content), path)
 
 
@@ -2232,6 +2250,9 @@ def train_command(preset, out, device, resume, **given):
     if resume and (out / "result.json").exists():
         say(f"{out}: the run is finished; `evaluate {out}` draws its pictures again")
         return
+    if settings.schedule == "steps" and min(settings.lr_drops) >= settings.epochs and rank() == 0:
+        warn(f"--lr-drops: {show(settings.lr_drops)} lie beyond --epochs {settings.epochs}; the "
+             "learning rate never drops")
     result = train(settings, out, device, resume)
     if rank() == 0:
         say(run_summary(result))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiny_runs import TINY
+from tiny_runs import tiny
 
 if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -46,7 +46,7 @@ def launch(tmp_path_factory):
     import train
 
     def launch(out, *options):
-        return train.main([*TINY, "--cache", launch.cache, "--out", str(out), *map(str, options)])
+        return train.main(tiny("--cache", launch.cache, "--out", out, *options))
 
     launch.cache = str(tmp_path_factory.mktemp("cache"))
     few = {key: min(count, 30) for key, count in data.Mannequin.DEFAULT_COUNTS.items()}

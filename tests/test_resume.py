@@ -243,8 +243,9 @@ def test_resume_refuses_other_settings(option, value, finished, unfinished, monk
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, start, finished, unfinished):
-    """One line names the damaged file and the one used; the result is the same. Both damaged: one line."""
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, start, finished, unfinished, capsys):
+    """One line names the damaged file and the one used; the result is the same. Both damaged: one line.
+    `evaluate` says what is left."""
     last = unfinished / "last.pt"
     previous = unfinished / "previous.pt"
     content = bytearray(last.read_bytes())
@@ -252,6 +253,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, start, finishe
     last.unlink()
     if damage != "missing":
         last.write_bytes(content[:-1000] if damage == "cut" else content)
+        assert train.main(["evaluate", str(unfinished), "--device", "cpu"]) == 2
+        check_one_line(capsys.readouterr().err, f"{last}: damaged", "--resume goes on from previous.pt")
     status, errors = start(unfinished)
     assert status == 0
     check_one_line(errors, f"train.py: {last}: ", f"going on from {previous}, 2 epochs")

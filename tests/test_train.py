@@ -21,7 +21,7 @@ import data
 import kernels
 import train
 from miniatures import make_h3d, make_human36m, make_rhd, make_surreal, make_tree
-from tiny_runs import SCRIPT, TINY, check_one_line, read, record
+from tiny_runs import SCRIPT, TINY, check_one_line, read, record, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -177,7 +177,7 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("source, target", [("surreal", "lsp"), ("surreal", "human36m"), ("rhd", "h3d")])
-def test_the_papers_tasks_from_their_command(source, target, tmp_path, monkeypatch):
+def test_the_papers_tasks_from_their_command(source, target, tmp_path, monkeypatch, capsys):
     """--preset paper made small, on miniature trees in the exact layouts."""
     choices = data.random.Random.choices
     monkeypatch.setattr(data.random.Random, "choices", lambda self, order, k: choices(self, order, k=20))
@@ -186,8 +186,9 @@ def test_the_papers_tasks_from_their_command(source, target, tmp_path, monkeypat
         (tmp_path / name).mkdir()
         MAKERS[name](tmp_path / name)
         options += [f"--{role}={name}", f"--{role}-root={tmp_path / name}"]
-    command = ["--preset", "paper", *TINY, *options, "--out", str(tmp_path / "run")]
+    command = ["--preset", "paper", *tiny(*options), "--out", str(tmp_path / "run")]
     assert train.main(command) == 0
+    check_one_line(capsys.readouterr().err, "--lr-drops: 44,59 lie beyond --epochs 3")
     assert train.main([*command, "--resume"]) == 0
     result = read(tmp_path / "run" / "result.json")
     config = read(tmp_path / "run" / "config.json")
@@ -570,6 +571,7 @@ MISTAKES = """
 --source mannequin-hand --target mannequin-wild --source-count 60 => two domains of bodies or two of hands;
 --bins 61 --hard-bins 1 --source-count 60 => --bins: 61 is more than the 60 training images of the source;
 --batch-size 31 --source-count 60 --target-count 30 => --batch-size: 31 is more than the 30;
+--target lsp --target-root . --target-count 9 => --target-count: needs a rendered --target, got 9;
 --hard-bins 8 --method udape+vae-hm --source-count 60 => --hard-bins: 8 bins hold fewer samples;
 --epochz 3 => did you mean --epochs?; --metod=udape => did you mean --method?; evalate x => evalate;
 evaluate no/run => no/run; evaluate => run; evaluate no/run --lr 1 => --lr;
@@ -589,6 +591,15 @@ def test_mistakes_are_answered_in_one_line(mistake, capsys, tmp_path, monkeypatc
     said = capsys.readouterr()
     check_one_line(said.err, text or arguments.split()[0])
     assert not said.out and not list(tmp_path.iterdir())
+
+
+def test_without_a_compiler_nothing_begins(launch, tmp_path, monkeypatch, capsys):
+    """torch.compile fails when it is first used: asked before data and style networks are made."""
+    fails = Mock(side_effect=RuntimeError("No working C++ compiler found\nand a long story"))
+    monkeypatch.setattr(torch, "compile", lambda function: fails)
+    assert launch(tmp_path / "run", "--compile", "on") == 2
+    check_one_line(capsys.readouterr().err, "--compile: torch.compile fails here (No working C++ compiler")
+    assert not (tmp_path / "run").exists()
 
 
 # --- A run speaks -------------------------------------------------------------------------------------------

@@ -1,9 +1,21 @@
 """Runs that take seconds: their options, and ways to look into them."""
 import json
 
-TINY = """--epochs 3 --pretrain-epochs 1 --iters-per-epoch 2 --batch-size 4 --source-count 60
-          --target-count 30 --image-size 32 --style-iters 2 --vae-steps 5 --bins 5 --hard-bins 2
-          --device cpu""".split()
+OPTIONS = """--epochs 3 --pretrain-epochs 1 --iters-per-epoch 2 --batch-size 4 --image-size 32
+             --style-iters 2 --vae-steps 5 --bins 5 --hard-bins 2 --device cpu""".split()
+
+
+def tiny(*options):
+    """The words of a tiny run, then these options. A domain that has no directory is rendered: few images."""
+    words = [str(option) for option in options]
+    counts = []
+    for role, count in (("source", 60), ("target", 30)):
+        if not any(word.startswith(f"--{role}-root") for word in words):
+            counts.append(f"--{role}-count={count}")
+    return [*OPTIONS, *counts, *words]
+
+
+TINY = tiny()
 # train.py with few images to score and without the slow pictures, for runs in processes of their own.
 SCRIPT = """
 import sys
