@@ -474,6 +474,23 @@ def pairs_table(results, shown):
     return markdown(table)
 
 
+def sweeps_table(comparison, results):
+    """Fig. 10 in a row per swept setting: its values, each with the PCK and, in brackets, the validation PCK."""
+    cells_of = {}
+    for row in comparison.rows:
+        if row.swept and row.name in results:
+            runs = results[row.name]
+            pck = fmt(average(by_seed(runs).values()))
+            val = fmt(average(r["val"] for r in runs))
+            cells = cells_of.setdefault(row.swept, [])
+            cells.append(f"{show(row.changes[row.swept])}: **{pck}** ({val})")
+    width = max(map(len, cells_of.values()), default=1)
+    table = [["setting", "value: PCK (validation)", *[""] * (width - 1)]]
+    for name, cells in cells_of.items():
+        table.append([option_of(name), *cells, *[""] * (width - len(cells))])
+    return markdown(table)
+
+
 def bin_ranges(runs, parts):
     """The complexity bins of these results in `parts` ranges of neighbours, (start, end) each."""
     edges = np.linspace(0, len(runs[0]["bins"]), parts + 1).round().astype(int)
@@ -747,9 +764,9 @@ def make_parser():
     add("--sweep", action="append", default=[], type=parse_sweep, metavar="NAME=V1,V2,...",
         help="a row of actupose per value of a setting, and a plot; can be given again")
     add("--seeds", type=parse_seeds, help="seeds of each row [0,1,2, or those of NAME]")
-    add("--show", choices=("all", "short", "bins", "seeds", *PAIRS), default="all",
-        help="the table: all columns, without joints, PCK by complexity bin, seed by seed, what Eq. 5 and 6 "
-        "bring, or what the order of the samples brings")
+    add("--show", choices=("all", "short", "bins", "seeds", "sweeps", *PAIRS), default="all",
+        help="the table: all columns, without joints, PCK by complexity bin, seed by seed, a row per swept "
+        "setting, what Eq. 5 and 6 bring, or what the order of the samples brings")
     add("--to", metavar="ROW", help="the row with which the others are compared [actupose]")
     add("--tasks", metavar="NAME,DIR,...", help="Table 2, of comparisons by name or directory; with --show "
         "bins actupose - udape by complexity bin")
@@ -783,6 +800,13 @@ def chosen(options):
     names = [row.name for row in comparison.rows]
     if options.to and options.to not in names:
         raise UserError(f"--to: use {' or '.join(names)}, got {options.to}")
+    if options.show == "sweeps" and not any(row.swept for row in comparison.rows):
+        raise UserError("--show sweeps: none of these rows sweeps a setting; add --sweep NAME=V1,V2")
+    if options.show in PAIRS:
+        pairs = PAIRS[options.show][1].values()
+        if not any(set(pair) <= set(names) for pair in pairs):
+            asked = ", or ".join(f"{first} and {second}" for first, second in pairs)
+            raise UserError(f"--show {options.show}: needs the rows {asked}")
     return comparison
 
 
@@ -839,6 +863,8 @@ def table_of(options):
     ours = options.to or our_row(comparison)
     if options.show == "bins":
         return bins_table(results)
+    if options.show == "sweeps":
+        return sweeps_table(comparison, results)
     if options.show in PAIRS:
         return pairs_table(results, options.show)
     if options.show == "seeds":

@@ -255,6 +255,17 @@ def test_what_eq5_and_6_bring_by_hand():
         "| all | 63.0 ± 31.6 (3) | 48.0 ± 8.5 (2) | +3.0 ± 1.4 | +0.0 ± 0.0 |"]
 
 
+def test_sweeps_in_a_row_each():
+    """Means over seeds: of 40 and 50, validation in brackets. A row without runs and one that sweeps nothing."""
+    comparison = reproduce.Comparison(reproduce.sweep_rows("pace", (1.0, 2.0, 3.0))
+                                      + reproduce.sweep_rows("gamma", (0.5,)) + reproduce.named_rows("udape"))
+    results = {"actupose pace=1": [result(40.0, 0), result(50.0, 1)], "actupose pace=3": [result(7.0, 0)],
+               "actupose gamma=0.5": [result(9.0, 0)], "udape": [result(1.0, 0)]}
+    assert reproduce.sweeps_table(comparison, results).splitlines() == [
+        "| setting | value: PCK (validation) |  |", "|---|---|---|",
+        "| --pace | 1: **45.0** (47.0) | 3: **7.0** (9.0) |", "| --gamma | 0.5: **9.0** (11.0) |  |"]
+
+
 def test_tasks_side_by_side(tmp_path, capsys, monkeypatch):
     """Table 2 by hand: of finished runs alone; PoseDA's row is quoted where the paper has a figure."""
     def finish(folder, name, value, target, source="surreal"):
@@ -349,7 +360,8 @@ def test_named_comparisons_are_valid(name):
 # "=>": what the answer says. Without it, it names the first option.
 MISTAKES = """
 bodie => bodies; --methods udap --out x => --methods: use; --seeds a --out x; --seeds nan --out x;
---jobs 0 --out x; bodies --to udap => --to: use source-only or; --tasks bodies --show seeds => --tasks;
+--jobs 0 --out x; bodies --to udap => --to: use source-only or;
+bodies --show sweeps => --show sweeps: none; hands --show order => --show order: needs the rows static pace=1; --tasks bodies --show seeds => --tasks;
 --method udape => did you mean --methods?; --sweep pase=1 --out x => --sweep: 'pase' is no setting;
 --sweep pace=1,x --out x => --sweep: use NAME=; --sweep seed=1 --out x => 'seed' is no setting;
 --sweep pace --out x => --sweep; --sweep source=lsp --out x => 'source' is no setting;
