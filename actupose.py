@@ -1,10 +1,10 @@
-"""ACTUPose, in the order of the paper. `grep "# Eq. 3" actupose.py` finds the line that computes it.
+"""ACTUPose, in the order of the paper. `grep "# Eq. 3" *.py kernels/*.py` finds the line that computes it.
 
     §3.1.1  Pose-VAE, complexity of a pose (Eq. 1-2), bins
     §3.1.2  active curriculum (Eq. 3-4)
     §3.2    pose network, style transfer, mean teacher, pseudo-labels, consistency (the base method, UDAPE)
     §3.3    EvalPose (Eq. 5)
-    §3.4    pair mining and cross-domain loss (Eq. 6-7), total loss (Eq. 8)
+    §3.4    cross-domain loss (Eq. 6), total loss (Eq. 8); Eq. 7 is kernels.triplet_angle_distance
     §4      a baseline, RegDA; PCK, EvalPose score, PCK by complexity bin
 
 Letters are the paper's: N samples, N_b bins, K keypoints, e the epoch, S and T the source and target batch.
@@ -16,6 +16,7 @@ import copy
 import math
 import re
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +33,8 @@ from kernels.reference import subcell_offset
 def normalise_poses(keypoints, visible, stand_ins):
     """Poses as the VAE sees them: the shape of a pose without its place and size.
 
-    keypoints: (N, K, 2), any unit; visible: (N, K), 0 where the coordinates mean nothing; stand_ins: K tuples
-    of keypoints, `Skeleton.stand_in_rows`, or one tuple for all: a missing keypoint lies at their mean.
+    keypoints: (N, K, 2), any unit; visible: (N, K), 0 where the coordinates mean nothing; stand_ins: a tuple
+    of keypoints per keypoint, `Skeleton.stand_in_rows`: where it is missing, it lies at their mean.
     Returns poses (N, 2K) within -1/2 ... 1/2, and weight (N, 2K), 0 for missing keypoints.
     """
     # Decision: centred on the box of the visible keypoints and divided by its larger side, so that Eq. 2
@@ -46,14 +47,12 @@ def normalise_poses(keypoints, visible, stand_ins):
     # Decision: a missing keypoint lies where it would be about: a thorax between the shoulders. With the hips
     # for all, LSP's poses, which label neither pelvis nor thorax, would look harder than they are.
     num_keypoints = keypoints.shape[1]
-    if not isinstance(stand_ins[0], (tuple, list)):
-        stand_ins = [stand_ins] * num_keypoints
-    stands_in = torch.zeros(num_keypoints, num_keypoints, dtype=poses.dtype)
+    listed = torch.zeros(num_keypoints, num_keypoints, dtype=poses.dtype)
     for k, others in enumerate(stand_ins):
-        stands_in[k, list(others)] = 1
-    share = stands_in * seen[..., 0][:, None, :]                                              # (N, K, K)
+        listed[k, list(others)] = 1
+    available = listed * seen[..., 0][:, None, :]                                             # (N, K, K)
     known = torch.where(seen, poses, 0.0)
-    middle = share @ known / share.sum(-1, keepdim=True).clamp(min=1)
+    middle = available @ known / available.sum(-1, keepdim=True).clamp(min=1)
     poses = torch.where(seen, poses, middle)
     return poses.flatten(1), seen.expand_as(keypoints).flatten(1).float()
 
@@ -264,8 +263,7 @@ class ActiveCurriculum:
             span = self.bin_score.max() - self.bin_score.min()
             s = (self.bin_score - self.bin_score.min()) / (span if span > 0 else 1.0)
         mu_g = s[self.peak_bin(epoch)]
-        with np.errstate(over="ignore"):                        # a tiny sigma leaves the peak alone
-            return np.exp(-((s - mu_g) / self.spread) ** 2 / 2)                                      # Eq. 3
+        return np.exp(-((s - mu_g) / self.spread) ** 2 / 2)                                          # Eq. 3
 
     def sample(self, epoch):
         """The epoch's pool: p_j N / N_b of bin j, without replacement, in random order. (n,) int64.
@@ -372,8 +370,8 @@ def hardest_bins(settings, complexity, count):
     """UDAPE + VAE-HM: the hardest bins alone, 8 of 25."""
     pool = ActiveCurriculum.of(settings, complexity, count).hardest(settings.hard_bins)
     if len(pool) < settings.batch_size:
-        raise ValueError(f"hard-bins: {settings.hard_bins} bins hold fewer samples than a batch "
-                         f"({settings.batch_size})")
+        raise ValueError(f"the {settings.hard_bins} hardest bins hold {len(pool)} samples, fewer than a "
+                         f"batch ({settings.batch_size}); raise --hard-bins or lower --batch-size")
     return FixedCurriculum(pool, settings.seed)
 
 
@@ -406,8 +404,10 @@ class BasicBlock(nn.Module):
 
     def forward(self, x):
         """(B, inputs, H, W) -> (B, width, H / stride, W / stride)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
         y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + (x if self.downsample is None else self.downsample(x)))
+        y = self.bn2(self.conv2(y))
+        return F.relu(y + shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -426,9 +426,11 @@ class Bottleneck(nn.Module):
 
     def forward(self, x):
         """(B, inputs, H, W) -> (B, 4 * width, H / stride, W / stride)."""
+        shortcut = x if self.downsample is None else self.downsample(x)
         y = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))
-        return F.relu(self.bn3(self.conv3(y)) + (x if self.downsample is None else self.downsample(x)))
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + shortcut)
 
 
 def _shortcut(inputs, outputs, stride):
@@ -440,18 +442,19 @@ def _shortcut(inputs, outputs, stride):
 class Backbone(nn.Module):
     """ResNet without its pooling and classifier: images (B, 3, H, W) -> features (B, C, H / s, W / s)."""
 
-    def __init__(self, block, layers, widths, stem):
+    def __init__(self, architecture):
         super().__init__()
-        kernel, pool = stem
-        self.conv1 = nn.Conv2d(3, widths[0], kernel, 2, kernel // 2, bias=False)
-        self.bn1 = nn.BatchNorm2d(widths[0])
-        self.pool = pool
-        channels = widths[0]
-        for i, (depth, width) in enumerate(zip(layers, widths)):
+        a = architecture
+        channels = a.widths[0]
+        self.conv1 = nn.Conv2d(3, channels, a.stem_kernel, 2, a.stem_kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.pool = a.stem_pool
+        for i, (depth, width) in enumerate(zip(a.layers, a.widths)):
             blocks = []
             for j in range(depth):
-                blocks.append(block(channels, width, 2 if i > 0 and j == 0 else 1))
-                channels = width * block.expansion
+                stride = 2 if i > 0 and j == 0 else 1
+                blocks.append(a.block(channels, width, stride))
+                channels = width * a.block.expansion
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
         self.channels = channels
 
@@ -463,13 +466,22 @@ class Backbone(nn.Module):
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
 
-# block, layers, widths, stem (kernel, pooling), channels of the transposed convolutions
+class Architecture(NamedTuple):
+    """Sizes of a PoseResNet. The defaults are the ResNets' of torchvision."""
+    block: type                                 # BasicBlock or Bottleneck
+    layers: tuple                               # blocks per stage
+    widths: tuple = (64, 128, 256, 512)         # their channels
+    stem_kernel: int = 7
+    stem_pool: bool = True                      # max-pooling after the first convolution
+    upsampling: int = 256                       # channels of the transposed convolutions
+
+
 ARCHITECTURES = {
-    "narrow": (BasicBlock, (1, 1, 1, 1), (16, 32, 64, 128), (5, False), 32),     # the demo's, stride 2
-    "resnet18": (BasicBlock, (2, 2, 2, 2), (64, 128, 256, 512), (7, True), 256),
-    "resnet34": (BasicBlock, (3, 4, 6, 3), (64, 128, 256, 512), (7, True), 256),
-    "resnet50": (Bottleneck, (3, 4, 6, 3), (64, 128, 256, 512), (7, True), 256),
-    "resnet101": (Bottleneck, (3, 4, 23, 3), (64, 128, 256, 512), (7, True), 256),
+    "narrow": Architecture(BasicBlock, (1, 1, 1, 1), (16, 32, 64, 128), 5, False, 32),      # the demo's
+    "resnet18": Architecture(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": Architecture(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": Architecture(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": Architecture(Bottleneck, (3, 4, 23, 3)),
 }
 
 
@@ -484,14 +496,16 @@ class PoseResNet(nn.Module):
         super().__init__()
         if architecture not in ARCHITECTURES:
             raise ValueError(f"architecture: unknown {architecture!r}; one of {', '.join(ARCHITECTURES)}")
-        block, layers, widths, stem, width = ARCHITECTURES[architecture]
-        self.backbone = Backbone(block, layers, widths, stem)
-        self.stride = 4 if stem[1] else 2                                  # pixels per heatmap cell
+        sizes = ARCHITECTURES[architecture]
+        width = sizes.upsampling
+        self.backbone = Backbone(sizes)
+        self.stride = 4 if sizes.stem_pool else 2                          # pixels per heatmap cell
         upsampling = []
         channels = self.backbone.channels
         for _ in range(3):
-            upsampling += [nn.ConvTranspose2d(channels, width, 4, 2, 1, bias=False), nn.BatchNorm2d(width),
-                           nn.ReLU()]
+            upsampling.append(nn.ConvTranspose2d(channels, width, 4, 2, 1, bias=False))
+            upsampling.append(nn.BatchNorm2d(width))
+            upsampling.append(nn.ReLU())
             channels = width
         self.upsampling = nn.Sequential(*upsampling)
         self.head = nn.Conv2d(width, num_keypoints, 1)
@@ -608,7 +622,9 @@ def vgg_networks():
     for inputs, outputs, up in ((512, 256, True), (256, 256, False), (256, 256, False), (256, 256, False),
                                 (256, 128, True), (128, 128, False), (128, 64, True), (64, 64, False),
                                 (64, 3, False)):
-        decoder += _conv(inputs, outputs) + ([nn.ReLU()] if outputs != 3 else [])
+        decoder += _conv(inputs, outputs)
+        if outputs != 3:                                                # the last gives the image's colours
+            decoder.append(nn.ReLU())
         if up:
             decoder.append(nn.Upsample(scale_factor=2, mode="nearest"))
     taps = (3, 10, 17, 30)                                              # relu1_1, relu2_1, relu3_1, relu4_1
@@ -649,7 +665,8 @@ class StyleTransfer(nn.Module):
         much of it, 0 ... 1."""
         styled = adain(self.encode(content)[-1], self.encode(style)[-1], alpha)
         images = self.decoder(styled)[..., :content.shape[2], :content.shape[3]].float()
-        black, white = (normalise(images.new_full((1, 3, 1, 1), value)) for value in (0.0, 1.0))
+        black = normalise(images.new_zeros(1, 3, 1, 1))
+        white = normalise(images.new_ones(1, 3, 1, 1))
         return images.clamp(black, white)
 
     def losses(self, content, style):
@@ -673,11 +690,11 @@ def train_style_transfer(style_transfer, batches, iterations, train_encoder, lr=
                          autocast=nullcontext, progress=None):
     """Fit the decoder on both domains' images, in both directions, in place.
 
+    For a given encoder the loss is the published one, content + 0.1 style. With `train_encoder`, for an
+    encoder without published weights, the first half of the iterations trains encoder and decoder to reproduce
+    the images. The second half freezes the encoder, and reproducing the images stays a term of the loss.
     batches: function of the iteration -> (source, target) normalised image batches (B, 3, H, W).
-    train_encoder: an encoder without published weights is first trained with the decoder to reproduce the
-    images (the first half of the iterations), then frozen; reproducing them stays a term of the loss. For a
-    given encoder the loss is the published one, content + 0.1 style. autocast: context in which the networks
-    compute. progress: called with (done, iterations).
+    autocast: context in which the networks compute. progress: called with (done, iterations).
     """
     encoder = style_transfer.encoder
     decoder = style_transfer.decoder
@@ -729,7 +746,9 @@ def heatmap_mse(predicted, target, weight):
 def decode_keypoints(heatmaps, subcell=False):
     """Heatmaps (B, K, H, W) -> cells (B, K, 2) as (x, y), finer with `subcell`; confidence (B, K)."""
     cells, confidence = kernels.heatmap_argmax(heatmaps)
-    return (cells + subcell_offset(heatmaps, cells, confidence) if subcell else cells), confidence
+    if subcell:
+        cells = cells + subcell_offset(heatmaps, cells, confidence)
+    return cells, confidence
 
 
 def confidence_mask(confidence, ratio=0.5):
@@ -737,9 +756,11 @@ def confidence_mask(confidence, ratio=0.5):
 
     ratio: the share left out, as in the published code, at least one keypoint and all that tie with the last.
     """
-    flat = confidence.flatten()
-    kept = flat.numel() - round(ratio * flat.numel())
-    return confidence > flat.sort(descending=True).values[min(kept, flat.numel() - 1)]
+    count = confidence.numel()
+    kept = count - round(ratio * count)
+    falling = confidence.flatten().sort(descending=True).values
+    first_left_out = falling[min(kept, count - 1)]
+    return confidence > first_left_out
 
 
 def consistency_loss(student, teacher, mask):
@@ -766,15 +787,16 @@ def occlude_keypoints(images, keypoints, confidence, u, half, probability=0.5, m
     hide = eligible.any(1) & (u[:, 0] < probability)
     centre = keypoints.gather(1, chosen[:, None, None].expand(-1, 1, 2))[:, 0]     # (B, 2)
     line = torch.arange(size, device=images.device)
-    across, down = ((line - centre[:, axis, None]).abs() <= half for axis in (0, 1))
+    across = (line - centre[:, :1]).abs() <= half                                  # (B, S)
+    down = (line - centre[:, 1:]).abs() <= half
     patch = down[:, :, None] & across[:, None, :]
     shift = (1 + u[:, 1:3] * (size - 1)).long()                                    # where it is copied from
     columns = (line + shift[:, :1]) % size
     rows = (line + shift[:, 1:]) % size
     source = (rows[:, :, None] * size + columns[:, None, :]).flatten(1)
     moved = images.flatten(2).gather(2, source[:, None].expand(-1, 3, -1)).view_as(images)
-    return (torch.where((patch & hide[:, None, None])[:, None], moved, images),
-            torch.where(hide, chosen, -1))
+    patch = (patch & hide[:, None, None])[:, None]
+    return torch.where(patch, moved, images), torch.where(hide, chosen, -1)
 
 
 # --- §3.3 EvalPose -----------------------------------------------------------------------------------------
@@ -860,7 +882,8 @@ def regressor_maps(network, images, factor):
 def gradient_factor(iteration, iterations, highest=0.1):
     """The factor of `regressor_maps` at this iteration of the adaptation: it rises from 0 to `highest`.
 
-    Decision: published exp(-iteration / 1000), of 15,000 iterations; that share of a shorter adaptation.
+    Decision: the published curve has exp(-iteration / 1000) in its 15,000 iterations. A shorter adaptation
+    runs through the same curve: exp(-15 iteration / iterations).
     """
     return 2 * highest / (1 + math.exp(-15 * iteration / iterations)) - highest
 
@@ -922,8 +945,9 @@ def evalpose_score(predicted, labelled, limbs, weight):
 
     A limb predicted without length counts as cosine 0. Arguments: `limb_cosines`.
     """
-    labels = limb_cosines(labelled, labelled, limbs, weight) > 0
-    return (100 * limb_cosines(predicted, labelled, limbs, weight).sum() / labels.sum()).item()
+    counted = limb_cosines(labelled, labelled, limbs, weight) > 0                  # labelled, of some length
+    cosines = limb_cosines(predicted, labelled, limbs, weight)
+    return (100 * cosines.sum() / counted.sum()).item()
 
 
 def scoring_frame(dataset, stride, subcell):

@@ -92,9 +92,16 @@ TARGETS = {"lsp": data.LSP, "human36m": data.Human36M, "h3d": data.Hand3DStudio}
 # --schedule: the settings that it alone uses.
 SCHEDULES = {"cosine": ("warmup", "lr_end"), "steps": ("lr_drops", "lr_factor")}
 
+# Settings that have no effect where another one has one of these values.
+IDLE = {
+    **dict.fromkeys(("pace", "spread", "scale"), ("curriculum", ("off", "hardest"))),
+    "rescoring": ("curriculum", ("off", "hardest", "static")),
+    **dict.fromkeys(("gamma", "centred"), ("w_cross", (0.0,))),
+}
+
 # Settings that are paths, and those that may change when a run goes on.
 PATHS = ("source_root", "target_root", "cache", "weights", "style_weights", "style_decoder")
-PLACES = ("source_root", "target_root", "cache", "workers")
+CHANGEABLE = ("source_root", "target_root", "cache", "workers")
 
 
 def option(default, text, choices=None, low=-math.inf, above=-math.inf, high=math.inf):
@@ -105,7 +112,7 @@ def option(default, text, choices=None, low=-math.inf, above=-math.inf, high=mat
 
 @dataclass
 class Settings:
-    """What a run is told. The defaults are the demo's. All but PLACES decide its result."""
+    """What a run is told. The defaults are the demo's. All but CHANGEABLE decide its result."""
     method: str = option("actupose", "which of the paper's rows to train", tuple(METHODS))
     source: str = option("mannequin", "labelled source domain", (*RENDERED, *SOURCES))
     source_root: str = option("", "directory of the source dataset, for a source on disk")
@@ -134,7 +141,8 @@ class Settings:
     lr: float = option(6e-3, "highest learning rate of Adam", above=0)
     warmup: float = option(0.03, "cosine: share of all iterations in which it rises", low=0, high=1)
     lr_end: float = option(0.02, "cosine: share of it that is left at the end", low=0, high=1)
-    lr_drops: tuple = option((44.0, 59.0), "steps: epochs at which it drops, counted from 0")
+    lr_drops: tuple = option((44.0, 59.0), "steps: epochs at which it drops, counted from 0",
+                             low=0)
     lr_factor: float = option(0.1, "steps: factor of each drop", above=0)
     ema: float = option(0.99, "decay of the teacher's moving average", low=0, high=1)
 
@@ -181,7 +189,8 @@ class Settings:
 
     amp: str = option("auto", "train in bf16; auto: where the device computes in it",
                       ("auto", "bf16", "off"))
-    compile: bool = option(False, "compile the pose networks (torch.compile): minutes at the start")
+    compile: bool = option(False, "compile the pose networks (torch.compile): minutes at the "
+                            "start; not in RegDA's adaptation")
 
     def __post_init__(self):
         """UserError for a wrong value: see `check_settings`, which also expands ~ in paths."""
@@ -330,6 +339,7 @@ def draw_step(settings, step, num_keypoints, device):
     def draw_affine():
         return random_affine_view(draw(5), s.image_size, s.rotation, s.shear, s.translate, s.zoom)
 
+    # Do not reorder: each draw takes the next numbers of the generator.
     return SimpleNamespace(
         image_to_source_crop=draw_crop(), source_crop_to_view=draw_affine(), source_jitter=draw(6),
         image_to_crop=draw_crop(),
@@ -373,7 +383,7 @@ class Trainer:
         # Decision: the terms of Eq. 8 are sums over the body, averaged over samples: heatmap errors
         # over keypoints and cells, as Eq. 5 over limbs. Their mean, 1e-3, would drown under w2
         # (--map-sums off).
-        self.map_cells = len(skeleton) * self.cells ** 2 if s.map_sums else 1
+        self.map_scale = len(skeleton) * self.cells ** 2 if s.map_sums else 1
         self.limbs = torch.tensor(skeleton.limbs, device=device)
         self.triplets = torch.tensor(skeleton.triplets, device=device)
 
@@ -460,14 +470,15 @@ class Trainer:
         styled_source = source.images
         if target_images is not None:
             target_images = target_images.to(self.device, non_blocking=True)
-            image_to_view = compose_views(random.crop_to_teacher_view, random.image_to_crop)
-            teacher_images = self.augment(target_images, image_to_view, random.teacher_jitter)
+            image_to_teacher_view = compose_views(random.crop_to_teacher_view, random.image_to_crop)
+            teacher_images = self.augment(target_images, image_to_teacher_view,
+                                          random.teacher_jitter)
             styled_source = self.restyle(source.images, teacher_images, random.restyle_source,
                                          random.alpha_source)
 
         # The student learns from the source's labels.
         source_maps, source_features = self.forward(self.student, styled_source)
-        mse = self.map_cells * actupose.heatmap_mse(source_maps, source.labels, source.weight)
+        mse = self.map_scale * actupose.heatmap_mse(source_maps, source.labels, source.weight)
         # Keypoints outside the view are left out of the mean confidence.
         source_cells, confidence, mean_confidence = kernels.heatmap_argmax_mean(
             source_maps, source.weight)
@@ -483,30 +494,33 @@ class Trainer:
                 styled_target = self.restyle(teacher_images, source.images, random.restyle_target,
                                              random.alpha_target)
                 teacher_maps, teacher_features = self.forward(self.teacher, styled_target)
-                view_to_crop = invert_view(random.crop_to_teacher_view)
-                teacher_maps = warp(teacher_maps, view_to_crop, self.stride)
+                teacher_view_to_crop = invert_view(random.crop_to_teacher_view)
+                teacher_maps = warp(teacher_maps, teacher_view_to_crop, self.stride)
                 pseudo_maps, pseudo_cells, pseudo_confidence = kernels.rectify(
                     teacher_maps, s.sigma, s.subcell)
                 confident = actupose.confidence_mask(gather(pseudo_confidence), s.mask_ratio)
 
                 # The student gets another view of the same images, a confident keypoint hidden.
-                image_to_view = compose_views(random.crop_to_student_view, random.image_to_crop)
-                student_images = self.augment(target_images, image_to_view, random.student_jitter)
-                in_view = map_keypoints(pseudo_cells * self.stride, random.crop_to_student_view)
+                image_to_student_view = compose_views(random.crop_to_student_view,
+                                                      random.image_to_crop)
+                student_images = self.augment(target_images, image_to_student_view,
+                                              random.student_jitter)
+                keypoints_in_view = map_keypoints(pseudo_cells * self.stride,
+                                                  random.crop_to_student_view)
                 student_images, hidden = actupose.occlude_keypoints(
-                    student_images, in_view, pseudo_confidence, random.occlusion,
+                    student_images, keypoints_in_view, pseudo_confidence, random.occlusion,
                     half=s.image_size * 10 / 256, probability=s.occlusion,
                     minimum=s.occlusion_confidence)
                 # Decision: what the student's view does not show, it is not asked to predict.
-                shown = ((in_view >= 0) & (in_view <= s.image_size - 1)).all(-1)
-                mask = shard(confident) & shown
+                shown = (keypoints_in_view >= 0) & (keypoints_in_view <= s.image_size - 1)
+                mask = shard(confident) & shown.all(-1)
 
             # It has to agree with the pseudo-labels.
             student_maps, _ = self.forward(self.student, student_images)
-            view_to_crop = invert_view(random.crop_to_student_view)
-            student_maps = warp(student_maps, view_to_crop, self.stride)
+            student_view_to_crop = invert_view(random.crop_to_student_view)
+            student_maps = warp(student_maps, student_view_to_crop, self.stride)
             consistency = actupose.consistency_loss(student_maps, pseudo_maps, mask)
-            consistency = self.map_cells * consistency
+            consistency = self.map_scale * consistency
             udape = mse + consistency
             terms.update(consistency=consistency, teacher_confidence=pseudo_confidence.mean(),
                          kept=mask.float().mean(), hidden=(hidden >= 0).float().mean())
@@ -557,15 +571,15 @@ class Trainer:
 def train(settings, out, device="auto", resume=False):
     """One run: data, epochs, result.json and figures/ in the directory `out`. Returns the result.
 
-    Killed at any moment and called again with `resume`, it goes on from its last finished epoch. On
-    a CPU with as many threads, a resumed run is bit-identical. Raises UserError for what the user
-    can mend.
+    Killed at any moment and called again with the same settings and `resume`, it goes on from its
+    last finished epoch. On a CPU with as many threads, a resumed run is bit-identical. Raises
+    UserError for what the user can mend.
     """
     device = choose_device(device)
     out = Path(out).expanduser()
-    s = settings = resolve_amp(settings, device)
+    s = resolve_amp(settings, device)
     with claimed(out):
-        run = set_up(settings, device, starting_point(out, resume), out)
+        run = set_up(s, device, starting_point(out, resume), out)
         trainer = run.trainer
         curriculum = run.curriculum
         progress = Progress(s.method)
@@ -576,7 +590,8 @@ def train(settings, out, device="auto", resume=False):
             begun = time.time()
 
             # The source samples of this epoch, then a step per batch of them.
-            samples, pool = curriculum.samples(epoch, s.iters_per_epoch * s.batch_size)  # Eq. 3
+            count = s.iters_per_epoch * s.batch_size
+            samples, pool_size = curriculum.samples(epoch, count)                        # Eq. 3
             steps = range(epoch * s.iters_per_epoch, (epoch + 1) * s.iters_per_epoch)
             stats = EpochStats(run, out)
             for step, batch in zip(steps, prefetch(batches(run, samples, steps), s.workers)):
@@ -599,7 +614,7 @@ def train(settings, out, device="auto", resume=False):
             seconds = time.time() - begun
 
             # Validate, log, save.
-            row = {"epoch": epoch, "lr": lr, "pool": pool, **stats.means()}
+            row = {"epoch": epoch, "lr": lr, "pool": pool_size, **stats.means()}
             if (epoch + 1) % 10 == 0 or epoch + 1 == s.epochs:
                 scores, _ = evaluate(run, run.domains.val)
                 for name, score in scores.items():
@@ -674,7 +689,8 @@ class EpochStats:
         weights = torch.nn.utils.get_total_norm(self.run.trainer.student.parameters())
         if all(finite) and weights.isfinite():
             return
-        step, indices, terms = steps[-1] if all(finite) else steps[finite.index(False)]
+        first = len(steps) - 1 if all(finite) else finite.index(False)
+        step, indices, terms = steps[first]
         found = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
         names = ", ".join(self.run.labelled.names(indices))
         kept = ""
@@ -791,7 +807,7 @@ def make_curriculum(settings, complexity, count):
     try:
         curriculum = actupose.CURRICULA[settings.curriculum](settings, complexity, count)
     except ValueError as error:
-        raise UserError(f"--{error}") from None
+        raise UserError(f"--curriculum {settings.curriculum}: {error}") from None
     for name in vars(actupose.FixedCurriculum):
         if not name.startswith("_") and not hasattr(curriculum, name):
             raise TypeError(f"{type(curriculum).__name__}: has no {name}; actupose.FixedCurriculum "
@@ -928,7 +944,7 @@ class RegDATrainer(Trainer):
         view = compose_views(random.crop_to_student_view, random.image_to_crop)
         target_images = target_images.to(self.device, non_blocking=True)
         target_images = self.augment(target_images, view, random.student_jitter)
-        # published: the visibility of the target, a label
+        # The published code weights target keypoints by their visibility, which is a label.
         unweighted = torch.ones_like(source.weight)
         begin = s.pretrain_epochs * s.iters_per_epoch
         end = s.epochs * s.iters_per_epoch
@@ -1063,7 +1079,8 @@ def evaluate_run(out, device, places):
     draw_figures(run, scores, predictions, out / "figures")
     saved = read_json(path)
     if any(saved.get(key) != value for key, value in result.items()):
-        raise UserError(f"{path}: holds other scores than this machine and these threads give")
+        raise UserError(f"{path}: holds other scores; small differences are expected where machine "
+                        "or --device or the number of threads is another")
     say(f"the same as {path}")
 
 
@@ -1193,8 +1210,8 @@ def saved_settings(out):
         raise UserError(f"{out / 'config.json'}: {error}; mend it, or give another run") from None
     for name, value in dataclasses.asdict(settings).items():
         if name not in config and value:  # a new setting that is 0, off or empty changes no run
-            raise UserError(f"{out / 'config.json'}: has no {name}, it is of other code; add the "
-                            "value that the run was started with")
+            raise UserError(f"{out / 'config.json'}: has no {name}: another version of the "
+                            "code wrote it; add the value that the run was started with")
     return settings
 
 
@@ -1510,7 +1527,7 @@ class Chart:
             end = write(self.draw, end + 28, y, name) + 28
 
     def line(self, x, y, colour):
-        """A line through the points. NaN leaves a gap."""
+        """A line through the points. One that is NaN is left out, and its neighbours are joined."""
         points = [self.place(*point) for point in zip(x, y) if np.isfinite(point[1])]
         self.draw.line(points, colour, 4, joint="curve")
 
@@ -1810,7 +1827,7 @@ def draw_drawn(path, curriculum, settings):
     The epochs: from the first to the one in which the peak arrives at the last bin.
     """
     s = settings
-    arrival = min(math.ceil(s.epochs / s.pace), s.epochs - 1)
+    arrival = min(math.ceil(s.epochs * (s.bins - 1) / (s.bins * s.pace)), s.epochs - 1)
     trained = s.iters_per_epoch * s.batch_size
     series = {}
     for epoch in np.unique(np.linspace(0, arrival, 5).round().astype(int)).tolist():
@@ -1902,8 +1919,8 @@ def find_photographs(inputs, out):
                 raise UserError(f"--out: {out} holds {file}, which could be overwritten; give "
                                 "another")
             if files.setdefault(file.name, file).resolve() != file.resolve():
-                raise UserError(f"{file}: {files[file.name]} has the same name; predict them one "
-                                "by one")
+                raise UserError(f"{file}: {files[file.name]} has the same name; give each an --out "
+                                "of its own")
     return files
 
 
@@ -1972,11 +1989,12 @@ TRAIN_HELP = """Train ACTUPose or a baseline. With no option: ACTUPose on the bu
   python train.py predict RUN IMAGE... --out DIR
 
 Tables, sweeps and ablations: python -m docs.reproduce --help"""
-PREDICT_HELP = """Find the keypoints of photographs with a run's network: a picture and a JSON file each.
+PREDICT_HELP = """Find the keypoints of photographs with a run's student: a picture and a JSON file
+each.
 
 Keypoints are in pixels of the upright picture, the centre of its first pixel at (0, 0). Confidence
-is the height of the heatmap's peak (RegDA: of its softmax). A file that cannot be read is named, and
-others go on."""
+is the height of the heatmap's peak (RegDA: of its softmax). A file that cannot be read is named,
+and others go on."""
 # The field of Settings that begins a group of options in --help.
 GROUPS = {"method": "task", "architecture": "network", "epochs": "schedule",
           "curriculum": "curriculum", "mask_ratio": "adaptation", "rotation": "augmentation",
@@ -2169,12 +2187,14 @@ def resolve_amp(settings, device):
 
 
 def check_same_settings(out, given):
-    """The settings of the run in `out`, with the PLACES given. UserError where others differ."""
+    """The settings of the run in `out`, with those given that are CHANGEABLE. UserError where
+    others differ.
+    """
     saved = saved_settings(out)
     places = {}
     for name, value in given.items():
         was = getattr(saved, name)
-        if name in PLACES:
+        if name in CHANGEABLE:
             places[name] = value
         elif was != value and (name, value) != ("amp", "auto"):
             raise UserError(f"{option_of(name)}: the run in {out} was started with {show(was)}, not"
@@ -2214,8 +2234,6 @@ def make_parser():
 
 def command(arguments):
     """What the words of the command line ask for. Returns the exit status."""
-    if arguments[:1] == ["compare"]:
-        raise UserError("compare is now a program of its own: python -m docs.reproduce --help")
     options = vars(make_parser().parse_args(arguments))
     word = options.pop("word")
     if word and arguments[0] != word:
@@ -2223,7 +2241,7 @@ def command(arguments):
     if word and world_size() > 1:
         raise UserError(f"{word}: takes one process; run it without torchrun")
     if word == "evaluate":
-        places = {name: options[name] for name in PLACES if name in options}
+        places = {name: options[name] for name in CHANGEABLE if name in options}
         evaluate_run(options["run"], choose_device(options["device"]), places)
         return 0
     if word == "predict":
@@ -2250,6 +2268,10 @@ def train_command(preset, out, device, resume, **given):
     if resume and (out / "result.json").exists():
         say(f"{out}: the run is finished; `evaluate {out}` draws its pictures again")
         return
+    for name, (other, values) in IDLE.items():
+        present = getattr(settings, other)
+        if name in given and present in values and rank() == 0:
+            warn(f"{option_of(name)}: has no effect with {option_of(other)} {show(present)}")
     if settings.schedule == "steps" and min(settings.lr_drops) >= settings.epochs and rank() == 0:
         warn(f"--lr-drops: {show(settings.lr_drops)} lie beyond --epochs {settings.epochs}; the "
              "learning rate never drops")
@@ -2270,7 +2292,7 @@ def preset_values(preset, out):
     first = {**HANDS.get(saved.source, {}), **METHODS[saved.method]}
     values = {name: getattr(Settings, name) for name in PAPER}
     values.update(PRESETS[preset])
-    return {name: value for name, value in values.items() if name not in {*first, *PLACES}}
+    return {name: value for name, value in values.items() if name not in {*first, *CHANGEABLE}}
 
 
 def warn(message, name="train.py"):

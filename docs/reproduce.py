@@ -123,13 +123,17 @@ ORDER = (*named_rows("udape,static,actupose"), *sweep_rows("pace", (1.0, 2.0)),
 LONG = dict(iters_per_epoch=4 * ITERATIONS)
 EVERYDAY = dict(target="mannequin-everyday")
 HANDS = dict(source="mannequin-hand")
+FLOAT32 = dict(amp="off")    # as every processor computes; the others' rows are of one with bfloat16
 
 # The comparisons of docs/results.md.
 COMPARISONS = {
     "bodies": Comparison(SIX, (0, 1, 2, 3, 4)),
     "everyday": Comparison(SIX, given=EVERYDAY),
     "hands": Comparison(SIX, (0, 1, 2, 3, 4), HANDS),
-    "ablations": Comparison(named_rows(",".join(["actupose", *ABLATIONS]))),
+    "ablations": Comparison(named_rows("actupose,no-curriculum,curriculum-alone,hardest,static,no-eq4,"
+                                       "literal-eq4")),
+    "parts": Comparison(named_rows("actupose,full-eq4,min-max,no-evalpose,no-cross-domain,"
+                                   "centred-cross-domain,literal-eq8,no-style,no-occlusion"), given=FLOAT32),
     "everyday-ablations": Comparison(
         named_rows("udape,actupose,no-curriculum,hardest") + sweep_rows("pace", (2.0,)), given=EVERYDAY),
     "order": Comparison(ORDER),
@@ -147,7 +151,7 @@ COMPARISONS = {
         sweep_rows("bins", (5, 10, 25, 50, 100))
         + sweep_rows("w_evalpose", (0.01, 0.03, 0.1, 0.3, 1.0))
         + sweep_rows("w_cross", (0.001, 0.003, 0.01, 0.1, 1.0))
-        + sweep_rows("gamma", (0.03, 0.04, 0.06, 0.09, 0.13)), (0,)),
+        + sweep_rows("gamma", (0.03, 0.04, 0.06, 0.09, 0.13)), (0,), FLOAT32),
     "photographs": Comparison(
         named_rows("source-only,udape,actupose"), (0,),
         dict(source="mannequin-wild", target="lsp", target_root="lspet", image_size=96)),
@@ -172,7 +176,7 @@ def differences(settings):
     differing = {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if field.name in train.PLACES or value == field.default:
+        if field.name in train.CHANGEABLE or value == field.default:
             continue
         if field.name in train.PATHS:
             value = Path(value).name
@@ -254,11 +258,15 @@ def run_missing(comparison, kept_in, out, jobs, device):
     kept = read_kept(kept_in)
     commands = {}
     settings_of = {}
+    found = []
     for row in comparison.rows:
         for seed in comparison.seeds:
             settings = run_settings(comparison, row, seed)
             run = run_directory(out, row, seed)
-            if key_of(differences(settings)) in kept or settings in settings_of.values():
+            if key_of(differences(settings)) in kept:
+                found.append(kept[key_of(differences(settings))])
+                continue
+            if settings in settings_of.values():
                 continue
             if (run / "config.json").exists():
                 train.check_same_settings(run, dataclasses.asdict(settings))
@@ -267,9 +275,25 @@ def run_missing(comparison, kept_in, out, jobs, device):
                 continue
             settings_of[run] = settings
             commands[run] = command_of(comparison, row, seed, run, device)
+    check_arithmetic(settings_of.values(), found, train.choose_device(device))
     if commands:
         train.warn(f"runs to train, in {out}: {len(commands)}, {jobs} at a time", "docs.reproduce")
     return run_all(commands, jobs, lambda run: keep(kept_in, settings_of[run], run, commit))
+
+
+def check_arithmetic(settings, lines, device):
+    """UserError where a table would mix runs in bf16 and in float32.
+
+    settings: of the runs to be trained; lines: the kept runs of the same table. --amp auto takes what the
+    processor has.
+    """
+    theirs = {line["amp"] for line in lines}
+    for each in settings:
+        ours = train.resolve_amp(each, device).amp
+        if theirs and theirs != {ours}:
+            raise UserError(f"--amp: this machine would train with {ours}, the table's kept runs have "
+                            f"{' and '.join(theirs)}; --out DIR trains all rows anew here, --no-training "
+                            "prints what there is")
 
 
 def present_commit():

@@ -12,6 +12,7 @@ import data
 import kernels
 
 CHAIN = torch.tensor([[0, 1], [1, 2], [2, 3]])       # limbs of a chain of four keypoints
+HIPS = [(2, 3)] * 16                                 # stand-ins of every missing keypoint
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +45,8 @@ def test_eq2_by_hand():
 def test_poses_are_free_of_place_and_size():
     keypoints = torch.rand(20, 16, 2) * 100
     visible = (torch.rand(20, 16) < 0.8).float()
-    poses, weight = actupose.normalise_poses(keypoints, visible, (2, 3))
-    moved, _ = actupose.normalise_poses(keypoints * 3.5 + torch.tensor([40.0, -7.0]), visible, (2, 3))
+    poses, weight = actupose.normalise_poses(keypoints, visible, HIPS)
+    moved, _ = actupose.normalise_poses(keypoints * 3.5 + torch.tensor([40.0, -7.0]), visible, HIPS)
     assert torch.allclose(poses, moved, atol=1e-5)
     assert poses.view(20, 16, 2)[visible.bool()].abs().max() <= 0.5 + 1e-6
     assert torch.equal(weight.view(20, 16, 2)[..., 0], visible)
@@ -57,9 +58,9 @@ def test_coordinates_of_missing_keypoints_do_not_count():
     visible[:, 7] = 0
     junk = keypoints.clone()
     junk[:, 7] = -999.0
-    poses, disturbed = (actupose.normalise_poses(k, visible, (2, 3))[0] for k in (keypoints, junk))
+    poses, disturbed = (actupose.normalise_poses(k, visible, HIPS)[0] for k in (keypoints, junk))
     assert torch.equal(poses, disturbed)
-    nothing, weight = actupose.normalise_poses(keypoints, torch.zeros(5, 16), (2, 3))
+    nothing, weight = actupose.normalise_poses(keypoints, torch.zeros(5, 16), HIPS)
     assert torch.isfinite(nothing).all() and weight.sum() == 0
 
 
@@ -97,10 +98,10 @@ def test_rare_poses_score_high():
     keypoints = torch.rand(16, 2) + 0.03 * torch.randn(1000, 16, 2)
     keypoints[:100] = torch.rand(100, 16, 2)
     visible = torch.ones(1000, 16)
-    vae = actupose.train_pose_vae(keypoints, visible, (2, 3), steps=300)
-    complexity = actupose.pose_complexity(vae, keypoints, visible, (2, 3))
+    vae = actupose.train_pose_vae(keypoints, visible, HIPS, steps=300)
+    complexity = actupose.pose_complexity(vae, keypoints, visible, HIPS)
     assert set(complexity.argsort(descending=True)[:80].tolist()) <= set(range(100))
-    again = actupose.pose_complexity(vae, keypoints, visible, (2, 3), chunk=77)
+    again = actupose.pose_complexity(vae, keypoints, visible, HIPS, chunk=77)
     assert torch.allclose(complexity, again, atol=1e-5)               # no draw, whatever the chunks
 
 
@@ -125,8 +126,8 @@ def test_fig3_on_real_poses():
     slots = [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15, 8, 9]
     keypoints[:, slots] = joints
     visible[:, slots] = 1.0
-    vae = actupose.train_pose_vae(keypoints, visible, (2, 3), steps=800)
-    bins = actupose.assign_bins(actupose.pose_complexity(vae, keypoints, visible, (2, 3)), 25)
+    vae = actupose.train_pose_vae(keypoints, visible, HIPS, steps=800)
+    bins = actupose.assign_bins(actupose.pose_complexity(vae, keypoints, visible, HIPS), 25)
     triplets = torch.tensor([t for t in data.BODY16.triplets if not {6, 7} & set(t)])
     angles, valid = triplet_angles(keypoints, triplets)
     angles = torch.where(valid, angles, torch.nan)

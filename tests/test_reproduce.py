@@ -104,6 +104,15 @@ def test_lines_of_another_demo_do_not_count(reproduce_into, tmp_path, monkeypatc
     assert len(kept) == 2 and kept[0] == "another"                          # the other one is not lost
 
 
+def test_a_table_is_of_one_arithmetic():
+    """Runs in float32 are not trained into a table whose kept runs are in bfloat16."""
+    settings = [train.make_settings(amp="off")]
+    reproduce.check_arithmetic(settings, [], torch.device("cpu"))
+    reproduce.check_arithmetic(settings, [{"amp": "off"}], torch.device("cpu"))
+    with pytest.raises(train.UserError, match="--amp: .* with off, the table's kept runs have bf16; --out"):
+        reproduce.check_arithmetic(settings, [{"amp": "bf16"}], torch.device("cpu"))
+
+
 @pytest.mark.parametrize("name, default, same", [
     ("w_limb", 0.0, True), ("smooth", False, True), ("lr", 0.5, False)])
 def test_what_makes_another_demo(name, default, same, monkeypatch):

@@ -523,6 +523,17 @@ def test_nan_stops_the_run_and_names_the_batch(broken, launch, tmp_path, capsys,
 
 # --- Settings and mistakes ----------------------------------------------------------------------------------
 
+def test_settings_without_effect_are_named(capsys, monkeypatch, tmp_path):
+    """The run is trained all the same."""
+    monkeypatch.setattr(train, "train", Mock(side_effect=train.UserError("trained")))
+    words = ["--method", "udape", "--pace", "2", "--gamma", "1", "--out", str(tmp_path)]
+    assert train.main(words) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "train.py: --pace: has no effect with --curriculum off",
+        "train.py: --gamma: has no effect with --w-cross 0",
+        "train.py: trained"]
+
+
 
 def test_the_papers_preset():
     """§4 and the base method's published settings; what is given wins; a method fixes what makes it."""
@@ -569,15 +580,13 @@ MISTAKES = """
 --source mannequin-wild => --source and --target must differ;
 --target lsp --target-root no/place => --target-root: no/place; --resume --out no/run => no/run;
 --source mannequin-hand --target mannequin-wild --source-count 60 => two domains of bodies or two of hands;
---bins 61 --hard-bins 1 --source-count 60 => --bins: 61 is more than the 60 training images of the source;
+--bins 61 --source-count 60 => --bins: 61 is more than the 60 training images of the source;
 --batch-size 31 --source-count 60 --target-count 30 => --batch-size: 31 is more than the 30;
 --target lsp --target-root . --target-count 9 => --target-count: needs a rendered --target, got 9;
---hard-bins 8 --method udape+vae-hm --source-count 60 => --hard-bins: 8 bins hold fewer samples;
+--hard-bins 8 --method udape+vae-hm --source-count 60 => --curriculum hardest: the 8 hardest bins hold 20;
 --epochz 3 => did you mean --epochs?; --metod=udape => did you mean --method?; evalate x => evalate;
 evaluate no/run => no/run; evaluate => run; evaluate no/run --lr 1 => --lr;
 --device cpu evaluate no/run => evaluate: comes first; evaluate no/run --cash x => did you mean --cache?;
-compare => python -m docs.reproduce;
-compare --seeds 1 --jobs 2 => python -m docs.reproduce;
 --cache /dev/null/x => --cache: /dev/null is not a directory;
 --method udape --w-cross 1 => --w-cross: --method udape has 0; --out /dev/null/x => --out: /dev/null is not"""
 
