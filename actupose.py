@@ -44,8 +44,8 @@ def normalise_poses(keypoints, visible, stand_ins):
     high = torch.where(seen, keypoints, -torch.inf).amax(1)
     side = (high - low).amax(1).clamp(min=1e-6)
     poses = (keypoints - ((low + high) / 2)[:, None]) / side[:, None, None]
-    # Decision: a missing keypoint lies where it would be about: a thorax between the shoulders. With the hips
-    # for all, LSP's poses, which label neither pelvis nor thorax, would look harder than they are.
+    # Decision: a missing keypoint is put near its true place: a thorax lies between the shoulders. If all
+    # lay at the hips, LSP's poses, which label neither pelvis nor thorax, would look harder than they are.
     num_keypoints = keypoints.shape[1]
     listed = torch.zeros(num_keypoints, num_keypoints, dtype=poses.dtype)
     for k, others in enumerate(stand_ins):
@@ -112,7 +112,7 @@ def train_pose_vae(keypoints, visible, stand_ins, steps=1500, kl_weight=1e-3, la
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(steps):
         index = torch.randint(len(keypoints), (min(batch_size, len(keypoints)),), generator=generator)
-        poses, weight = normalise_poses(keypoints[index], visible[index], stand_ins)  # of millions only these
+        poses, weight = normalise_poses(keypoints[index], visible[index], stand_ins)  # of millions of poses, only these
         loss = vae_loss(poses, *vae(poses, generator), kl_weight, weight)
         optimiser.zero_grad()
         loss.backward()
@@ -161,7 +161,7 @@ class FixedCurriculum:
 
     pool: (n,) the samples. An epoch of training calls `samples`, `observe` and `rerank`.
     """
-    drawn = {}              # nothing is drawn, and nothing moves: see `ActiveCurriculum`
+    drawn = {}              # no pool is drawn from bins: see `ActiveCurriculum`
     reranks = False
     observes_all = False
 
@@ -178,7 +178,7 @@ class FixedCurriculum:
         """Confidences change nothing."""
 
     def rerank(self):
-        """Nor does the end of an epoch."""
+        """The end of an epoch changes nothing."""
 
     def state_dict(self):
         """Nothing changes in training."""
@@ -286,7 +286,7 @@ class ActiveCurriculum:
     def samples(self, epoch, count):
         """The `count` source samples of an epoch, in order, and from how many they were chosen.
 
-        The pool of `sample`, from its beginning: cut off, or repeated, to as many as the epoch has room for.
+        They are the pool of `sample` in its order, cut off or repeated to the length `count`.
         """
         pool = self.sample(epoch)
         return np.resize(pool, count), len(pool)
@@ -380,9 +380,9 @@ def all_samples(settings, complexity, count):
     return FixedCurriculum(np.arange(count), settings.seed)
 
 
-# --curriculum: what makes the one of a run from its settings, the complexity (N,) of the source's poses and
-# the number of labelled samples. A new curriculum is a class (or function) here and a row of this table. It
-# needs what FixedCurriculum has.
+# --curriculum: functions of a run's settings, the complexity (N,) of the source's poses and the number of
+# labelled samples. A new curriculum is a class (or function) above and a row of this table. It needs what
+# FixedCurriculum has.
 CURRICULA = {"active": ActiveCurriculum.of, "static": StaticCurriculum.of, "hardest": hardest_bins,
              "off": all_samples}
 
@@ -859,7 +859,8 @@ def total_loss(udape, evalpose_term, cross_domain, weights=(1.0, 0.1, 0.01)):
 def make_regressors(network):
     """Give a PoseResNet RegDA's two regressors in place of its head: f is `head`, f' `head_adv`.
 
-    Both start new: psi alone survives pretraining. Parameter names are the published ones.
+    Both start from random weights; of the pretrained network only psi is kept. Parameter names are the
+    published ones.
     """
     width = network.head.in_channels
     num_keypoints = network.head.out_channels

@@ -1010,7 +1010,7 @@ class Picture(NamedTuple):
 
 
 def open_picture(path):
-    """An image file as everybody means it: an upright, 8-bit RGB image (PIL).
+    """An image file -> an upright, 8-bit RGB image (PIL).
 
     It is turned and mirrored by its EXIF orientation; a damaged EXIF block counts as upright. 16-bit grey is
     scaled to 8 bits. Transparent parts show a mid-grey background. Of an animation the first picture counts.

@@ -41,12 +41,12 @@ from data import (Progress, colour_jitter, compose_views, invert_view, letterbox
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: printed on one line, exit status 2."""
+    """A mistake that the user can mend. It is printed on one line; the exit status is 2."""
 
 
 # --- Settings -------------------------------------------------------------------------------------
 
-# A method is the one loop with parts on or off.
+# All methods share one loop. A method says which of its parts are on or off.
 SUPERVISED = dict(curriculum="off", style="off", w_evalpose=0.0, w_cross=0.0)
 METHODS = {
     "source-only": SUPERVISED,
@@ -70,7 +70,8 @@ PAPER = dict(
     rotation=60.0, shear=30.0, translate=0.05, zoom=(0.6, 1.3), crop=(0.6, 1.0), jitter=0.25,
     w_udape=1.0, w_evalpose=0.1, w_cross=0.01, beta=50.0, gamma=0.06)
 PRESETS = {"demo": {}, "paper": PAPER}
-# What a source of hands changes. Gamma: as many random source pairs are similar as for bodies.
+# What a source of hands changes. Below this Gamma lies the same share of random source pairs as for
+# bodies below theirs.
 HANDS = {
     "mannequin-hand": dict(target="mannequin-hand-wild", gamma=0.019),
     "rhd": dict(rotation=180.0, gamma=0.019),  # rotations in every direction, as published
@@ -198,7 +199,7 @@ class Settings:
 
 
 def make_settings(preset="demo", **given):
-    """Settings of a preset, then what hands change, then what is given, then what makes the method.
+    """The Settings of a run. Later ones win: preset, hands, what is given, what makes the method.
 
     UserError where a given value contradicts the method.
     """
@@ -604,7 +605,7 @@ def train(settings, out, device="auto", resume=False):
             stats.check_finite()
             broadcast_buffers(trainer)
 
-            # The ranking for the next epoch, by what the student was sure of in this one.
+            # Rank the samples for the next epoch by the student's confidence in this one.
             if curriculum.observes_all:
                 everything = np.arange(len(run.labelled))
                 curriculum.observe(everything, confidence_on(run.labelled, trainer))
@@ -673,7 +674,7 @@ class EpochStats:
         self.steps += 1
         self.confidences.append(confidence)
         self.unchecked.append((step, indices, terms))
-        # On a GPU each look waits for it.
+        # On a GPU each check waits for the device, so only every 50th step checks.
         if self.run.trainer.device.type == "cpu" or len(self.unchecked) == 50:
             self.check_finite()
 
@@ -748,7 +749,7 @@ def set_up(settings, device, checkpoint=None, out=None):
         role = "target" if s.method == "oracle" else "source"
         raise UserError(f"--{role} {getattr(s, role)}: no keypoint is labelled; {s.method} needs "
                         "labels to train on")
-    make_curriculum(s, np.zeros(len(source)), len(labelled))  # what it refuses is said now
+    make_curriculum(s, np.zeros(len(source)), len(labelled))  # refuses wrong settings now
     trainer = make_trainer(s, skeleton, device)
     if s.compile:
         check_compiler(device)
@@ -954,13 +955,13 @@ class RegDATrainer(Trainer):
         f_adv = network.head_adv
 
         def regress(images):
-            """Heatmaps of f and f', and what f's make of f': ground truth and ground false."""
+            """Heatmaps of f and f', and the targets of f' by f's maxima: ground truth and false."""
             with self.autocast():
                 maps, maps_adv = actupose.regressor_maps(network, images, factor)
             ground_truth, ground_false = actupose.ground_maps(maps.float(), s.sigma, s.subcell)
             return maps.float(), maps_adv.float(), ground_truth, ground_false
 
-        # A: on the source all learn; f' is to agree with f, with a margin of 4.
+        # A: on the source all parts learn, and f' learns to agree with f (weight 4, the margin).
         maps, maps_adv, ground_truth, _ = regress(source.images)
         kl = actupose.heatmap_kl(maps, source.labels, source.weight)
         agreement = actupose.heatmap_kl(maps_adv, ground_truth, source.weight, 1e-7)
@@ -969,7 +970,7 @@ class RegDATrainer(Trainer):
         _, maps_adv, _, ground_false = regress(target_images)
         disagreement = actupose.heatmap_kl(maps_adv, ground_false, unweighted, 1e-7)
         self.descend(disagreement, f_adv)
-        # C: psi learns features on which f' agrees all the same.
+        # C: on the target psi learns features on which f' agrees with f.
         _, maps_adv, ground_truth, _ = regress(target_images)
         target_agreement = actupose.heatmap_kl(maps_adv, ground_truth, unweighted, 1e-7)
         self.descend(target_agreement, *psi)
@@ -1061,8 +1062,8 @@ def evaluate(run, dataset):
 def evaluate_run(out, device, places):
     """`evaluate RUN`: score the last checkpoint and draw the pictures again.
 
-    places: {setting: path} where the run's data lie now, which is written down. UserError where
-    result.json says something else.
+    places: {setting: path} where the run's data lie now, which goes into config.json. UserError
+    where the scores differ from those in result.json.
     """
     settings = dataclasses.replace(saved_settings(out), **places)
     run = set_up(settings, device, load_run(out / "last.pt"))
@@ -1282,7 +1283,7 @@ def load_torch(file, path):
     try:
         # UDAPE's and RegDA's files hold the options they were written with: plain values, too.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's about TorchScript: the answer is a line
+            warnings.simplefilter("ignore")  # torch's about TorchScript: the error below says it
             state = torch.load(file, map_location="cpu", weights_only=True)
         reason = f"it holds a {type(state).__name__}"
         advice = "save the weights alone: torch.save(model.state_dict(), FILE)"
@@ -1340,8 +1341,7 @@ def claimed(out):
 
 
 def check_writable(path, name):
-    """UserError, for an option, where a directory is not there to be written to, or cannot be made.
-    """
+    """UserError, for an option, where a directory cannot be written to, or cannot be made."""
     nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise UserError(f"{name}: {nearest} is not a directory that can be written to; give "
@@ -1376,14 +1376,13 @@ def starting_point(out, resume):
         return state
 
 
-def load_weights(module, state, path):
-    """module.load_state_dict, strict. UserError names the file and what does not fit."""
+def load_weights(module, state, path, hint="Is it of another --architecture or skeleton?"):
+    """module.load_state_dict, strict. UserError names the file, what does not fit, and the hint."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
         first = str(error).split("\n\t")[1]                     # after torch's headline
-        raise UserError(f"{path}: {first.strip()} Is it of another --architecture or skeleton?"
-                        ) from None
+        raise UserError(f"{path}: {first.strip()} {hint}") from None
 
 
 def load_networks(trainer, checkpoint, path):
@@ -1406,7 +1405,8 @@ def load_style_weights(network, path):
     """
     own = network.state_dict()
     state = load_torch(path, path)
-    load_weights(network, {name: value for name, value in state.items() if name in own}, path)
+    state = {name: value for name, value in state.items() if name in own}
+    load_weights(network, state, path, "Is it a file of AdaIN or UDAPE?")
 
 
 # torchvision's ResNets trained on ImageNet; the digits are the start of the file's SHA-256.
@@ -2346,7 +2346,9 @@ def guarded(program, arguments, name, advice):
 
 
 def mend_streams():
-    """Output that cannot end a run: closed streams lead nowhere, what an encoding lacks is escaped.
+    """Mend the output streams, so that writing to them cannot end a run.
+
+    What is written to a closed stream is dropped. Letters that an encoding lacks are escaped.
     """
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")

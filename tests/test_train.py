@@ -534,7 +534,6 @@ def test_settings_without_effect_are_named(capsys, monkeypatch, tmp_path):
         "train.py: trained"]
 
 
-
 def test_the_papers_preset():
     """§4 and the base method's published settings; what is given wins; a method fixes what makes it."""
     s = train.make_settings("paper", style_weights="x")
