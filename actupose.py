@@ -112,7 +112,8 @@ def train_pose_vae(keypoints, visible, stand_ins, steps=1500, kl_weight=1e-3, la
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for _ in range(steps):
         index = torch.randint(len(keypoints), (min(batch_size, len(keypoints)),), generator=generator)
-        poses, weight = normalise_poses(keypoints[index], visible[index], stand_ins)  # of millions of poses, only these
+        # Only the batch is normalised: the source may have millions of poses.
+        poses, weight = normalise_poses(keypoints[index], visible[index], stand_ins)
         loss = vae_loss(poses, *vae(poses, generator), kl_weight, weight)
         optimiser.zero_grad()
         loss.backward()
@@ -294,10 +295,10 @@ class ActiveCurriculum:
     def observe(self, indices, confidence):
         """Confidences seen in training: indices (n,), confidence (n,), a sample's mean heatmap maximum.
 
-        Decision: taken from the training passes themselves, so Eq. 4 costs no extra pass over the source; with
-        rescoring "full" from a pass over all samples. All calls between two `rerank`s are one epoch. Of a
-        sample seen twice in it, the last confidence counts.
-        A confidence of 0 is that of a view without a labelled keypoint, and says nothing.
+        Decision: taken from the training passes themselves, so Eq. 4 costs no extra pass over the source. With
+        rescoring "full" they are from a pass over all samples. All calls between two `rerank`s are one epoch.
+        Of a sample seen twice in it, the last confidence counts. A confidence of 0 is that of a view without a
+        labelled keypoint, and says nothing.
         """
         indices = np.asarray(indices)
         confidence = np.asarray(confidence, dtype=np.float32)
@@ -591,10 +592,10 @@ def channel_statistics(features):
 
 
 def adain(content, style, alpha=1.0):
-    """Adaptive instance normalisation: content's features (B, C, H, W) with the channel statistics of style's.
+    """Adaptive instance normalisation: features (B, C, H, W) of content with the channel statistics of style.
 
-    alpha: how much of it, 0 ... 1; the rest is the content as it is. In float32, whatever the networks compute
-    in: a variance over a map loses too much in half precision.
+    alpha: how much of it, 0 ... 1; the rest is the content as it is. In float32, whatever the networks
+    compute in: a variance over a map loses too much in half precision.
     """
     content = content.float()
     mean_c, std_c = channel_statistics(content)
@@ -691,8 +692,8 @@ def train_style_transfer(style_transfer, batches, iterations, train_encoder, lr=
     """Fit the decoder on both domains' images, in both directions, in place.
 
     For a given encoder the loss is the published one, content + 0.1 style. With `train_encoder`, for an
-    encoder without published weights, the first half of the iterations trains encoder and decoder to reproduce
-    the images. The second half freezes the encoder, and reproducing the images stays a term of the loss.
+    encoder without published weights, the first half of the iterations trains encoder and decoder to
+    reproduce the images. The second half freezes the encoder, and reproducing stays a term of the loss.
     batches: function of the iteration -> (source, target) normalised image batches (B, 3, H, W).
     autocast: context in which the networks compute. progress: called with (done, iterations).
     """

@@ -480,7 +480,7 @@ def seeds_table(results, ours="actupose"):
 
 
 def pairs_table(results, shown):
-    """A table of `PAIRS`: PCK of both rows, and seed by seed the differences of PCK and of EvalPose scores."""
+    """A table of `PAIRS`: PCK of both rows, and seed by seed the differences of PCK and EvalPose score."""
     header, pairs = PAIRS[shown]
     table = [[*header, "difference", "of EvalPose"]]
     for label, pair in pairs.items():
@@ -499,7 +499,8 @@ def pairs_table(results, shown):
 
 
 def sweeps_table(comparison, results):
-    """Fig. 10 in a row per swept setting: its values, each with the PCK and, in brackets, the validation PCK."""
+    """Fig. 10 in a row per swept setting: its values, each with the PCK and, in brackets, that on validation.
+    """
     cells_of = {}
     for row in comparison.rows:
         if row.swept and row.name in results:

@@ -126,8 +126,9 @@ def command(arguments):
     trainer.begin_adaptation()
     columns["adaptation"] = clock.measure(lambda i: trainer.step(i, source_batch, target_images), count)
 
-    print(f"{train.kernels.common.device_name(device)}, {torch.get_num_threads()} threads, --amp {settings.amp}, "
-          f"torch {torch.__version__}; milliseconds per step (per cent)\n")
+    name = train.kernels.common.device_name(device)
+    print(f"{name}, {torch.get_num_threads()} threads, --amp {settings.amp}, torch {torch.__version__}; "
+          "milliseconds per step (per cent)\n")
     print("| part | " + " | ".join(columns) + " |\n" + "|---" * (1 + len(columns)) + "|")
     names = [row for _, _, row in PARTS]
     for name in [*names, "losses and the rest", "whole step"]:
