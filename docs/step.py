@@ -126,8 +126,8 @@ def command(arguments):
     trainer.begin_adaptation()
     columns["adaptation"] = clock.measure(lambda i: trainer.step(i, source_batch, target_images), count)
 
-    name = train.kernels.common.device_name(device)
-    print(f"{name}, {torch.get_num_threads()} threads, --amp {settings.amp}, torch {torch.__version__}; "
+    processor = train.kernels.common.device_name(device)
+    print(f"{processor}, {torch.get_num_threads()} threads, --amp {settings.amp}, torch {torch.__version__}; "
           "milliseconds per step (per cent)\n")
     print("| part | " + " | ".join(columns) + " |\n" + "|---" * (1 + len(columns)) + "|")
     names = [row for _, _, row in PARTS]
