@@ -197,13 +197,13 @@ SHAPES = [(1, 1, 1, 1), (2, 3, 7, 5), (1, 5, 24, 48), (2, 2, 71, 66), (2, 16, 33
           (2, 37, 4, 4), (0, 3, 4, 4), (2, 0, 4, 4), (0, 0, 4, 4)]
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_shape_dtype_and_layout(backend, shape, dtype):
+def test_every_shape_dtype_and_layout(backend, shape):
+    """Each pair of a shape, a dtype and a layout comes up. `test_random_heatmaps` draws all three freely."""
     rng = np.random.default_rng(sum(shape))
     weight = torch.rand(shape[:2], generator=torch.Generator().manual_seed(5))
-    for layout in LAYOUTS:
-        maps = laid_out(random_maps(shape).to(dtype), layout, rng)
+    for n, layout in enumerate(LAYOUTS, SHAPES.index(shape)):
+        maps = laid_out(random_maps(shape).to(FLOATS[n % len(FLOATS)]), layout, rng)
         check_argmax(backend, maps, laid_out(weight, layout, rng))
         check_soft_argmax(backend, maps, 20.0)
         check_rectify(backend, maps)
@@ -261,7 +261,7 @@ def drawn_maps(rng, seed):
     return laid_out(torch.from_numpy(values).to(pick(rng, FLOATS)), pick(rng, ALL_LAYOUTS), rng)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(24))
 def test_random_heatmaps(backend, seed):
     rng = np.random.default_rng([0, seed])
     maps = drawn_maps(rng, seed)
@@ -417,6 +417,7 @@ def hand_poses(backend):
 
 
 def test_distance_hand_values(backend, tiles):
+    """Eq. 7 of one triplet of three keypoints: the difference of two angles, over K = 3."""
     poses, triplet = hand_poses(backend)
     expected = torch.tensor([[0.0, 1, 1], [1, 0, 2], [1, 2, 0]]) * np.pi / 6
     found = kernels.triplet_angle_distance(poses, poses, triplet).cpu()
@@ -543,7 +544,7 @@ def random_banks(rng, lead=(), target_lead=()):
     return source, target, triplets, source_valid, target_valid, least
 
 
-@pytest.mark.parametrize("seed", range(36))
+@pytest.mark.parametrize("seed", range(24))
 def test_random_distances(backend, seed, monkeypatch):
     leads = [((), ()), ((), ()), ((), ()), ((2,), (2,)), ((1,), (3,)), ((2, 1), (1, 3)), ((), (2,)),
              ((0,), (1,))]
