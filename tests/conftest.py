@@ -10,13 +10,12 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tiny_runs import tiny
+from tiny_runs import ROOT, child_environment, tiny
 
 if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -59,7 +58,7 @@ def launch(tmp_path_factory):
 @pytest.fixture(scope="session")
 def golden():
     """Inputs and outputs of the published base method's code, as tensors. Skips the test without the file."""
-    path = Path(__file__).resolve().parents[2] / "shared" / "golden" / "udape.npz"
+    path = ROOT.parent / "shared" / "golden" / "udape.npz"
     if not path.exists():
         pytest.skip("golden values of the base method (shared/golden/udape.npz) are not here")
     arrays = np.load(path, allow_pickle=False)
@@ -86,9 +85,8 @@ def backend(request, monkeypatch):
 def run_python():
     """Runs code in a fresh interpreter at the project's root, without TRITON_INTERPRET unless it is given."""
     def run(code, *arguments, **environment):
-        clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-        result = subprocess.run([sys.executable, "-c", code, *arguments], env={**clean, **environment},
-                                cwd=Path(__file__).resolve().parents[1], text=True, capture_output=True)
+        result = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, text=True,
+                                env=child_environment(**environment), capture_output=True)
         assert result.returncode == 0, result.stderr
         return result.stdout
     return run

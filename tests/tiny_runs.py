@@ -1,6 +1,9 @@
-"""Runs that take seconds: their options, and ways to look into them."""
+"""Runs that take seconds: their options, processes of their own, and ways to look into them."""
 import json
+import os
+from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = """--epochs 3 --pretrain-epochs 1 --iters-per-epoch 2 --batch-size 4 --image-size 32
              --style-iters 2 --vae-steps 5 --bins 5 --hard-bins 2 --device cpu""".split()
 
@@ -16,14 +19,31 @@ def tiny(*options):
 
 
 TINY = tiny()
-# train.py with few images to score and without the slow pictures, for runs in processes of their own.
+# train.py with few images to score and without the slow pictures, for runs in processes of their own. torch's
+# optimisers import its compiler, which takes seconds; a stand-in saves them, since no run here compiles.
 SCRIPT = """
 import sys
+from unittest.mock import Mock
+import torch
+
+torch._dynamo = Mock(disable=lambda function, *_, **__: function)
+sys.modules["torch._dynamo"] = torch._dynamo
 import data, train
 
-data.Mannequin.DEFAULT_COUNTS = {key: min(n, 20) for key, n in data.Mannequin.DEFAULT_COUNTS.items()}
+data.Mannequin.DEFAULT_COUNTS = {key: min(n, 30) for key, n in data.Mannequin.DEFAULT_COUNTS.items()}
 train.draw_panels = train.draw_complexity = lambda *arguments: None
 """
+
+
+def child_environment(**changes):
+    """The environment of a child process: one thread, no GPU, no interpreter of Triton, and these changes."""
+    clean = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    clean.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(ROOT))
+    return {**clean, **changes}
+
+
+# Unpickled, it makes the directory `executed`.
+Payload = type("Payload", (), {"__reduce__": lambda self: (os.mkdir, ("executed",))})
 
 
 def read(path):
@@ -32,6 +52,11 @@ def read(path):
     if path.suffix == ".json":
         return json.loads(text)
     return [json.loads(line) for line in text.splitlines()]
+
+
+def files_in(out):
+    """Everything in a directory, by its path from there."""
+    return sorted(str(path.relative_to(out)) for path in out.rglob("*"))
 
 
 def record(patch, calls, owner, *names):
