@@ -1,9 +1,5 @@
 """`python -m kernels.benchmark`: its formulas, checks and tables. These tests judge no time."""
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,21 +7,31 @@ import torch
 
 import kernels
 from kernels import benchmark, common, compiled
+from tiny_runs import record
 
 CUDA = torch.cuda.is_available()
 SMALL = benchmark.Plan([((2, 3, 8, 8), torch.float32, "contiguous"),
                         ((2, 3, 8, 8), torch.bfloat16, "channels-last")],
                        [(32, 32, 16, 16, False), (64, 64, 14, 21, True)], seconds=0.01)
+# Of `benchmark.CHECK` one shape with special values and one of poses: enough to find a wrong operator.
+CHECK = benchmark.Plan([((5, 3, 37, 23), torch.float32, "contiguous")], [(33, 65, 16, 16, True)])
 LIMITS = dict(read=1e10, write=5e9, fp32=1e11, launch_us="not measured")
 
 
 @pytest.fixture(autouse=True)
 def light(monkeypatch):
-    """No interpreter, no compilers (seconds per row) and no large copies to measure limits by."""
+    """No interpreter, no compilers (seconds per row) and no large copies to measure limits by.
+
+    Without a GPU also fewer and smaller cases: there the operators run their reference.
+    """
     monkeypatch.setattr(common, "INTERPRET", False)
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)
     monkeypatch.setattr(compiled, "missing", lambda capability: "not in this test")
     monkeypatch.setattr(benchmark, "measure_limits", lambda clock: LIMITS)
+    if not CUDA:
+        monkeypatch.setattr(benchmark, "CHECK", CHECK)
+        monkeypatch.setattr(benchmark, "QUICK", benchmark.TINY)
 
 
 def test_formulas_against_hand_values():
@@ -62,18 +68,17 @@ def test_adverse_maps():
 
 def test_every_operator(monkeypatch, capsys):
     """A run checks and times every operator and prints a table for each."""
-    rows = []
-    hosts = []
-    measure_row = benchmark.measure_row
-    host_times = benchmark.host_times
-    monkeypatch.setattr(benchmark, "measure_row", lambda *given: rows.append(given[0]) or measure_row(*given))
-    monkeypatch.setattr(benchmark, "host_times", lambda *given: hosts.append(host_times(*given)) or hosts[-1])
+    calls = []
+    record(monkeypatch, calls, benchmark, "measure_row", "host_times")
     assert benchmark.main(["--seed", "3"], plan=SMALL) == 0
     printed = capsys.readouterr().out
     assert "| seed | 3 |" in printed and "| commit |" in printed
-    several = benchmark.HEATMAP_OPERATORS | benchmark.POSE_OPERATORS
-    names = [name for name in several for _ in range(2)] + ["training_step"]
-    assert [row["operator"] for row in rows] == names
+    rows = [arguments[0] for name, arguments, _ in calls if name == "measure_row"]
+    hosts = [lines for name, _, lines in calls if name == "host_times"]
+    names = ["training_step"]
+    for name in benchmark.HEATMAP_OPERATORS | benchmark.POSE_OPERATORS:
+        names += [name, name]                       # the two rows of SMALL
+    assert sorted(row["operator"] for row in rows) == sorted(names)
     for row in rows:
         eager = row["providers"]["eager"]
         triton = row["providers"]["triton"]
@@ -87,10 +92,11 @@ def test_every_operator(monkeypatch, capsys):
             assert triton["extra_bytes"] >= row["written_bytes"]
         else:
             assert triton == {"skipped": "not measured"} and row["speedup"] is None
-    assert [{row["operator"] for row in table} for table in hosts] == [
-        set(benchmark.OPERATORS)] * (1 + common.HAVE_TRITON)
-    assert all(row["operator / eager"] == pytest.approx(row["operator, us"] / row["eager, us"])
-               for row in sum(hosts, []))
+    assert len(hosts) == 1 + common.HAVE_TRITON
+    for table in hosts:
+        assert {row["operator"] for row in table} == set(benchmark.OPERATORS)
+        for row in table:
+            assert row["operator / eager"] == pytest.approx(row["operator, us"] / row["eager, us"])
     assert printed.startswith("No CUDA device: the Triton columns are not measured") == (not CUDA)
     assert all(f"## {name}\n" in printed for name in benchmark.OPERATORS)
     assert f"| eager: ms (% of limit), {'cold cache, GPU' if CUDA else 'warm cache, host'} time |" in printed
@@ -153,24 +159,19 @@ def test_what_cannot_be_measured_costs_one_cell(monkeypatch, capsys):
     assert benchmark.why_skipped(row, "triton", cuda=False) == "not measured"
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["--only", "soft_argmin"], "invalid choice: 'soft_argmin'"),
-    (["--qiuck"], "unrecognized arguments: --qiuck")])
-def test_mistakes_end_in_one_line_before_anything_is_measured(arguments, said, monkeypatch, capsys):
+@pytest.mark.parametrize("arguments, interpreted, said", [
+    (["--only", "soft_argmin"], False, "invalid choice: 'soft_argmin'"),
+    (["--qiuck"], False, "unrecognized arguments: --qiuck"),
+    (["--quick"], True, "unset TRITON_INTERPRET")])
+def test_mistakes_end_in_one_line(arguments, interpreted, said, monkeypatch, capsys):
+    """Status 2, before anything is measured. So for the interpreter, whose times would say nothing."""
+    monkeypatch.setattr(common, "INTERPRET", interpreted)
     monkeypatch.setattr(benchmark, "measure_limits", lambda clock: pytest.fail("measured something"))
     with pytest.raises(SystemExit) as ended:
         benchmark.main(arguments, plan=SMALL)
     error = capsys.readouterr().err
-    assert ended.value.code == 2 and said in error and error.count("\n") == 1
-
-
-@pytest.mark.skipif(not common.HAVE_TRITON, reason="Triton is not installed")
-def test_the_interpreter_is_refused():
-    """Its times would say nothing: the command exits with status 2 and measures nothing."""
-    command = [sys.executable, "-m", "kernels.benchmark", "--quick"]
-    run = subprocess.run(command, text=True, capture_output=True,
-                         cwd=Path(__file__).resolve().parents[1], env=os.environ | {"TRITON_INTERPRET": "1"})
-    assert run.returncode == 2 and "unset TRITON_INTERPRET" in run.stderr and run.stdout == ""
+    assert ended.value.code == 2
+    assert said in error and error.count("\n") == 1
 
 
 def test_instructions_are_counted_along_the_path_that_a_warp_takes():
