@@ -1,7 +1,6 @@
 """The paper's equations against hand-worked and float64 values, and against the published base method."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import torch
 import actupose
 import data
 import kernels
+from tiny_runs import ROOT
 
 CHAIN = torch.tensor([[0, 1], [1, 2], [2, 3]])       # limbs of a chain of four keypoints
 HIPS = [(2, 3)] * 16                                 # stand-ins of every missing keypoint
@@ -78,19 +78,18 @@ def test_a_missing_keypoint_lies_between_its_own_stand_ins():
 
 
 def test_unlabelled_pelvis_and_thorax_leave_the_ranking():
-    """LSP labels neither: its poses do not become harder by that. A pelvis lies between the hips, a thorax
-    between the shoulders."""
-    source = data.Mannequin("source", "train", 64, 4000)
+    """LSP labels neither: without them all complexities change by about the same factor. A pelvis lies
+    between the hips, a thorax between the shoulders; with hips for both, one in a hundred is off by 43 %."""
+    source = data.Mannequin("source", "train", 64, 2000)
     target = data.Mannequin("target", "train", 64, 500)
     stand_ins = data.BODY16.stand_in_rows
-    vae = actupose.train_pose_vae(source.keypoints, source.visible, stand_ins, steps=1200)
+    vae = actupose.train_pose_vae(source.keypoints, source.visible, stand_ins, steps=300)
     hidden = target.visible.clone()
     hidden[:, [6, 7]] = 0
-    ranks = []
-    for visible in (target.visible, hidden):
-        complexity = actupose.pose_complexity(vae, target.keypoints, visible, stand_ins)
-        ranks.append(complexity.argsort().argsort().numpy())
-    assert np.corrcoef(*ranks)[0, 1] > 0.999
+    with_them = actupose.pose_complexity(vae, target.keypoints, target.visible, stand_ins)
+    without = actupose.pose_complexity(vae, target.keypoints, hidden, stand_ins)
+    factor = without / with_them
+    assert (factor / factor.median() - 1).abs().quantile(0.99) < 0.25
 
 
 def test_rare_poses_score_high():
@@ -115,7 +114,7 @@ def test_bins_are_equal_and_ordered():
 def test_fig3_on_real_poses():
     """Fig. 3: within a bin of real poses, the spread of the triplet angles rises with complexity."""
     from kernels.reference import triplet_angles
-    path = Path(__file__).resolve().parents[2] / "shared" / "mat" / "lspet_joints.mat"
+    path = ROOT.parent / "shared" / "mat" / "lspet_joints.mat"
     if not path.exists():
         pytest.skip("the annotations of LSP Extended (shared/mat) are not here")
     joints = np.ascontiguousarray(data.read_mat(path, "joints"), dtype=np.float32)
@@ -126,7 +125,7 @@ def test_fig3_on_real_poses():
     slots = [0, 1, 2, 3, 4, 5, 10, 11, 12, 13, 14, 15, 8, 9]
     keypoints[:, slots] = joints
     visible[:, slots] = 1.0
-    vae = actupose.train_pose_vae(keypoints, visible, HIPS, steps=800)
+    vae = actupose.train_pose_vae(keypoints, visible, HIPS, steps=300)
     bins = actupose.assign_bins(actupose.pose_complexity(vae, keypoints, visible, HIPS), 25)
     triplets = torch.tensor([t for t in data.BODY16.triplets if not {6, 7} & set(t)])
     angles, valid = triplet_angles(keypoints, triplets)
@@ -332,7 +331,8 @@ def test_adain_agrees_with_published(golden):
 def test_adain_computes_in_float32():
     """With bfloat16 features, the statistics are those of the same numbers in float64."""
     content, style = torch.randn(2, 2, 4, 16, 16).bfloat16() + 30
-    (mean_c, std_c), (mean_s, std_s) = (actupose.channel_statistics(x.double()) for x in (content, style))
+    std_c, mean_c = torch.std_mean(content.double(), (2, 3), keepdim=True)
+    std_s, mean_s = torch.std_mean(style.double(), (2, 3), keepdim=True)
     exact = (content.double() - mean_c) / std_c * std_s + mean_s
     out = actupose.adain(content, style)
     assert out.dtype == torch.float32 and torch.allclose(out.double(), exact, atol=1e-3)
@@ -525,19 +525,7 @@ def test_eq6_gradient_reaches_the_student_alone():
     assert target.grad is None and source.grad[2].abs().sum() == 0 and source.grad[:2].abs().sum() > 0
 
 
-def test_eq7_by_hand():
-    """A straight and a right-angled arm, one triplet of three keypoints: angles pi and pi/2, over K = 3."""
-    poses = torch.tensor([[[0.0, 0], [1, 0], [2, 0]], [[0, 0], [1, 0], [1, 5]]])
-    triplets = torch.tensor([[0, 1, 2]])
-    distance = (math.pi / 2) / 3
-    found = kernels.triplet_angle_distance(poses, poses, triplets, min_triplets=1)
-    assert torch.allclose(found, torch.tensor([[0, distance], [distance, 0]]), atol=1e-6)
-    unsure = torch.tensor([[True, True, False], [True, True, True]])        # prunes the triplet of pose 0
-    found = kernels.triplet_angle_distance(poses, poses, triplets, unsure, min_triplets=1)
-    assert found[0].isinf().all() and found[1].isfinite().all()
-    found = kernels.triplet_angle_distance(poses, poses, triplets, None, unsure, min_triplets=1)
-    assert found[:, 0].isinf().all() and found[:, 1].isfinite().all()
-
+# Eq. 7 by hand: test_distance_hand_values in test_kernels.py.
 
 def test_eq8_by_hand():
     assert actupose.total_loss(2.0, -3.0, -5.0) == pytest.approx(2 - 0.3 - 0.05)
