@@ -2,7 +2,6 @@
 import argparse
 import collections
 import json
-import os
 import pickle
 import struct
 import warnings
@@ -16,11 +15,10 @@ import torch
 import actupose
 import data
 import train
-from tiny_runs import TINY, check_one_line
+from tiny_runs import ROOT, TINY, Payload, check_one_line
 
 CPU = torch.device("cpu")
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
-Payload = type("Payload", (), {"__reduce__": lambda self: (os.mkdir, ("executed",))})    # if it is unpickled
+GOLDEN = ROOT.parent / "shared" / "golden"
 
 
 def published(file, key=None):
@@ -73,8 +71,8 @@ def test_udape(tmp_path):
 
 
 def test_regda():
-    """`model`: the pretrained network whole; of the adapted one all but its two heads of two layers. One
-    with RegDA's two regressors takes the adapted one whole, and of the pretrained one psi."""
+    """A pretrained network loads whole, of an adapted one all but its two heads of two layers. A network with
+    RegDA's two regressors takes the adapted one whole, and psi of the pretrained one."""
     state = ours("resnet18", 21)
     check("resnet18", {"model": state, "epoch": 1}, state)
     state = ours("resnet18", leave_out="head")
@@ -83,8 +81,9 @@ def test_regda():
     shapes = {"0.weight": (256, 256, 3, 3), "1.num_batches_tracked": (), "3.weight": (21, 256, 1, 1),
               **dict.fromkeys("0.bias 1.weight 1.bias 1.running_mean 1.running_var".split(), 256),
               "3.bias": 21}
-    state |= {f"{head}.{name}": torch.rand(shape) for head in ("head", "head_adv")
-              for name, shape in shapes.items()}
+    for name, shape in shapes.items():
+        state[f"head.{name}"] = torch.rand(shape)
+        state[f"head_adv.{name}"] = torch.rand(shape)
     check("resnet18", {"model": state}, state, regressors=True)
     state = ours("resnet18")
     check("resnet18", state, state, {"head.weight", "head.bias"}, {"head", "head_adv"}, regressors=True)
@@ -250,8 +249,3 @@ def test_files_that_are_not_loaded(kind, tmp_path, monkeypatch, capsys):
     check_one_line(error, "x.pth", *texts)
     assert kind in ("cut off", "a page", "a NumPy archive", "hostile") or "damaged" not in error
     assert not Path("r").exists() and not Path("executed").exists()
-
-
-def test_imagenet_weights_need_a_resnet(capsys, tmp_path):
-    assert train.main(["--weights", "imagenet", "--out", str(tmp_path / "r"), "--device", "cpu"]) == 2
-    check_one_line(capsys.readouterr().err, "--architecture: --weights imagenet needs resnet18")
