@@ -23,7 +23,7 @@ def views(n=5, size=64, seed=0):
 def test_skeletons_are_consistent(skeleton, k):
     assert len(skeleton) == len(set(skeleton.names)) == k
     assert all(len(set(t)) == 3 and set(t) <= set(range(k)) for t in skeleton.triplets)
-    assert {i for limb in set(skeleton.limbs) for i in limb} == set(range(k))
+    assert set().union(*skeleton.limbs) == set(range(k))
     parts = []
     for name, group in skeleton.groups.items():
         if name != "all":
@@ -34,10 +34,13 @@ def test_skeletons_are_consistent(skeleton, k):
 
 def test_triplets_cover_what_the_paper_needs():
     at = {BODY16.names[b] for _, b, _ in BODY16.triplets}
-    assert at >= {side + joint for side in ("r-", "l-") for joint in ("elbow", "knee", "shoulder", "hip")}
+    for joint in ("elbow", "knee", "shoulder", "hip"):
+        assert {"r-" + joint, "l-" + joint} <= at
     assert "upper neck" in at
-    assert all(sum(b in range(m, m + 4) for _, b, _ in HAND21.triplets) == 2 for m in (1, 5, 9, 13, 17))
-    assert sum(b == 0 for _, b, _ in HAND21.triplets) == 4
+    middles = [b for _, b, _ in HAND21.triplets]
+    for m in (1, 5, 9, 13, 17):                                     # two in each finger, four at the wrist
+        assert sum(m <= b < m + 4 for b in middles) == 2
+    assert middles.count(0) == 4
 
 
 def test_affine_keypoints_agree_with_published(golden):
@@ -235,9 +238,7 @@ MOSTLY_OUTSIDE = torch.where(torch.arange(80).view(5, 16, 1) % 15 > 0, PLACES - 
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"visible": torch.ones(5, 16) * 2}, "`visible` other than 0 and 1.*COCO"),
-    ({"visible": torch.tensor([0.0, 1, 1, 2]).repeat(5, 4)}, "`visible` other than 0 and 1"),
-    ({"visible": torch.full((5, 16), 0.5)}, "`visible` other than 0 and 1"),
+    ({"visible": torch.tensor([0.0, 1, 1, 2]).repeat(5, 4)}, "`visible` other than 0 and 1.*COCO"),
     ({"visible": torch.full((5, 16), math.nan)}, "`visible` other than 0 and 1"),
     ({"keypoints": PLACES * 440 / 64}, "outside the image.*in pixels of the 64 x 64 image"),
     ({"keypoints": MOSTLY_OUTSIDE}, "outside the image.*in pixels of the 64 x 64 image"),

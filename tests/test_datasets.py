@@ -12,7 +12,6 @@ import struct
 import tracemalloc
 import zlib
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,11 +21,11 @@ from PIL import Image
 import data
 from data import BODY16, HAND21, LSP, SURREAL, DataError, Hand3DStudio, Human36M, RenderedHandPose, read_mat
 from miniatures import (CLASS, LSP_SLOTS, MAT_HEADER, RHD_PICTURES, SURREAL_JOINTS, check_dots, compressed,
-                        element, entry, grid_points, make_h3d, make_human36m, make_rhd, make_surreal, make_tree,
-                        numeric, variable, write_mat)
+                        element, entry, grid_points, make_h3d, make_human36m, make_rhd, make_surreal,
+                        make_tree, numeric, variable, write_mat)
+from tiny_runs import ROOT
 
-
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = ROOT.parent / "shared"
 
 
 def shuffled(n):
@@ -338,63 +337,83 @@ MAKERS = {
 }
 
 
-@pytest.mark.parametrize("name", ["SURREAL", "Human36M", "H3D"])
-@pytest.mark.parametrize("key, value, message", [
+# Key of an entry, its value or what makes it from the right one, words of the message.
+BAD_ENTRIES = [
     ("keypoint2d", None, "keypoint2d of"), ("keypoint2d", "none", "could not convert"),
     ("keypoint2d", lambda places: places[:-1], r"keypoint2d of .* is not \d+ pairs of coordinates"),
     ("keypoint2d", lambda places: [[float("nan"), 1]] + places[1:], "keypoint2d of"),
     ("keypoint2d", lambda places: places[1:] + [[10 ** 400, 1]], ""), ("size", -1, "size -1"),
     ("name", None, "name 'None' is not a path"), ("name", "../secret.jpg", "name '../secret.jpg' is not a"),
     ("name", "/etc/passwd", "name '/etc/passwd' is not a path"), ("name", "a\0b", "name"),
-])
-def test_bad_entries(tmp_path, name, key, value, message):
-    """An entry that is not as described is refused with its file and number."""
-    make, loader, relative = MAKERS[name]
-    make(tmp_path)
-    entries = sorted(json.loads((tmp_path / relative).read_text()), key=lambda e: -e.get("without_object", 0))
-    entries[1][key] = value(entries[1][key]) if callable(value) else value
-    (tmp_path / relative).write_text(json.dumps(entries))
-    with pytest.raises(DataError, match=f"{Path(relative).name}: at entry 2: {message}.*; expected a list"):
-        loader(tmp_path)
+]
 
 
 @pytest.mark.parametrize("name", ["SURREAL", "Human36M", "H3D"])
-@pytest.mark.parametrize("change", ["a nested object", "a nested entry", "one per line", "a byte order mark",
-                                    "a size that ends in .0", "true for 1"])
-def test_other_ways_to_write_the_same(tmp_path, name, change):
-    """What is not needed may be in an entry; JSON may be laid out in any way; a whole number may end in .0."""
+def test_bad_entries(tmp_path, name):
+    """An entry that is not as described is refused with its file and number."""
+    make, loader, relative = MAKERS[name]
+    make(tmp_path)
+    file = tmp_path / relative
+    text = file.read_text()
+    for key, value, message in BAD_ENTRIES:
+        entries = sorted(json.loads(text), key=lambda sample: -sample.get("without_object", 0))
+        entries[1][key] = value(entries[1][key]) if callable(value) else value
+        file.write_text(json.dumps(entries))
+        with pytest.raises(DataError, match=f"{file.name}: at entry 2: {message}.*; expected a list"):
+            loader(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["SURREAL", "Human36M", "H3D"])
+def test_other_ways_to_write_the_same(tmp_path, name):
+    """An entry may hold more than is needed. JSON may be laid out in any way. A size may end in .0."""
     make, loader, relative = MAKERS[name]
     make(tmp_path)
     before = loader(tmp_path, size=16)
+    images = before[range(len(before))][0]
     file = tmp_path / relative
-    entries = json.loads(file.read_text())
-    for sample in entries:
-        if change == "a nested object":
-            sample["camera"] = {"fov": 50, "lens": {"name": None}, "list": [{}, {"keypoint2d": 3}]}
-        elif change == "a nested entry":
-            sample["before"] = dict(sample)
-        elif change == "a size that ends in .0" and name != "Human36M":
-            pictures = file.with_suffix("") if name == "SURREAL" else file.parent
-            with Image.open(pictures / sample["name"]) as image:
-                sample["size"] = float(image.width)
-        elif change == "true for 1" and sample.get("without_object") == 1:
+    whole = json.loads(file.read_text())
+
+    def check(change, indent=None, encoding="utf-8"):
+        entries = [dict(sample) for sample in whole]
+        for sample in entries:
+            change(sample)
+        file.write_text(json.dumps(entries, indent=indent) + "\n", encoding=encoding)
+        after = loader(tmp_path, size=16)
+        assert all_names(after) == all_names(before) and torch.equal(after.keypoints, before.keypoints)
+        assert torch.equal(after[range(len(after))][0], images)
+
+    def add_object(sample):
+        sample["camera"] = {"fov": 50, "lens": {"name": None}, "list": [{}, {"keypoint2d": 3}]}
+
+    def add_entry(sample):
+        sample["before"] = dict(sample)
+
+    def add_size(sample):
+        pictures = file.with_suffix("") if name == "SURREAL" else file.parent
+        with Image.open(pictures / sample["name"]) as image:
+            sample["size"] = float(image.width)
+
+    def write_true(sample):
+        if sample.get("without_object") == 1:
             sample["without_object"] = True
-    text = json.dumps(entries, indent=1 if change == "one per line" else None)
-    file.write_text(text + "\n", encoding="utf-8-sig" if change == "a byte order mark" else "utf-8")
-    after = loader(tmp_path, size=16)
-    assert all_names(after) == all_names(before) and torch.equal(after.keypoints, before.keypoints)
-    assert torch.equal(after[range(len(after))][0], before[range(len(before))][0])
+
+    check(add_object)
+    check(add_entry)
+    check(write_true)
+    check(lambda sample: None, indent=1)
+    check(lambda sample: None, encoding="utf-8-sig")                # a byte order mark
+    if name != "Human36M":
+        check(add_size)
 
 
-@pytest.mark.parametrize("text", [
-    "", "[", "{}", "[] 1", '[{"name": "a"} {}]', "[{}]]", "[{},]", "[{}", '[{"name": "a', "[]]", "[,]", "\xff[", "[" * 100000,
-    '[{"a":' + "[" * 100000, "[1]",
-    '[{"name": ' + "9" * 5000 + "}]", "[null]", "[[]]", "null"])
-def test_damaged_json(tmp_path, text):
+def test_damaged_json(tmp_path):
     make_surreal(tmp_path)
-    (tmp_path / "train" / "run0.json").write_text(text, encoding="utf-8")
-    with pytest.raises(DataError, match="run0.json: .*fetch or prepare it again"):
-        SURREAL(tmp_path)
+    for text in ("", "[", "{}", "[] 1", '[{"name": "a"} {}]', "[{}]]", "[{},]", "[{}", '[{"name": "a', "[]]",
+                 "[,]", "\xff[", "[" * 100000, '[{"a":' + "[" * 100000, '[{"name": ' + "9" * 5000 + "}]",
+                 "[1]", "[null]", "[[]]", "null"):
+        (tmp_path / "train" / "run0.json").write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match="run0.json: .*fetch or prepare it again"):
+            SURREAL(tmp_path)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -437,7 +456,9 @@ def test_rhd(tmp_path):
     make_rhd(tmp_path, "training", range(len(RHD_PICTURES)))
     make_rhd(tmp_path, "evaluation", [1, 2])
     ds = RenderedHandPose(tmp_path, "train", 240)
-    kept = [(i, int(side == "R")) for i, picture in enumerate(RHD_PICTURES) for side in picture[4]]
+    kept = []
+    for i, (*_, sides) in enumerate(RHD_PICTURES):
+        kept += [(i, int(side == "R")) for side in sides]
     assert all_names(ds) == [f"training/color/{i:05d}.png {('left', 'right')[right]}" for i, right in kept]
     assert ds.left.tolist() == [not right for _, right in kept]
     assert ds.visible.sum(1).tolist() == [RHD_PICTURES[i][2 + right] for i, right in kept]
@@ -452,16 +473,18 @@ def test_rhd(tmp_path):
         "evaluation/color/00000.png left", "evaluation/color/00001.png right"]
 
 
-@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint16])
-@pytest.mark.parametrize("protocol", range(6))
-def test_rhd_with_numpy_integers_as_keys(tmp_path, kind, protocol):
+def test_rhd_with_numpy_integers_as_keys(tmp_path):
+    """The numbers of the pictures may be of any integer type, in all protocols of pickle."""
     make_rhd(tmp_path, "training", [0, 1, 2])
     before = RenderedHandPose(tmp_path, "train", 16)
     file = tmp_path / "RHD_published_v2" / "training" / "anno_training.pickle"
-    annotations = {kind(key): value for key, value in pickle.loads(file.read_bytes()).items()}
-    file.write_bytes(pickle.dumps(annotations, protocol=protocol))
-    after = RenderedHandPose(tmp_path, "train", 16)
-    assert all_names(after) == all_names(before) and torch.equal(after.keypoints, before.keypoints)
+    plain = pickle.loads(file.read_bytes())
+    for kind in (np.int64, np.int32, np.uint16):
+        annotations = {kind(key): value for key, value in plain.items()}
+        for protocol in range(6):
+            file.write_bytes(pickle.dumps(annotations, protocol=protocol))
+            after = RenderedHandPose(tmp_path, "train", 16)
+            assert all_names(after) == all_names(before) and torch.equal(after.keypoints, before.keypoints)
 
 
 def test_array_pickles(tmp_path):

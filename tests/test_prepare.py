@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +16,8 @@ from PIL import Image
 from data import SURREAL, Human36M
 from docs import prepare
 from miniatures import check_dots, grid_points, make_clip, make_human36m_release, write_info
+from tiny_runs import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 STUB = """#!{python}
 import os, sys
 given = sys.argv[1:]
