@@ -26,9 +26,11 @@ from tiny_runs import TINY, check_one_line, read, record
 
 @pytest.fixture
 def reproduce_into(launch, tmp_path, capsys, monkeypatch):
-    """`docs.reproduce` with tiny runs into tmp_path: its status, the rows of its table (cells), what it says on
-    stderr but how many runs it trains. Its processes run here, in turn; reproduce_into.started: their
-    directories, and whether they go on."""
+    """`docs.reproduce` with tiny runs into tmp_path -> its status, the rows of its table (cells), its stderr
+    without the number of runs to train. Its processes run here, in turn.
+
+    reproduce_into.started: the directory of each, and whether it goes on.
+    """
     def process(command, **_):
         out = next(Path(word).name for word in command if word.startswith("--out="))
         started.append((out, "--resume" in command))
@@ -127,7 +129,7 @@ def test_what_makes_another_demo(name, default, same, monkeypatch):
 
 
 def test_what_failed_is_named(reproduce_into, monkeypatch):
-    """Other runs are trained, kept and printed."""
+    """The other runs are trained, kept and printed."""
     monkeypatch.setattr(train.RegDATrainer, "step", Mock(side_effect=train.UserError("too hot")))
     status, rows, errors = reproduce_into("--methods", "regda,source-only", "--seeds", "0", "--epochs", "2")
     assert status == 2 and "regda-s0: exit status 2, see" in errors.splitlines()[-1]
@@ -169,12 +171,16 @@ def test_sweeps_and_the_panel(reproduce_into, tmp_path, monkeypatch):
 
 
 def result(value, seed, teacher=None, source="surreal", target="mannequin-wild"):
-    """A result with this overall PCK."""
-    known = value is not None
-    return dict(pck={"elbow": value - 1 if known else None, "wrist": None, "all": value},
-                evalpose=50.0 + seed, seed=seed, teacher=None if teacher is None else {"pck": {"all": teacher}},
-                val=value + 2 if known else None, source=source, target=target,
-                bins=[value] * 4 + [None] if known else [None] * 5)
+    """A result with this overall PCK; None: nothing is labelled."""
+    made = dict(source=source, target=target, seed=seed, evalpose=50.0 + seed, teacher=None)
+    if value is None:
+        made.update(pck=dict.fromkeys(("elbow", "wrist", "all")), val=None, bins=[None] * 5)
+    else:
+        made.update(pck={"elbow": value - 1, "wrist": None, "all": value}, val=value + 2,
+                    bins=[value] * 4 + [None])
+    if teacher is not None:
+        made["teacher"] = {"pck": {"all": teacher}}
+    return made
 
 
 ROWS = {
@@ -225,7 +231,7 @@ def test_the_quantiles_of_students_t():
 
 
 def test_a_table_without_labels():
-    """Dashes, and no traceback."""
+    """A cell without a value is a dash."""
     rows = dict.fromkeys(("oracle", "udape", "source-only", "actupose"), [result(None, 0), result(None, 1)])
     assert "| udape | 2 | - | - | **-** | - | - | 50.5 | - | - |" in table_lines(rows, val=True)
     assert reproduce.bins_table(rows).splitlines()[2] == "| oracle | - | - | - | - | - |"
@@ -265,7 +271,7 @@ def test_what_eq5_and_6_bring_by_hand():
 
 
 def test_sweeps_in_a_row_each():
-    """Means over seeds: of 40 and 50, validation in brackets. A row without runs and one that sweeps nothing."""
+    """The mean of seeds 40 and 50, validation in brackets. A row may lack runs, or sweep nothing."""
     comparison = reproduce.Comparison(reproduce.sweep_rows("pace", (1.0, 2.0, 3.0))
                                       + reproduce.sweep_rows("gamma", (0.5,)) + reproduce.named_rows("udape"))
     results = {"actupose pace=1": [result(40.0, 0), result(50.0, 1)], "actupose pace=3": [result(7.0, 0)],
@@ -329,7 +335,7 @@ def test_blocks_of_a_document(tmp_path, monkeypatch):
 
 
 def test_the_share_of_hard_poses_among_the_nearest():
-    """Ten source poses bend the arm by about 85 degrees, ten by 15: those like the target's are its nearest."""
+    """Ten source poses bend the arm by about 85 degrees, ten by 15. Like poses are the nearest."""
     def poses(*degrees):
         bent = torch.tensor([[0.0, 0.0]] * 2 + [[1.0, 0.0]]).repeat(len(degrees), 1, 1)
         for pose, angle in zip(bent, torch.tensor(degrees).deg2rad()):
@@ -370,7 +376,8 @@ def test_named_comparisons_are_valid(name):
 MISTAKES = """
 bodie => bodies; --methods udap --out x => --methods: use; --seeds a --out x; --seeds nan --out x;
 --jobs 0 --out x; bodies --to udap => --to: use source-only or;
-bodies --show sweeps => --show sweeps: none; hands --show order => --show order: needs the rows static pace=1; --tasks bodies --show seeds => --tasks;
+bodies --show sweeps => --show sweeps: none; hands --show order => --show order: needs the rows static pace=1;
+--tasks bodies --show seeds => --tasks;
 --method udape => did you mean --methods?; --sweep pase=1 --out x => --sweep: 'pase' is no setting;
 --sweep pace=1,x --out x => --sweep: use NAME=; --sweep seed=1 --out x => 'seed' is no setting;
 --sweep pace --out x => --sweep; --sweep source=lsp --out x => 'source' is no setting;
