@@ -62,6 +62,10 @@ PAIRS = {
         "2": ("static pace=2", "actupose pace=2"),
         "6": ("static", "actupose"),
     }),
+    "arithmetic": (["method", "in bfloat16", "in float32"], {
+        "udape": ("udape", "udape in float32"),
+        "actupose": ("actupose", "actupose in float32"),
+    }),
 }
 # PoseDA has no public code: its figures in the paper's Tables 1 and 2.
 QUOTED = {
@@ -123,7 +127,7 @@ ORDER = (*named_rows("udape,static,actupose"), *sweep_rows("pace", (1.0, 2.0)),
 LONG = dict(iters_per_epoch=4 * ITERATIONS)
 EVERYDAY = dict(target="mannequin-everyday")
 HANDS = dict(source="mannequin-hand")
-FLOAT32 = dict(amp="off")    # as every processor computes; the others' rows are of one with bfloat16
+FLOAT32 = dict(amp="off")    # of every processor; the other comparisons' kept runs are of one with bfloat16
 
 # The comparisons of docs/results.md.
 COMPARISONS = {
@@ -132,10 +136,13 @@ COMPARISONS = {
     "hands": Comparison(SIX, (0, 1, 2, 3, 4), HANDS),
     "ablations": Comparison(named_rows("actupose,no-curriculum,curriculum-alone,hardest,static,no-eq4,"
                                        "literal-eq4")),
-    "parts": Comparison(named_rows("actupose,full-eq4,min-max,no-evalpose,no-cross-domain,"
-                                   "centred-cross-domain,literal-eq8,no-style,no-occlusion"), given=FLOAT32),
+    "parts": Comparison(named_rows("udape,actupose,no-evalpose,no-cross-domain,centred-cross-domain,"
+                                   "no-occlusion,no-style,full-eq4,min-max,literal-eq8"), given=FLOAT32),
     "everyday-ablations": Comparison(
         named_rows("udape,actupose,no-curriculum,hardest") + sweep_rows("pace", (2.0,)), given=EVERYDAY),
+    "arithmetic": Comparison((*named_rows("udape,actupose"),
+                              Row("udape in float32", dict(method="udape", **FLOAT32)),
+                              Row("actupose in float32", FLOAT32))),
     "order": Comparison(ORDER),
     "losses": Comparison(LOSSES),
     "everyday-losses": Comparison(LOSSES, given=EVERYDAY),
@@ -285,12 +292,12 @@ def check_arithmetic(settings, lines, device):
     """UserError where a table would mix runs in bf16 and in float32.
 
     settings: of the runs to be trained; lines: the kept runs of the same table. --amp auto takes what the
-    processor has.
+    processor has; what a row asks for itself is not looked at.
     """
-    theirs = {line["amp"] for line in lines}
+    theirs = {line["amp"] for line in lines if "amp" not in line["settings"]}
     for each in settings:
         ours = train.resolve_amp(each, device).amp
-        if theirs and theirs != {ours}:
+        if each.amp == "auto" and theirs and theirs != {ours}:
             raise UserError(f"--amp: this machine would train with {ours}, the table's kept runs have "
                             f"{' and '.join(theirs)}; --out DIR trains all rows anew here, --no-training "
                             "prints what there is")
@@ -791,7 +798,7 @@ def make_parser():
     add("--seeds", type=parse_seeds, help="seeds of each row [0,1,2, or those of NAME]")
     add("--show", choices=("all", "short", "bins", "seeds", "sweeps", *PAIRS), default="all",
         help="the table: all columns, without joints, PCK by complexity bin, seed by seed, a row per swept "
-        "setting, what Eq. 5 and 6 bring, or what the order of the samples brings")
+        "setting, what Eq. 5 and 6 bring, what the order of the samples brings, or float32")
     add("--to", metavar="ROW", help="the row with which the others are compared [actupose]")
     add("--tasks", metavar="NAME,DIR,...", help="Table 2, of comparisons by name or directory; with --show "
         "bins actupose - udape by complexity bin")

@@ -106,13 +106,17 @@ def test_lines_of_another_demo_do_not_count(reproduce_into, tmp_path, monkeypatc
     assert len(kept) == 2 and kept[0] == "another"                          # the other one is not lost
 
 
-def test_a_table_is_of_one_arithmetic():
-    """Runs in float32 are not trained into a table whose kept runs are in bfloat16."""
-    settings = [train.make_settings(amp="off")]
-    reproduce.check_arithmetic(settings, [], torch.device("cpu"))
-    reproduce.check_arithmetic(settings, [{"amp": "off"}], torch.device("cpu"))
+def test_a_table_is_of_one_arithmetic(monkeypatch):
+    """Runs in float32 are not trained into a table of runs in bfloat16, unless a row asks for it."""
+    cpu = torch.device("cpu")
+    off = dataclasses.replace(train.make_settings(), amp="off")
+    monkeypatch.setattr(train, "resolve_amp", lambda settings, device: off)
+    chosen = {"amp": "bf16", "settings": {"amp": "bf16"}}
+    kept = {"amp": "bf16", "settings": {}}
+    reproduce.check_arithmetic([train.make_settings()], [chosen, {**kept, "amp": "off"}], cpu)
+    reproduce.check_arithmetic([train.make_settings(amp="off")], [kept], cpu)
     with pytest.raises(train.UserError, match="--amp: .* with off, the table's kept runs have bf16; --out"):
-        reproduce.check_arithmetic(settings, [{"amp": "bf16"}], torch.device("cpu"))
+        reproduce.check_arithmetic([train.make_settings()], [kept], cpu)
 
 
 @pytest.mark.parametrize("name, default, same", [
