@@ -64,6 +64,7 @@ PAIRS = {
     }),
     "arithmetic": (["method", "in bfloat16", "in float32"], {
         "udape": ("udape", "udape in float32"),
+        "udape+vae-hm": ("udape+vae-hm", "udape+vae-hm in float32"),
         "actupose": ("actupose", "actupose in float32"),
     }),
 }
@@ -134,15 +135,15 @@ COMPARISONS = {
     "bodies": Comparison(SIX, (0, 1, 2, 3, 4)),
     "everyday": Comparison(SIX, given=EVERYDAY),
     "hands": Comparison(SIX, (0, 1, 2, 3, 4), HANDS),
-    "ablations": Comparison(named_rows("actupose,no-curriculum,curriculum-alone,hardest,static,no-eq4,"
-                                       "literal-eq4")),
-    "parts": Comparison(named_rows("udape,actupose,no-evalpose,no-cross-domain,centred-cross-domain,"
-                                   "no-occlusion,no-style,full-eq4,min-max,literal-eq8"), given=FLOAT32),
+    "ablations": Comparison(named_rows("actupose,no-curriculum,static,no-eq4,literal-eq4")),
+    "parts": Comparison(named_rows("actupose,no-evalpose,no-cross-domain,centred-cross-domain,no-occlusion,"
+                                   "no-style,full-eq4,min-max,literal-eq8"), given=FLOAT32),
     "everyday-ablations": Comparison(
         named_rows("udape,actupose,no-curriculum,hardest") + sweep_rows("pace", (2.0,)), given=EVERYDAY),
-    "arithmetic": Comparison((*named_rows("udape,actupose"),
-                              Row("udape in float32", dict(method="udape", **FLOAT32)),
-                              Row("actupose in float32", FLOAT32))),
+    "float32": Comparison(TAUGHT, given=FLOAT32),
+    "everyday-float32": Comparison(TAUGHT, given={**EVERYDAY, **FLOAT32}),
+    "arithmetic": Comparison((*TAUGHT, *(Row(f"{row.name} in float32", {**row.changes, **FLOAT32})
+                                         for row in TAUGHT))),
     "order": Comparison(ORDER),
     "losses": Comparison(LOSSES),
     "everyday-losses": Comparison(LOSSES, given=EVERYDAY),
