@@ -299,9 +299,11 @@ def check_arithmetic(settings, lines, device):
     for each in settings:
         ours = train.resolve_amp(each, device).amp
         if each.amp == "auto" and theirs and theirs != {ours}:
-            raise UserError(f"--amp: this machine would train with {ours}, the table's kept runs have "
-                            f"{' and '.join(theirs)}; --out DIR trains all rows anew here, --no-training "
-                            "prints what there is")
+            in_words = {"off": "float32", "bf16": "bfloat16"}
+            kept = " and ".join(in_words[amp] for amp in sorted(theirs))
+            raise UserError(f"--amp: this machine would train in {in_words[ours]}, the table's kept runs are "
+                            f"in {kept}; --out DIR trains all rows anew here, --no-training prints what "
+                            "there is")
 
 
 def present_commit():

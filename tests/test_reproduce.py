@@ -115,7 +115,7 @@ def test_a_table_is_of_one_arithmetic(monkeypatch):
     kept = {"amp": "bf16", "settings": {}}
     reproduce.check_arithmetic([train.make_settings()], [chosen, {**kept, "amp": "off"}], cpu)
     reproduce.check_arithmetic([train.make_settings(amp="off")], [kept], cpu)
-    with pytest.raises(train.UserError, match="--amp: .* with off, the table's kept runs have bf16; --out"):
+    with pytest.raises(train.UserError, match="--amp: .* in float32, .* kept runs are in bfloat16; --out"):
         reproduce.check_arithmetic([train.make_settings()], [kept], cpu)
 
 
