@@ -295,10 +295,10 @@ class ActiveCurriculum:
     def observe(self, indices, confidence):
         """Confidences seen in training: indices (n,), confidence (n,), a sample's mean heatmap maximum.
 
-        Decision: taken from the training passes themselves, so Eq. 4 costs no extra pass over the source. With
-        rescoring "full" they are from a pass over all samples. All calls between two `rerank`s are one epoch.
-        Of a sample seen twice in it, the last confidence counts. A confidence of 0 is that of a view without a
-        labelled keypoint, and says nothing.
+        Decision: taken from the training passes themselves, so Eq. 4 costs no extra pass over the source.
+        With rescoring "full" they are from a pass over all samples. All calls between two `rerank`s are one
+        epoch. Of a sample seen twice in it, the last confidence counts. A confidence of 0 is that of a view
+        without a labelled keypoint, and says nothing.
         """
         indices = np.asarray(indices)
         confidence = np.asarray(confidence, dtype=np.float32)
