@@ -1,4 +1,4 @@
-"""ACTUPose, in the order of the paper. `grep "# Eq. 3" *.py kernels/*.py` finds the line that computes it.
+"""ACTUPose, in the order of the paper. `grep "# Eq. 3" *.py kernels/*.py` finds the lines that compute it.
 
     §3.1.1  Pose-VAE, complexity of a pose (Eq. 1-2), bins
     §3.1.2  active curriculum (Eq. 3-4)
@@ -7,7 +7,8 @@
     §3.4    cross-domain loss (Eq. 6), total loss (Eq. 8); Eq. 7 is kernels.triplet_angle_distance
     §4      a baseline, RegDA; PCK, EvalPose score, PCK by complexity bin
 
-Letters are the paper's: N samples, N_b bins, K keypoints, e the epoch, S and T the source and target batch.
+Letters are the paper's: N samples, N_b bins, K keypoints, e the epoch; in Eq. 6 and 7, S and T poses of the
+source and target batch. In shapes, B is the batch; images have H x W pixels, heatmaps H x W cells.
 Where the paper is silent, a comment that starts with "Decision:" says what is done here and why;
 docs/decisions.md gathers them by equation.
 """
@@ -33,8 +34,9 @@ from kernels.reference import subcell_offset
 def normalise_poses(keypoints, visible, stand_ins):
     """Poses as the VAE sees them: the shape of a pose without its place and size.
 
-    keypoints: (N, K, 2), any unit; visible: (N, K), 0 where the coordinates mean nothing; stand_ins: a tuple
-    of keypoints per keypoint, `Skeleton.stand_in_rows`: where it is missing, it lies at their mean.
+    keypoints: (N, K, 2), any unit; visible: (N, K), 0 where the coordinates mean nothing; stand_ins: for each
+    keypoint, the keypoints at whose mean it is put where it is missing (`Skeleton.stand_in_rows`), or at the
+    box's centre where they are missing too.
     Returns poses (N, 2K) within -1/2 ... 1/2, and weight (N, 2K), 0 for missing keypoints.
     """
     # Decision: centred on the box of the visible keypoints and divided by its larger side, so that Eq. 2
@@ -44,8 +46,8 @@ def normalise_poses(keypoints, visible, stand_ins):
     high = torch.where(seen, keypoints, -torch.inf).amax(1)
     side = (high - low).amax(1).clamp(min=1e-6)
     poses = (keypoints - ((low + high) / 2)[:, None]) / side[:, None, None]
-    # Decision: a missing keypoint is put near its true place: a thorax lies between the shoulders. If all
-    # lay at the hips, LSP's poses, which label neither pelvis nor thorax, would look harder than they are.
+    # Decision: a missing keypoint is put near its true place, a thorax between the shoulders. LSP labels
+    # neither pelvis nor thorax: with both put at the hips, its poses would look harder than they are.
     num_keypoints = keypoints.shape[1]
     listed = torch.zeros(num_keypoints, num_keypoints, dtype=poses.dtype)
     for k, others in enumerate(stand_ins):
@@ -133,7 +135,7 @@ def pose_complexity(vae, keypoints, visible, stand_ins, chunk=65536):
         part = slice(start, start + chunk)
         poses, weight = normalise_poses(keypoints[part], visible[part], stand_ins)
         scores.append(reconstruction_error(poses, vae.decoder(vae.encode(poses)[0]), weight))        # Eq. 2
-    return torch.cat(scores) if scores else torch.zeros(0)
+    return torch.cat(scores)
 
 
 def bin_edges(count, num_bins):
@@ -251,7 +253,10 @@ class ActiveCurriculum:
         self.bin_score = sums / np.diff(self.edges)                               # mean score of each bin
 
     def peak_bin(self, epoch):
-        """g: the bin that contributes most. Decision: bins are 0 ... N_b - 1, so g stops there."""
+        """g: the bin that contributes most.
+
+        Decision: bins are 0 ... N_b - 1, so g is rounded down and stops at the last one.
+        """
         return min(int(self.pace * self.num_bins * epoch / self.epochs), self.num_bins - 1)
 
     def probabilities(self, epoch):
@@ -273,8 +278,9 @@ class ActiveCurriculum:
         """
         random = np.random.default_rng((self.seed, epoch))
         sizes = np.diff(self.edges)
-        wanted = self.probabilities(epoch) * sizes                                # p_j N / N_b
-        count = np.floor(wanted + random.random(self.num_bins)).astype(np.int64)  # stochastic rounding
+        wanted = self.probabilities(epoch) * sizes                                 # p_j N / N_b
+        # Decision: rounded up or down at random, so that the mean over epochs is p_j N / N_b.
+        count = np.floor(wanted + random.random(self.num_bins)).astype(np.int64)
         count = np.minimum(count, sizes)
         places = []
         for start, size, n in zip(self.edges, sizes, count):
@@ -298,7 +304,8 @@ class ActiveCurriculum:
         Decision: taken from the training passes themselves, so Eq. 4 costs no extra pass over the source.
         With rescoring "full" they are from a pass over all samples. All calls between two `rerank`s are one
         epoch. Of a sample seen twice in it, the last confidence counts. A confidence of 0 is that of a view
-        without a labelled keypoint, and says nothing.
+        without a labelled keypoint, and says nothing. Others are clamped to 0.05 ... 1, which bounds a
+        sample's factor in Eq. 4.
         """
         indices = np.asarray(indices)
         confidence = np.asarray(confidence, dtype=np.float32)
@@ -520,7 +527,7 @@ class PoseResNet(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images):
-        """Images (B, 3, S, S) -> heatmaps (B, K, S / stride, S / stride), features f (B, C) of Eq. 6.
+        """Images (B, 3, H, W) -> heatmaps (B, K, H / stride, W / stride), features f (B, C) of Eq. 6.
 
         Decision: f is the global average of the backbone's last map, as the paper's Fig. 4 names no layer.
         """
@@ -670,11 +677,14 @@ class StyleTransfer(nn.Module):
         white = normalise(images.new_ones(1, 3, 1, 1))
         return images.clamp(black, white)
 
+    def reconstruction_loss(self, images):
+        """Mean squared error of images that are decoded as they were encoded, without a style."""
+        return F.mse_loss(self.decoder(self.encode(images)[-1]).float(), images)
+
     def losses(self, content, style):
-        """Reconstruction, content and style loss of one pair of batches: scalars, for the decoder."""
-        content_features = self.encode(content)
+        """Content and style loss of one pair of batches: scalars, for the decoder."""
         style_features = self.encode(style)
-        target = adain(content_features[-1], style_features[-1]).detach()
+        target = adain(self.encode(content)[-1], style_features[-1]).detach()
         restyled = self.encode(self.decoder(target))
         content_loss = F.mse_loss(restyled[-1].float(), target)
         style_loss = 0
@@ -683,8 +693,7 @@ class StyleTransfer(nn.Module):
             style_mean, style_deviation = channel_statistics(theirs.float())
             style_loss = style_loss + F.mse_loss(mean, style_mean.detach())
             style_loss = style_loss + F.mse_loss(deviation, style_deviation.detach())
-        reconstruction = F.mse_loss(self.decoder(content_features[-1]).float(), content)
-        return reconstruction, content_loss, style_loss
+        return content_loss, style_loss
 
 
 def train_style_transfer(style_transfer, batches, iterations, train_encoder, lr=2e-3, style_weight=0.1,
@@ -708,14 +717,13 @@ def train_style_transfer(style_transfer, batches, iterations, train_encoder, lr=
         with autocast():
             if train_encoder and i < iterations // 2:
                 for images in (source, target):
-                    reproduced = decoder(style_transfer.encode(images)[-1]).float()
-                    loss = loss + F.mse_loss(reproduced, images)
+                    loss = loss + style_transfer.reconstruction_loss(images)
             else:
                 encoder.requires_grad_(False)
                 for content, style in ((source, target), (target, source)):
-                    reconstruction, content_loss, style_loss = style_transfer.losses(content, style)
+                    content_loss, style_loss = style_transfer.losses(content, style)
                     if train_encoder:
-                        loss = loss + reconstruction
+                        loss = loss + style_transfer.reconstruction_loss(content)
                     loss = loss + content_loss + style_weight * style_loss
         optimiser.zero_grad()
         loss.backward()
@@ -755,7 +763,8 @@ def decode_keypoints(heatmaps, subcell=False):
 def confidence_mask(confidence, ratio=0.5):
     """The batch's keypoints that the teacher is surest of: confidence (B, K) -> bool (B, K).
 
-    ratio: the share left out, as in the published code, at least one keypoint and all that tie with the last.
+    ratio: the share left out, as in the published code. At least one keypoint is left out, and with the
+    surest of those left out all that tie with it.
     """
     count = confidence.numel()
     kept = count - round(ratio * count)
@@ -776,10 +785,11 @@ def consistency_loss(student, teacher, mask):
 def occlude_keypoints(images, keypoints, confidence, u, half, probability=0.5, minimum=0.9):
     """Adaptive occlusion: hide one confident keypoint behind a patch from elsewhere in the same image.
 
-    images: (B, 3, S, S); keypoints: (B, K, 2) pixels of `images`; confidence: (B, K) of the teacher;
-    u: (B, 3 + K) uniform random numbers; half: half the patch's side in pixels. An image is changed with
-    `probability`, and only if a keypoint of at least `minimum` confidence lies inside it.
-    Returns images (B, 3, S, S) and which keypoint was hidden (B,), -1 for none.
+    images: (B, 3, H, H); keypoints: (B, K, 2) pixels of `images`; confidence: (B, K) of the teacher;
+    u: (B, 3 + K) uniform random numbers: whether to hide, from where to copy (2), which keypoint (K);
+    half: half the patch's side in pixels. An image is changed with `probability`, and only if a keypoint of
+    at least `minimum` confidence lies inside it.
+    Returns images (B, 3, H, H) and which keypoint was hidden (B,), -1 for none.
     """
     size = images.shape[-1]
     inside = ((keypoints >= 0) & (keypoints <= size - 1)).all(-1)
@@ -788,14 +798,14 @@ def occlude_keypoints(images, keypoints, confidence, u, half, probability=0.5, m
     hide = eligible.any(1) & (u[:, 0] < probability)
     centre = keypoints.gather(1, chosen[:, None, None].expand(-1, 1, 2))[:, 0]     # (B, 2)
     line = torch.arange(size, device=images.device)
-    across = (line - centre[:, :1]).abs() <= half                                  # (B, S)
+    across = (line - centre[:, :1]).abs() <= half                                  # (B, H)
     down = (line - centre[:, 1:]).abs() <= half
     patch = down[:, :, None] & across[:, None, :]
     shift = (1 + u[:, 1:3] * (size - 1)).long()                                    # where it is copied from
     columns = (line + shift[:, :1]) % size
     rows = (line + shift[:, 1:]) % size
-    source = (rows[:, :, None] * size + columns[:, None, :]).flatten(1)
-    moved = images.flatten(2).gather(2, source[:, None].expand(-1, 3, -1)).view_as(images)
+    copied_from = (rows[:, :, None] * size + columns[:, None, :]).flatten(1)
+    moved = images.flatten(2).gather(2, copied_from[:, None].expand(-1, 3, -1)).view_as(images)
     patch = (patch & hide[:, None, None])[:, None]
     return torch.where(patch, moved, images), torch.where(hide, chosen, -1)
 
@@ -835,8 +845,8 @@ def cross_domain_loss(source_features, target_features, similar, centred=False):
     """Eq. 6: minus the sum over similar pairs of the cosine of their features.
 
     source_features: (S, C) of the student; target_features: (T, C) of the teacher, no gradient; similar:
-    (S, T) bool, the pairs whose distance (Eq. 7) is below Gamma. centred: an ablation, the features of each
-    domain without their mean over the rows given, the part that all poses share.
+    (S, T) bool, the pairs whose distance (Eq. 7) is below Gamma. centred: an ablation. The mean of the given
+    rows, which all poses share, is first subtracted from each domain's features.
     """
     dtype = torch.promote_types(source_features.dtype, torch.float32)             # not in half precision
     f_s = source_features.to(dtype)
@@ -875,7 +885,7 @@ def make_regressors(network):
 
 
 def regressor_maps(network, images, factor):
-    """Heatmaps of f and of f', (B, K, h, h) each. The gradient from f' to psi is multiplied by `factor`."""
+    """Heatmaps of f and of f', (B, K, H, W) each. The gradient from f' to psi is multiplied by `factor`."""
     shared = network.upsampling(network.backbone(images))
     constant = shared.detach()
     return network.head(shared), network.head_adv(constant + factor * (shared - constant))
@@ -904,10 +914,10 @@ def heatmap_kl(heatmaps, labels, weight, epsilon=0.0):
 
 
 def ground_maps(heatmaps, sigma, subcell=False):
-    """What f' is to say where f predicts `heatmaps` (B, K, h, h): ground truth and ground false, likewise.
+    """Labels of f' where f predicts `heatmaps` (B, K, H, W): ground truth and ground false, of that shape.
 
-    Ground truth: f's maxima as Gaussians. Ground false of a keypoint: those of all others, clipped to 0 to 1;
-    a map is too large to push f' away from one place, so it is to take the joint for another one.
+    Ground truth: Gaussians at f's maxima. Ground false of a keypoint: the Gaussians of all other keypoints,
+    clipped to 0 to 1. It trains f' to take the joint for another one.
     """
     truth, _, _ = kernels.rectify(heatmaps.detach(), sigma, subcell)
     others = 1 - torch.eye(truth.shape[1], device=truth.device)

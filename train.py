@@ -70,8 +70,8 @@ PAPER = dict(
     rotation=60.0, shear=30.0, translate=0.05, zoom=(0.6, 1.3), crop=(0.6, 1.0), jitter=0.25,
     w_udape=1.0, w_evalpose=0.1, w_cross=0.01, beta=50.0, gamma=0.06)
 PRESETS = {"demo": {}, "paper": PAPER}
-# What a source of hands changes. Below this Gamma lies the same share of random source pairs as for
-# bodies below theirs.
+# What a source of hands changes. Gamma is chosen so that as many random source pairs are similar as
+# for bodies.
 HANDS = {
     "mannequin-hand": dict(target="mannequin-hand-wild", gamma=0.019),
     "rhd": dict(rotation=180.0, gamma=0.019),  # rotations in every direction, as published
@@ -154,7 +154,9 @@ class Settings:
     spread: float = option(0.25, "sigma of Eq. 3", above=0)
     scale: str = option("rank", "s_j of Eq. 3: a bin's rank or scaled mean score",
                         ("rank", "minmax"))
-    rescoring: str = option("relative", "re-scoring by confidence", actupose.RESCORING)
+    rescoring: str = option("relative", "Eq. 4: relative to the epoch's mean confidence, literal "
+                            "(as printed), full (from a pass over all samples) or off",
+                            actupose.RESCORING)
     vae_steps: int = option(1500, "training steps of the Pose-VAE", low=1)
     vae_kl: float = option(1e-3, "lambda of Eq. 1", low=0)
     vae_latent: int = option(8, "latent dimensions of the Pose-VAE", low=1)
@@ -182,7 +184,8 @@ class Settings:
     w_udape: float = option(1.0, "w1 of Eq. 8", low=0)
     w_evalpose: float = option(0.1, "w2 of Eq. 8, EvalPose (Eq. 5)", low=0)
     w_cross: float = option(0.01, "w3 of Eq. 8, cross-domain features (Eq. 6)", low=0)
-    centred: bool = option(False, "subtract each domain's batch mean of the features in Eq. 6")
+    centred: bool = option(False, "Eq. 6: first subtract each domain's mean feature (under "
+                           "torchrun the source's over a process's share)")
     map_sums: bool = option(True, "heatmap errors of Eq. 8 summed over the body; off: means over "
                             "the cells")
     beta: float = option(50.0, "sharpness of the soft-argmax", above=0)
@@ -253,11 +256,12 @@ def open_domains(settings):
         raise UserError(f"--source {s.source} --target {s.target}: {len(source.skeleton)} and "
                         f"{len(target.skeleton)} keypoints; take two domains of bodies or two of "
                         "hands")
-    for role, dataset in (("source", source), ("target", target)):
-        for name in ("batch_size", "bins"):
-            if getattr(s, name) > len(dataset):
-                raise UserError(f"{option_of(name)}: {getattr(s, name)} is more than the "
-                                f"{len(dataset)} training images of the {role}")
+    needed = [("batch_size", "source", source), ("batch_size", "target", target),
+              ("bins", "source", source)]
+    for name, role, dataset in needed:
+        if getattr(s, name) > len(dataset):
+            raise UserError(f"{option_of(name)}: {getattr(s, name)} is more than the "
+                            f"{len(dataset)} training images of the {role}")
     return Domains(source, target, open_split(s, "target", "val"), open_split(s, "target", "test"))
 
 
@@ -314,8 +318,9 @@ def load_step(run, step, indices):
     if not run.trainer.uses_target:
         return indices, source_batch, None
     target = run.domains.target
-    others = torch.from_numpy(shuffled_batch(len(target), s.batch_size, step, s.seed + 1))
-    return indices, source_batch, load(target, others)[0]
+    # seed + 1: the images of the target come in an order of their own.
+    target_indices = torch.from_numpy(shuffled_batch(len(target), s.batch_size, step, s.seed + 1))
+    return indices, source_batch, load(target, target_indices)[0]
 
 
 # --- The step -------------------------------------------------------------------------------------
@@ -488,6 +493,7 @@ class Trainer:
         evalpose = 0.0
         cross_domain = 0.0
 
+        # Decision: Eq. 5 and 6 join with the teacher, for both domains.
         if self.teacher is not None:
             with torch.no_grad():
                 # The teacher labels the target images. Its maps are warped back to the crop.
@@ -526,10 +532,10 @@ class Trainer:
             terms.update(consistency=consistency, teacher_confidence=pseudo_confidence.mean(),
                          kept=mask.float().mean(), hidden=(hidden >= 0).float().mean())
 
-            # Losses on poses, in cells: the student's, and what it should have predicted.
+            # Losses on poses are in cells. The student's poses are computed if one asks for them.
             @functools.cache
             def poses():
-                """Differentiable poses (B, K, 2) of source and target, if a loss asks for them."""
+                """The student's poses (B, K, 2) of source and target, differentiable."""
                 source_pose = kernels.soft_argmax(source_maps, s.beta)
                 target_pose = kernels.soft_argmax(student_maps, s.beta)
                 return source_pose, target_pose
@@ -543,6 +549,7 @@ class Trainer:
 
             if s.w_cross:
                 # Poses are compared as they stand in the image: sheared views have other angles.
+                # Decision: poses with fewer than 4 triplets in common are never similar.
                 if s.subcell:
                     source_cells = source_cells + actupose.subcell_offset(
                         source_maps.detach(), source_cells, confidence)
@@ -551,7 +558,7 @@ class Trainer:
                     image_pose, gather(pseudo_cells), self.triplets, source.weight > 0, confident,
                     min_triplets=4)                                                          # Eq. 7
                 similar = distance < s.gamma
-                # Eq. 6 sums over all pairs, while gradients are averaged over the processes.
+                # The sum of Eq. 6 is over all pairs, while gradients are averaged over processes.
                 cross_domain = world_size() * actupose.cross_domain_loss(
                     source_features, gather(teacher_features), similar, s.centred)
                 terms.update(cross_domain=cross_domain, pairs=world_size() * similar.float().sum())
@@ -595,7 +602,8 @@ def train(settings, out, device="auto", resume=False):
             samples, pool_size = curriculum.samples(epoch, count)                        # Eq. 3
             steps = range(epoch * s.iters_per_epoch, (epoch + 1) * s.iters_per_epoch)
             stats = EpochStats(run, out)
-            for step, batch in zip(steps, prefetch(batches(run, samples, steps), s.workers)):
+            jobs = batches(run, samples, steps)
+            for step, batch in zip(steps, prefetch(jobs, s.workers)):
                 indices, source_batch, target_images = batch
                 lr = learning_rate(s, step)
                 trainer.optimiser.param_groups[0]["lr"] = lr
@@ -607,8 +615,8 @@ def train(settings, out, device="auto", resume=False):
 
             # Rank the samples for the next epoch by the student's confidence in this one.
             if curriculum.observes_all:
-                everything = np.arange(len(run.labelled))
-                curriculum.observe(everything, confidence_on(run.labelled, trainer))
+                all_samples = np.arange(len(run.labelled))
+                curriculum.observe(all_samples, confidence_on(run.labelled, trainer))
             else:
                 curriculum.observe(samples, torch.cat(stats.confidences).cpu())
             curriculum.rerank()                                                          # Eq. 4
@@ -679,7 +687,8 @@ class EpochStats:
             self.check_finite()
 
     def check_finite(self):
-        """UserError that names the first step since the last call with a loss that is not finite.
+        """UserError where a loss or weight is not finite. It names the first step with such a loss,
+        else the last one.
         """
         steps = self.unchecked
         self.unchecked = []
@@ -698,7 +707,7 @@ class EpochStats:
         if (self.out / "last.pt").exists():
             kept = (f"; {self.out / 'last.pt'} keeps the last good state, from which --weights "
                     f"{self.out} begins")
-        raise UserError(f"step {step}: loss or weights are not finite ({found}); source samples "
+        raise UserError(f"step {step}: loss or weights are not finite ({found}); labelled samples "
                         f"{names}. Lower --lr, --w-evalpose or --w-cross, in another --out{kept}")
 
     def means(self):
@@ -919,7 +928,7 @@ class RegDATrainer(Trainer):
         return self.adapting
 
     def begin_adaptation(self):
-        """Two new regressors on psi and a new optimiser, unless weights with both were loaded."""
+        """Two new regressors on psi and a new optimiser, unless the network has regressors."""
         if not self.adapting:
             torch.manual_seed(self.settings.seed)
             actupose.make_regressors(self.student)
@@ -1127,7 +1136,10 @@ def shard(rows):
 
 
 def gather(rows):
-    """The inverse of `shard`: (N, ...) of every process -> (N * world_size(), ...), by rank."""
+    """The inverse of `shard`: (N, ...) of every process -> (N * world_size(), ...), by rank.
+
+    With several processes the result has no gradient.
+    """
     if world_size() == 1:
         return rows
     empty = torch.empty_like(rows, memory_format=torch.contiguous_format)
@@ -1279,7 +1291,6 @@ def load_run(path):
 
 def load_torch(file, path):
     """A torch file as a dictionary of tensors and plain values. Nothing in it is executed."""
-    advice = "fetch it again, or save the weights by torch.save(model.state_dict(), FILE)"
     try:
         # UDAPE's and RegDA's files hold the options they were written with: plain values, too.
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
@@ -1292,6 +1303,7 @@ def load_torch(file, path):
     except Exception as error:  # of many kinds, where the file is damaged
         state = None
         reason = "damaged, or not written by torch.save"
+        advice = "fetch it again, or save the weights by torch.save(model.state_dict(), FILE)"
         refused = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
         if refused:
             reason = f"it holds {refused[1] or 'a TorchScript module'}, which could run code"
@@ -1393,7 +1405,7 @@ def load_networks(trainer, checkpoint, path):
     if checkpoint["teacher"] is not None:
         trainer.teacher = actupose.make_teacher(trainer.student)
         load_weights(trainer.teacher, checkpoint["teacher"], path)
-    if checkpoint.get("style") is not None:
+    if checkpoint["style"] is not None:
         transfer = actupose.StyleTransfer(trainer.settings.style).to(trainer.device)
         load_weights(transfer, checkpoint["style"], path)
         trainer.style_transfer = transfer.requires_grad_(False).eval()
@@ -1723,7 +1735,7 @@ def prediction_panel(trainer, dataset, i, keypoints, confidence):
 
 
 def draw_figures(run, scores, predictions, folder):
-    """All pictures of a finished run. The samples shown are the first of each split, not chosen.
+    """All pictures of a finished run. The test images shown are the first of the split, not chosen.
 
     A picture that cannot be drawn costs a line on stderr: the result is written already.
     """
@@ -1775,7 +1787,9 @@ def test_panels(run, predictions, i):
 
 
 def draw_similar(path, run, predictions):
-    """Fig. 1: the first test images, and the three source poses nearest to the ground truth."""
+    """Fig. 1: the first test images, and the three source poses nearest to the ground truth, among
+    the first 10,000.
+    """
     source = run.domains.source
     test = run.domains.test
     shown = slice(0, 6)
@@ -1801,19 +1815,20 @@ def draw_pairs(path, run):
     s = run.settings
     trainer = run.trainer
     images, _, visible = run.domains.source[torch.arange(min(64, len(run.domains.source)))]
-    others, _, _ = run.domains.target[torch.arange(min(64, len(run.domains.target)))]
+    target_images, _, _ = run.domains.target[torch.arange(min(64, len(run.domains.target)))]
     poses, _ = decode(trainer.student, images, s, trainer.device)
-    found, confidence = decode(scored_teacher(trainer), others, s, trainer.device)
+    target_poses, confidence = decode(scored_teacher(trainer), target_images, s, trainer.device)
     sure = actupose.confidence_mask(confidence, s.mask_ratio)
-    distance = kernels.triplet_angle_distance(poses, found, trainer.triplets.cpu(), visible > 0,
-                                              sure, min_triplets=4)
+    distance = kernels.triplet_angle_distance(poses, target_poses, trainer.triplets.cpu(),
+                                              visible > 0, sure, min_triplets=4)
     panels = []
     while len(panels) < 24 and distance.isfinite().any():
-        m, n = divmod(distance.argmin().item(), len(others))
+        m, n = divmod(distance.argmin().item(), len(target_images))
+        caption = f"Eq. 7: {distance[m, n]:.3f} rad"
         remark = "" if distance[m, n] < s.gamma else f"not below {show(s.gamma)}"
-        everything = torch.ones(len(found[n]))
-        panels.append(Panel(f"Eq. 7: {distance[m, n]:.3f} rad", images[m], poses[m], visible[m]))
-        panels.append(Panel(remark, others[n], found[n], everything, sure[n].float()))
+        all_shown = torch.ones(len(target_poses[n]))
+        panels.append(Panel(caption, images[m], poses[m], visible[m]))
+        panels.append(Panel(remark, target_images[n], target_poses[n], all_shown, sure[n].float()))
         distance[m] = math.inf
         distance[:, n] = math.inf
     if panels:
@@ -1835,8 +1850,8 @@ def draw_drawn(path, curriculum, settings):
         pool = sum(drawn)
         series[f"epoch {epoch}: {min(pool, trained):,} of {pool:,}"] = drawn
     canvas, draw = blank(2200, 720)
-    everything = value_range(list(series.values()))
-    chart = Chart(draw, (110, 80, 2180, 600), (0, max(s.bins - 1, 1)), everything, "samples drawn",
+    counts = value_range(list(series.values()))
+    chart = Chart(draw, (110, 80, 2180, 600), (0, max(s.bins - 1, 1)), counts, "samples drawn",
                   f"{BINS_LABEL}; in the legend: trained on, of the pool")
     for drawn, colour in zip(series.values(), PALETTE):
         chart.line(range(s.bins), drawn, colour)
@@ -2030,8 +2045,8 @@ class Parser(argparse.ArgumentParser):
                                metavar=None if choices else metavar)
 
     def parse_known_args(self, words=None, namespace=None):
-        """argparse's, which remembers for `error` who reads what: a parser, or that of `evaluate`
-        inside it.
+        """argparse's. Remembers for `error` which parser reads which words: this one, or that of
+        `evaluate`.
         """
         Parser.reading = self
         self.words = words
@@ -2166,7 +2181,7 @@ def choose_device(name):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.zeros(1, device=torch.device(name)).device
-        torch.zeros(1, device=device).item()                    # which "meta" does not have
+        torch.zeros(1, device=device).item()                    # "meta" holds no values
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):
@@ -2194,6 +2209,8 @@ def check_same_settings(out, given):
     places = {}
     for name, value in given.items():
         was = getattr(saved, name)
+        if name in PATHS:
+            value = os.path.expanduser(value)                   # as in config.json
         if name in CHANGEABLE:
             places[name] = value
         elif was != value and (name, value) != ("amp", "auto"):
@@ -2309,7 +2326,7 @@ def warn(message, name="train.py"):
 def main(arguments):
     """The program. Status 1: a photograph failed, or a bug; 2: a mistake; 130: Ctrl-C."""
     processes = 1
-    if dist.is_available() and dist.is_torchelastic_launched():  # not: WORLD_SIZE left over
+    if dist.is_available() and dist.is_torchelastic_launched():  # by torchrun
         processes = int(os.environ["WORLD_SIZE"])
     advice = "; --resume goes on from the last saved epoch"
     if arguments[:1] in (["evaluate"], ["predict"]):
