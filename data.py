@@ -86,8 +86,8 @@ class Progress:
 def replacing(path, keep=None):
     """A binary file to write, which takes the place of `path` when the block ends without an error.
 
-    A crash or a full disk leaves the old file or the new one, whole. keep: a name for the old one.
-    OSError names `path`."""
+    A crash or a full disk leaves the old file or the new one, whole. keep: a name for the old one, under
+    which alone a crash may leave it. OSError names `path`."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several processes may write the file
     try:
@@ -105,7 +105,7 @@ def replacing(path, keep=None):
 
 
 def remove_leftovers(folder):
-    """Delete what a process left in a run's folder that was killed within `replacing`."""
+    """Delete the temporary files of a process that was killed within `replacing`."""
     for path in folder.glob("*.tmp"):
         if re.search(r"\.(json|jsonl|pt|png)\.\d+\.tmp$", path.name):
             path.unlink()
@@ -164,7 +164,8 @@ class Skeleton:
             row = tuple(operator.index(k) for k in row)
         except TypeError as error:
             raise ValueError(f"{field}: {row!r} is not a sequence of whole numbers") from error
-        if not row or len(row) != (length or len(row)) or min(row) < 0 or max(row) >= len(self):
+        wrong_length = len(row) != length if length else not row
+        if wrong_length or min(row) < 0 or max(row) >= len(self):
             raise ValueError(f"{field}: {row} must be {length or 'some'} keypoints below {len(self)}")
         return row
 
@@ -314,9 +315,9 @@ def render_heatmaps(keypoints, visible, size, stride, sigma, subcell=False):
     """Target heatmaps (B, K, size, size) of keypoints and the weight (B, K) of each.
 
     keypoints: (B, K, 2) pixels; visible: (B, K), 1 where labelled; size: cells per side; stride: pixels
-    per cell; sigma: cells. The Gaussian stands on the nearest cell, int(x / stride + 1/2), as published;
-    `subcell` leaves it at x / stride, worth having where cells are coarse. Where a keypoint is unlabelled
-    or its cell lies outside, the weight is 0 and the map empty."""
+    per cell; sigma: cells. The Gaussian stands on the nearest cell, floor(x / stride + 1/2) (published:
+    int(), which differs left of and above the image); `subcell` leaves it at x / stride, for coarse cells.
+    Where a keypoint is unlabelled or its cell lies outside, the weight is 0 and the map empty."""
     exact = keypoints / stride
     cell = torch.floor(exact + 0.5)
     inside = ((cell >= 0) & (cell < size)).all(-1)
@@ -420,14 +421,14 @@ def prefetch(jobs, workers):
         while waiting:
             yield waiting.pop(0).result()
     finally:
-        pool.shutdown(cancel_futures=True)  # an interrupted run does not wait for them
+        pool.shutdown(cancel_futures=True)  # after an interrupt, jobs that wait are dropped
 
 
 # --- The built-in benchmark: bodies and hands, a clean source and wild targets -----------------------------
 
 # Forward kinematics, a perspective camera, shaded limbs. Metres, x to the image's right, y up, z to the
 # camera; degrees. All numbers of a sample come from default_rng((seed, domain, split, index)).
-RENDERER_VERSION = 3        # part of the cache file's name: raise it when the pictures change
+RENDERER_VERSION = 3        # raise it when pictures change and no table of `benchmark_tables` did
 POSE_NUMBERS = 43           # uniform numbers per sample: 4 camera, 12 proportions, kind and 26 angles
 SUPERSAMPLING = 4           # pictures are drawn this many times larger, then averaged
 
@@ -780,7 +781,8 @@ def draw_tone(draw, centres, radii, fills, patches):
 
 
 def draw_shape(draw, rng, extent, colour):
-    """Draw an ellipse, a box, a triangle or a bar anywhere; its half-size is in `extent`, canvas sides."""
+    """Draw an ellipse, a box, a triangle or a bar anywhere. extent: (low, high) of its half-size, in sides of
+    the canvas."""
     side = draw.im.size[0]
     corners = rng.choice((3, 4, 4, 24))
     turn = math.pi * rng.random()
@@ -863,11 +865,11 @@ def photograph(rng, image):
     image = image.filter(ImageFilter.GaussianBlur(WILD["blur"] * size * rng.random()))
     grain = 255 * WILD["grain"] * rng.random() ** 2
     grain = grain * rng.standard_normal((size, size, 3), dtype=np.float32)
-    return np.clip(image + grain + 0.5, 0, 255).astype(np.uint8)
+    return np.clip(np.asarray(image) + grain + 0.5, 0, 255).astype(np.uint8)
 
 
 def benchmark_tables():
-    """All numbers that make the built-in benchmark: with RENDERER_VERSION, its version."""
+    """The tables of the built-in benchmark. RENDERER_VERSION stands for its code and its other numbers."""
     return (WILD, PLAIN, TONES, PATTERNS, POSES, STANDING, JOINT_LIMITS, SEGMENTS, PROPORTION, WIDER,
             GESTURES, HAND_LIMITS, HAND_OPEN, HAND_VIEW, HAND_BONES)
 
@@ -879,7 +881,7 @@ class Mannequin:
     'everyday' looks like the target, with the kinds of pose as often as in the source. cache: a directory
     for the images, safe to delete; they are rendered when the first is asked for, and progress(done, total)
     is called. visible: 1 where a keypoint lies inside the image, covered or not. joints: (N, K, 3) metres;
-    upright: (N,) bool, the easy kinds of pose."""
+    easy: (N,) bool, the easy kinds of pose."""
     DEFAULT_COUNTS = {("source", "train"): 6000, ("source", "val"): 500, ("source", "test"): 1000,
                       ("target", "train"): 2000, ("target", "val"): 500, ("target", "test"): 1000,
                       ("everyday", "train"): 2000, ("everyday", "val"): 500, ("everyday", "test"): 1000}
@@ -913,7 +915,7 @@ class Mannequin:
         pose = pose_hands if hand else pose_bodies
         distances = (0.5, 1.1) if hand else (3.0, 7.0)
         kind, self.joints, parts = pose(u[:, 4:], drawn_as, mix)
-        self.upright = torch.tensor([Kind(*row).easy for row in kinds.values()])[kind]
+        self.easy = torch.tensor([Kind(*row).easy for row in kinds.values()])[kind]
         self.roles = parts.roles
         self.depth = parts.ends[..., 2].mean(-1)  # (N, P), towards the camera
         together = {}  # the parts of each group, which are drawn together
@@ -1052,7 +1054,7 @@ def decode_picture(path, least=None):
 
 
 def picture_sides(path):
-    """Width and height of a picture as `open_picture` gives it, from the header of a JPEG or a square."""
+    """Width and height of an upright picture. A JPEG's or a square's header says; others are decoded."""
     with _open_image(path) as image:
         if image.width == image.height:
             return image.size
@@ -1177,8 +1179,8 @@ class _CropsOnDisk:
         self.size = size
 
     def _fill(self, annotation, names, sides, keypoints, visible):
-        """names: (N,) bytes, the pictures below root; sides: (N, 2), their width and height in pixels;
-        annotation: the file that lists them, for messages."""
+        """names: (N,) bytes, the pictures below root; sides: (N, 2), their width and height in pixels, or
+        None where `_decode` needs none; annotation: the file that lists them, for messages."""
         if len(names) == 0:
             raise DataError(f"{annotation}: split {self.split!r} is empty; is the dataset complete?")
         self.keypoints = keypoints
@@ -1211,8 +1213,9 @@ class _CropsOnDisk:
     def check_files(self, progress=lambda *_: None):
         """Decode every picture once and keep none, so that a missing or damaged one is named at once.
 
-        It takes one or two ms per picture: made for validation and test splits (a few thousand), which are
-        read when the training is over, not for the millions of a training split. progress(done, total)."""
+        It takes one or two ms per picture: made for validation and test splits (a few thousand), the latter
+        of which is read when the training is over, not for the millions of a training split.
+        progress(done, total)."""
         jobs = (functools.partial(self._decode, i) for i in range(len(self)))
         for done, _ in enumerate(prefetch(jobs, workers=4)):
             progress(done + 1, len(self))
@@ -1624,10 +1627,11 @@ def read_array_pickle(path):
 class RenderedHandPose(_CropsOnDisk):
     """RHD, Rendered Hand Pose: synthetic hands, 21 keypoints (HAND21), all turned into left hands.
 
-    A hand is a sample when its square box, 1.5 times the box of its keypoints, is larger than 64 pixels,
-    more than 16 keypoints are visible, and the box of the other hand's keypoints covers less than 30 % of
-    it. It is cropped to that box; a right hand is mirrored. Invisible keypoints keep their place. split:
-    'val' is every fifth sample of 'train', as published. left: (N,) bool, the hands not mirrored."""
+    A hand is a sample when its square box, 1.5 times the box of its keypoints, spans more than 64 pixels
+    from its first to its last, more than 16 keypoints are visible, and the box of the other hand's keypoints
+    covers less than 30 % of it. It is cropped to that box; a right hand is mirrored. Invisible keypoints keep
+    their place. split: 'val' is every fifth sample of 'train', as published. left: (N,) bool, the hands not
+    mirrored."""
     skeleton = HAND21
     SIDE = 320
     ROWS = [0, 4, 3, 2, 1, 8, 7, 6, 5, 12, 11, 10, 9, 16, 15, 14, 13, 20, 19, 18, 17]  # from tip to base
@@ -1716,9 +1720,3 @@ class Hand3DStudio(_SquareCrops):
         else:
             order = order[held_out:]
         self._take(self.root / "annotation.json", [part], order)
-
-
-if __name__ == "__main__":
-    print("data.py: has no commands; an original release is prepared by "
-          "`python -m docs.prepare surreal RAW OUT`", file=sys.stderr)
-    sys.exit(2)

@@ -4,7 +4,8 @@
     python -m docs.prepare human36m RAW OUT [--jobs N]
 
 docs/datasets.md describes both layouts. A command that was stopped goes on where it was when it is started
-again. It exits with 1 where clips or pictures failed (they are named), and with 2 where it could not go on.
+again. It exits with 1 where clips or pictures failed (the first 20 are named), and with 2 where it could not
+go on.
 """
 
 import argparse
@@ -74,9 +75,9 @@ HEIGHT = 240
 def prepare_surreal(raw, out, jobs):
     """SURREAL's original release (the directory of `cmu`, or `cmu` itself) -> the layout of data.SURREAL.
 
-    A frame is cropped to its `square_box`. Frames that show no joint, or a person of less than 16 pixels,
-    are left out. Started again, it does the clips that are not done. Yields, per run, a summary and the
-    messages of the clips that failed."""
+    A frame is cropped to its `square_box`. Frames that show no joint, or whose crop would be smaller than 16
+    pixels, are left out. Started again, it does the clips that are not done. Yields, per run, a summary and
+    the messages of the clips that failed."""
     if (raw / "cmu").is_dir():
         raw = raw / "cmu"
     runs = []
@@ -249,7 +250,6 @@ def main(arguments=None):
         print(f"failed: {message}", file=sys.stderr)
     if len(failures) > 20:
         print(f"failed: {len(failures) - 20} more", file=sys.stderr)
-    print(f"{len(failures)} failed")
     return 1 if failures else 0
 
 

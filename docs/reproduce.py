@@ -2,8 +2,8 @@
 
 A comparison is rows x seeds. A row is a method, an ablation, or ACTUPose with one value of a setting. What is
 missing is trained by train.py, what was interrupted goes on, and each finished run becomes a line of
-docs/runs.jsonl. A run whose line is there is not trained again. `--tables` prints every table of README.md
-and docs/results.md from that file into them, and draws the plots, without training.
+docs/runs.jsonl. A run whose line is there is not trained again. `--tables` prints the tables that are marked
+in README.md and docs/results.md from that file into them, and draws the plots, without training.
 """
 import argparse
 import dataclasses
@@ -50,7 +50,8 @@ ABLATIONS = {
     "no-style": dict(style="off"),
     "no-occlusion": dict(occlusion=0.0),
 }
-# Tables of pairs of rows, for `--show`: the header, and {what both rows share: (a row, the one minus it)}.
+# Tables of pairs of rows, for `--show`: the header, and {what both rows share: (first row, second row)}. The
+# difference is the second minus the first.
 PAIRS = {
     "losses": (["source samples", "without Eq. 5 and 6", "with"], {
         "all": ("udape", "no-curriculum"),
@@ -128,7 +129,7 @@ ORDER = (*named_rows("udape,static,actupose"), *sweep_rows("pace", (1.0, 2.0)),
 LONG = dict(iters_per_epoch=4 * ITERATIONS)
 EVERYDAY = dict(target="mannequin-everyday")
 HANDS = dict(source="mannequin-hand")
-FLOAT32 = dict(amp="off")    # of every processor; the other comparisons' kept runs are of one with bfloat16
+FLOAT32 = dict(amp="off")    # runs on every processor; the other comparisons' kept runs are in bfloat16
 
 # The comparisons of docs/results.md.
 COMPARISONS = {
@@ -224,7 +225,7 @@ def key_of(differing):
 
 
 def keep(path, settings, out, commit):
-    """Write the finished run in `out` as a line of the file."""
+    """Write the finished run in `out` as a line of the file. commit: of the code that found it finished."""
     config = train.read_json(out / "config.json")
     speed = [json.loads(text) for text in (out / "speed.jsonl").read_text().splitlines()]
     seconds = {row["epoch"]: row["seconds"] for row in speed}   # of the last time that an epoch ran
@@ -279,7 +280,9 @@ def run_missing(comparison, kept_in, out, jobs, device):
             if (run / "config.json").exists():
                 train.check_same_settings(run, dataclasses.asdict(settings))
             if (run / "result.json").exists():
-                keep(kept_in, settings, run, commit)
+                line = keep(kept_in, settings, run, commit)
+                kept[key_of(line["settings"])] = line
+                found.append(line)
                 continue
             settings_of[run] = settings
             commands[run] = command_of(comparison, row, seed, run, device)
@@ -671,12 +674,15 @@ DISTANCES = (0.01, 0.05, 0.1, 0.25, 0.5)   # quantiles of Eq. 7 between random p
 def difficulty_table():
     """Easy poses of both domains, complexity of the target's, Eq. 7 between random poses of the source."""
     tasks = {"bodies": ("target", False), "everyday": ("everyday", False), "hands": ("target", True)}
-    table = [["", *tasks], ["easy poses in the source"], ["easy poses in the target"],
-             ["target poses as complex as the hardest 8 of the source's 25 bins"],
-             ["random source pairs below 0.06 rad"], ["random source pairs below 0.019 rad"],
-             ["nearest source poses in the hardest 8 bins"],
-             ["the same, by fifths of the target's poses, simple to complex"],
-             [f"Eq. 7 between random source poses, quantiles {show(DISTANCES)}, rad"]]
+    labels = ["easy poses in the source",
+              "easy poses in the target",
+              "target poses as complex as the hardest 8 of the source's 25 bins",
+              "random source pairs below 0.06 rad",
+              "random source pairs below 0.019 rad",
+              "nearest source poses in the hardest 8 bins",
+              "the same, by fifths of the target's poses, simple to complex",
+              f"Eq. 7 between random source poses, quantiles {show(DISTANCES)}, rad"]
+    columns = []
     for domain, hand in tasks.values():
         source = data.Mannequin("source", "train", count=6000, hand=hand)
         target = data.Mannequin(domain, "test", hand=hand)
@@ -689,17 +695,24 @@ def difficulty_table():
         distance = kernels.triplet_angle_distance(
             source.keypoints[a], source.keypoints[b], torch.tensor(source.skeleton.triplets),
             source.visible[a] > 0, source.visible[b] > 0).flatten()[::4]
-        shares = [source.upright, target.upright, of_target >= complexity.quantile(17 / 25),
-                  distance < 0.06, distance < 0.019]
-        for row, share in zip(table[1:], shares):
-            row.append(f"{100 * share.float().mean():.1f} %")
-        near = hard_neighbours(source, target, complexity >= complexity.quantile(17 / 25))
-        table[-3].append(f"{100 * near.mean():.1f} %")
+        hardest = complexity.quantile(17 / 25)
+        near = hard_neighbours(source, target, complexity >= hardest)
         fifths = near[of_target.argsort()].chunk(5)
-        table[-2].append(", ".join(f"{100 * fifth.mean():.0f}" for fifth in fifths) + " %")
         quantiles = distance.quantile(torch.tensor(DISTANCES)).tolist()
-        table[-1].append(", ".join(f"{value:.3f}" for value in quantiles))
-    return markdown(table)
+        columns.append([percent(source.easy),
+                        percent(target.easy),
+                        percent(of_target >= hardest),
+                        percent(distance < 0.06),
+                        percent(distance < 0.019),
+                        percent(near),
+                        ", ".join(f"{100 * fifth.mean():.0f}" for fifth in fifths) + " %",
+                        ", ".join(f"{value:.3f}" for value in quantiles)])
+    return markdown([["", *tasks], *zip(labels, *columns)])
+
+
+def percent(shares):
+    """The mean of shares, or of what is true or false, as text."""
+    return f"{100 * shares.float().mean():.1f} %"
 
 
 def hard_neighbours(source, target, hard):
@@ -761,7 +774,7 @@ HELP = f"""Tables, sweeps and plots, of the comparisons of docs/results.md or of
   python -m docs.reproduce --difficulty                    what the built-in benchmarks consist of
 
 Pictures lie beside the new runs: panel.png (Fig. 8), bins.png (Fig. 9), sweep-NAME.png (Fig. 10). Finished
-runs are reused: after editing code give a new --out.
+runs are reused, wherever their data lie: after editing code or changing data give a new --out.
 
 names:     {', '.join(COMPARISONS)}
 methods:   {', '.join(train.METHODS)}
@@ -800,8 +813,9 @@ def make_parser():
         help="a row of actupose per value of a setting, and a plot; can be given again")
     add("--seeds", type=parse_seeds, help="seeds of each row [0,1,2, or those of NAME]")
     add("--show", choices=("all", "short", "bins", "seeds", "sweeps", *PAIRS), default="all",
-        help="the table: all columns, without joints, PCK by complexity bin, seed by seed, a row per swept "
-        "setting, what Eq. 5 and 6 bring, what the order of the samples brings, or float32")
+        help="all: every column; short: without joints; bins: PCK by complexity bin; seeds: seed by seed; "
+        "sweeps: a row per swept setting; losses: what Eq. 5 and 6 bring; order: what the samples' order "
+        "brings; arithmetic: bfloat16 against float32")
     add("--to", metavar="ROW", help="the row with which the others are compared [actupose]")
     add("--tasks", metavar="NAME,DIR,...", help="Table 2, of comparisons by name or directory; with --show "
         "bins actupose - udape by complexity bin")

@@ -70,23 +70,30 @@ class Clock:
 
 
 def operations(settings):
-    """Operations of the networks in a whole run, half of its batches restyled. A multiply-add is two."""
+    """Operations of the networks in all steps of a run, half of the batches restyled. A multiply-add is two.
+
+    Not counted: training the style networks and the Pose-VAE, evaluation.
+    """
     few = dataclasses.replace(settings, batch_size=2, style_prob=1.0)
     trainer = train.make_trainer(few, data.BODY16, torch.device("cpu"))
     images = torch.zeros(2, 3, few.image_size, few.image_size, dtype=torch.uint8)
     keypoints = torch.rand(2, len(data.BODY16), 2) * few.image_size
     batch = (images, keypoints, torch.ones(2, len(data.BODY16)))
+    styles = [None]
+    if few.style != "off":
+        styles.append(actupose.StyleTransfer(few.style))
     total = 0
     phases = {"pretraining": few.pretrain_epochs, "adaptation": few.epochs - few.pretrain_epochs}
     for phase, epochs in phases.items():
         if phase == "adaptation":
             trainer.begin_adaptation()
-        for style in (None, actupose.StyleTransfer(few.style)):
+        for style in styles:
             trainer.style_transfer = style
             with FlopCounterMode(display=False) as counter:
                 trainer.step(0, batch, images)
             per_image = counter.get_total_flops() / 2
-            total += epochs * settings.iters_per_epoch / 2 * settings.batch_size * per_image
+            steps = epochs * settings.iters_per_epoch / len(styles)
+            total += steps * settings.batch_size * per_image
     return total
 
 
@@ -94,9 +101,12 @@ def command(arguments):
     """Print the table. Returns the exit status."""
     parser = train.Parser(prog="python -m docs.step", description=__doc__)
     parser.add_argument("--steps", type=int, default=40, help="steps that are timed [40]")
-    parser.add_argument("--preset", choices=("demo", "paper"), default="demo", help="of the settings [demo]")
-    parser.add_argument("--operations", action="store_true", help="of a whole run, in place of the table")
-    parser.add_settings()
+    parser.add_argument("--preset", choices=tuple(train.PRESETS), default="demo",
+                        help="of the settings [demo]")
+    parser.add_argument("--operations", action="store_true",
+                        help="of the steps of a whole run, in place of the table")
+    # The table is of the built-in bodies.
+    parser.add_settings(skip=("source", "source_root", "target", "target_root"))
     options = vars(parser.parse_args(arguments))
     if options["steps"] < 1:
         raise train.UserError(f"--steps: must be at least 1, got {options['steps']}")

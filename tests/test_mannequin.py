@@ -66,12 +66,12 @@ def test_bodies_have_human_proportions_and_joints(domain):
 def test_source_is_mostly_upright_and_the_target_is_not():
     source = make("source", count=2000)
     target = make("target", count=2000)
-    assert 0.76 < source.upright.float().mean() < 0.84 and 0.20 < target.upright.float().mean() < 0.30
+    assert 0.76 < source.easy.float().mean() < 0.84 and 0.20 < target.easy.float().mean() < 0.30
     x, y = (target.keypoints[:, 7] - target.keypoints[:, 6]).T
     tilt = torch.rad2deg(torch.atan2(x, -y)).abs()
     assert 0.70 < (tilt < 30).float().mean() < 0.85 and 0.03 < (tilt > 120).float().mean() < 0.07
-    assert make("source", hand=True, count=500).upright.float().mean() > 0.6
-    assert make("target", hand=True, count=500).upright.float().mean() < 0.3
+    assert make("source", hand=True, count=500).easy.float().mean() > 0.6
+    assert make("target", hand=True, count=500).easy.float().mean() < 0.3
 
 
 @pytest.mark.parametrize("hand", [False, True])
@@ -80,7 +80,7 @@ def test_everyday_differs_from_the_target_in_its_mix_of_poses_alone(tmp_path, ha
     Easy poses are as frequent as in the source: about 80 % of bodies, in the target 25 %."""
     everyday, target, source = (make(domain, hand=hand, count=1500)
                                 for domain in ("everyday", "target", "source"))
-    easy = [dataset.upright.float().mean() for dataset in (everyday, target, source)]
+    easy = [dataset.easy.float().mean() for dataset in (everyday, target, source)]
     assert abs(easy[0] - easy[2]) < 0.03 and easy[0] - easy[1] > 0.45
     assert hand or abs(easy[0] - 0.8) < 0.04 and abs(easy[1] - 0.25) < 0.04
     same = np.abs(everyday.joints - target.joints).max((1, 2)) == 0

@@ -94,6 +94,21 @@ def test_what_is_missing_is_trained_and_kept(launch, reproduce_into, tmp_path, m
     check_one_line(errors, "--lr: the run in ", "0.5, not 0.25")
 
 
+def test_a_finished_run_serves_all_rows_with_its_settings(tmp_path, monkeypatch):
+    """lambda = 6 and sigma = 0.25 are both the demo: nothing is left to train."""
+    rows = reproduce.sweep_rows("pace", (6.0,)) + reproduce.sweep_rows("spread", (0.25,))
+    run = tmp_path / "actupose-pace=6-s0"
+    run.mkdir()
+    config = {**dataclasses.asdict(train.Settings(amp="off")), "device": "", "threads": 1, "torch": ""}
+    train.write_json(run / "config.json", config)
+    train.write_lines(run / "speed.jsonl", [dict(epoch=0, seconds=1.0)])
+    train.write_json(run / "result.json", result(50.0, 0))
+    trained = Mock(return_value=[])
+    monkeypatch.setattr(reproduce, "run_all", trained)
+    reproduce.run_missing(reproduce.Comparison(rows, (0,)), tmp_path / "runs.jsonl", tmp_path, 1, "cpu")
+    assert trained.call_args.args[0] == {} and len(read(tmp_path / "runs.jsonl")) == 1
+
+
 def test_lines_of_another_demo_do_not_count(reproduce_into, tmp_path, monkeypatch):
     one = ["--methods", "source-only", "--seeds", "0", "--epochs", "1"]
     assert reproduce_into(*one)[0] == 0
