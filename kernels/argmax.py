@@ -147,24 +147,28 @@ def vertex(maps, exists, n, top, i, size, step, width, stride_h, stride_w, FLAT:
 
 @triton.jit
 def rectify_kernel(heatmaps, coords, confidence, drawn,
-                   scale, radius, keypoints, cells, width, stride_b, stride_k, stride_h, stride_w,
-                   FLAT: tl.constexpr, SUBCELL: tl.constexpr,
+                   scale, radius, keypoints, cells, stride_b, stride_k, stride_h, stride_w,
+                   WIDTH: tl.constexpr, FLAT: tl.constexpr, SUBCELL: tl.constexpr,
                    BLOCK_K: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):
-    """Program (block of maps): maximum, vertex, and the Gaussian exp2(scale * distance^2) within `radius`."""
+    """Program (block of maps): maximum, vertex, and the Gaussian exp2(scale * distance^2) within `radius`.
+
+    The width is compiled in: every drawn cell is divided by it, and a division by an integer that is known
+    only at run time takes several times as many instructions.
+    """
     maps, map_index, exists = maps_of_program(heatmaps, keypoints, stride_b, stride_k, BLOCK_K)
-    n = best_cell(maps, exists, 0, cells, width, stride_h, stride_w, FLAT, BLOCK_K, LANES, ROWS)
-    top = store_cell(coords, confidence, maps, map_index, exists, n, width, stride_h, stride_w, FLAT)
-    x = (n % width).to(tl.float32)
-    y = (n // width).to(tl.float32)
+    n = best_cell(maps, exists, 0, cells, WIDTH, stride_h, stride_w, FLAT, BLOCK_K, LANES, ROWS)
+    top = store_cell(coords, confidence, maps, map_index, exists, n, WIDTH, stride_h, stride_w, FLAT)
+    x = (n % WIDTH).to(tl.float32)
+    y = (n // WIDTH).to(tl.float32)
     if SUBCELL:
-        x += vertex(maps, exists, n, top, n % width, width, 1, width, stride_h, stride_w, FLAT)
-        y += vertex(maps, exists, n, top, n // width, cells // width, width, width, stride_h, stride_w, FLAT)
+        x += vertex(maps, exists, n, top, n % WIDTH, WIDTH, 1, WIDTH, stride_h, stride_w, FLAT)
+        y += vertex(maps, exists, n, top, n // WIDTH, cells // WIDTH, WIDTH, WIDTH, stride_h, stride_w, FLAT)
         tl.store(coords + 2 * map_index, x, mask=exists)
         tl.store(coords + 2 * map_index + 1, y, mask=exists)
     for start in range(0, cells, LANES):
         cell = start + tl.arange(0, LANES)
-        dx = (cell % width).to(tl.float32)[None, :] - x[:, None]
-        dy = (cell // width).to(tl.float32)[None, :] - y[:, None]
+        dx = (cell % WIDTH).to(tl.float32)[None, :] - x[:, None]
+        dy = (cell // WIDTH).to(tl.float32)[None, :] - y[:, None]
         beyond = (tl.abs(dx) > radius) | (tl.abs(dy) > radius)
         gaussian = tl.where(beyond, 0.0, tl.exp2(scale * (dx * dx + dy * dy)))
         tl.store(drawn + (map_index * cells)[:, None] + cell[None, :], gaussian,
@@ -225,9 +229,9 @@ def plan_rectify(shape, strides, dtype, device, aligned, sigma, subcell):
     layout = divide(shape, strides, dtype.itemsize, split=False)
     return Launch(rectify_kernel, (layout.programs,),
                   (-0.5 / (sigma * sigma * math.log(2)), 3 * sigma + 1e-3, layout.keypoints,
-                   shape[2] * shape[3], shape[3], *layout.strides),
-                  dict(FLAT=layout.flat, SUBCELL=subcell, BLOCK_K=layout.block_k, LANES=layout.lanes,
-                       ROWS=layout.rows), num_warps=layout.warps)
+                   shape[2] * shape[3], *layout.strides),
+                  dict(WIDTH=shape[3], FLAT=layout.flat, SUBCELL=subcell, BLOCK_K=layout.block_k,
+                       LANES=layout.lanes, ROWS=layout.rows), num_warps=layout.warps)
 
 
 def rectify(heatmaps, sigma, subcell=False):
