@@ -1,15 +1,17 @@
-"""Triplet-angle distance: the mean angular difference between all source and all target poses (Eq. 7).
+"""Triplet-angle distance: how far the angles of all source and all target poses are apart (Eq. 7).
 
     theta(first, middle, last) = atan2(|a x b|, a . b),    a = first - middle,    b = last - middle
     distance[m, n] = ||theta_m - theta_n|| sqrt(A / n_valid) / K
 
-over the n_valid triplets of A that are usable in both poses.
+over the n_valid triplets of A that are usable in both poses. The paper calls Eq. 7 the mean angular
+difference. It is a norm over A angles, divided by the number of keypoints K. The factor sqrt(A / n_valid) is
+ours.
 
 In PyTorch the differences are a tensor (S, T, A) that is written and read again: 5 GB of traffic at S = T =
 4096 and A = 16, for a matrix of 67 MB. Here a program computes the angles of the poses of a tile of the
 matrix and adds the squared differences of its pairs in registers. So nothing is written but the result, and
 one launch serves every size. Each tile computes the angles of its poses anew, which a table of all angles,
-written by a launch before, would spare. In a tile of 128 x 128 pairs that is a tenth of the instructions; in
+written by a launch before, would spare. In a tile of 128 x 128 pairs that is an eighth of the instructions; in
 a small matrix, where most of a GPU has nothing to do, it costs no time, and the second launch would.
 
 What is not usable costs nothing to leave out. Its angle is NaN, so is every difference from it, and the
@@ -18,7 +20,7 @@ both poses' words.
 """
 from collections import namedtuple
 from functools import lru_cache
-from math import prod, sqrt
+from math import sqrt
 
 import torch
 
@@ -29,7 +31,7 @@ from kernels.common import Launch, ceil_div, plan_key, power_of_2, register, tl,
 # threads: at every step a thread computes one angle of each side.
 TILES = (128, 1), (64, 2), (16, 16)
 ENOUGH = 128           # tiles; about one for each multiprocessor of a large GPU
-GRID_LIMIT = 65535     # CUDA's, for the second and third dimension of a grid
+GRID_LIMIT = 65535     # CUDA's, for the second dimension of a grid
 
 Key = namedtuple("Key", "shape strides dtype device aligned")   # a `plan_key`, by names
 
@@ -65,9 +67,9 @@ def keypoint(poses, number):
 
 
 @triton.jit
-def angles(poses, valid, pose, first, middle, last, known, NOT_A_NUMBER: tl.constexpr):
+def pose_angles(poses, valid, pose, first, middle, last, known, UNDEFINED: tl.constexpr):
     """Angles (BLOCK, COLUMNS) of poses whose first keypoint is number `pose` (BLOCK, 1), at the triplets
-    (1, COLUMNS) that name keypoints. NaN: not usable. NOT_A_NUMBER: usable, but an operand was NaN."""
+    (1, COLUMNS) that name keypoints. NaN: not usable. UNDEFINED: usable, but a coordinate is NaN."""
     x, y = keypoint(poses, pose + middle)
     ax, ay = keypoint(poses, pose + first)
     bx, by = keypoint(poses, pose + last)
@@ -81,7 +83,7 @@ def angles(poses, valid, pose, first, middle, last, known, NOT_A_NUMBER: tl.cons
         usable &= tl.load(valid + (pose + middle))
         usable &= tl.load(valid + (pose + last))
     angle = atan2_upper(tl.abs(ax * by - ay * bx), ax * bx + ay * by)
-    angle = tl.where(angle == angle, angle, NOT_A_NUMBER)
+    angle = tl.where(angle == angle, angle, UNDEFINED)
     return tl.where(usable, angle, float("nan"))
 
 
@@ -107,22 +109,21 @@ def count_bits(word):
 
 @triton.jit(do_not_specialize=["T"])   # see docs/kernels.md: wider stores would take more registers
 def distance_kernel(source, target, source_valid, target_valid, triplets, distance,
-                    S, T, source_bank, target_bank, keypoints, A, min_triplets, scale,
+                    S, T, keypoints, A, min_triplets, scale,
                     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, WORDS: tl.constexpr):
-    """Program (tile of target poses, tile of source poses, bank): the angles of its poses, its distances.
+    """Program (tile of target poses, tile of source poses): the angles of its poses, its distances.
 
-    source_bank, target_bank: poses from one bank to the next, 0 where one is for all; scale: sqrt(A) / K;
-    WORDS: of 32 triplets each. Poses and masks are contiguous.
+    scale: sqrt(A) / K; WORDS: of 32 triplets each. Poses and masks are contiguous.
     """
-    bank = tl.program_id(2).to(tl.int64)
     m = tl.program_id(1) * BLOCK     # first pose of the tile
     n = tl.program_id(0) * BLOCK
-    source += (bank * source_bank + m) * 2 * keypoints
-    target += (bank * target_bank + n) * 2 * keypoints
+    # int64: there may be more than 2^31 coordinates, and more than 2^31 pairs.
+    source += m.to(tl.int64) * 2 * keypoints
+    target += n.to(tl.int64) * 2 * keypoints
     if source_valid is not None:
-        source_valid += (bank * source_bank + m) * keypoints
+        source_valid += m.to(tl.int64) * keypoints
     if target_valid is not None:
-        target_valid += (bank * target_bank + n) * keypoints
+        target_valid += n.to(tl.int64) * keypoints
     i = tl.arange(0, BLOCK)
     pose_m = tl.minimum(i, S - 1 - m)[:, None] * keypoints   # beyond the last pose, the last again
     pose_n = tl.minimum(i, T - 1 - n)[:, None] * keypoints
@@ -141,9 +142,11 @@ def distance_kernel(source, target, source_valid, target_valid, triplets, distan
         first = tl.where(known, first[None, :], 0).to(tl.int32)
         middle = tl.where(known, middle[None, :], 0).to(tl.int32)
         last = tl.where(known, last[None, :], 0).to(tl.int32)
-        # The difference of NaN from anything must be NaN or infinite: infinities of opposite sign.
-        theta_m = angles(source, source_valid, pose_m, first, middle, last, known, float("inf"))
-        theta_n = angles(target, target_valid, pose_n, first, middle, last, known, float("-inf"))
+        # A usable triplet with a NaN coordinate must make the distance NaN, but NaN already means "not
+        # usable". So it is +inf on the source side and -inf on the target side: its difference from every
+        # usable angle is infinite, and below an infinite result becomes NaN.
+        theta_m = pose_angles(source, source_valid, pose_m, first, middle, last, known, float("inf"))
+        theta_n = pose_angles(target, target_valid, pose_n, first, middle, last, known, float("-inf"))
         words_m = set_bits(words_m, theta_m, start, a, WORDS)
         words_n = set_bits(words_n, theta_n, start, a, WORDS)
         difference = tl.trans(theta_m)[:, :, None] - tl.trans(theta_n)[:, None, :]
@@ -155,42 +158,36 @@ def distance_kernel(source, target, source_valid, target_valid, triplets, distan
     result = tl.sqrt(squares) * factor   # Eq. 7
     result = tl.where(result == float("inf"), float("nan"), result)
     result = tl.where(factor > 0.0, result, float("inf"))
-    entry = (bank * S + m + i)[:, None] * T + (n + i)[None, :]   # int64: there may be more than 2^31
+    entry = (m.to(tl.int64) + i)[:, None] * T + (n + i)[None, :]
     tl.store(distance + entry, result, mask=(i < S - m)[:, None] & (i < T - n)[None, :])
 
 
 @lru_cache(maxsize=1024)
 def plan(source, target, triplets, source_valid, target_valid, min_triplets):
-    """Shape of the result for tensors that are given by their `plan_key`s; the launch that fills it, None
-    where no pair can have a distance; whether that has more banks or tiles than a grid can."""
+    """The launch for tensors that are given by their `plan_key`s, None where no pair can have a distance;
+    whether its tiles are more than a grid can have."""
     source = Key(*source)
     target = Key(*target)
     triplets = Key(*triplets)
     source_valid = source_valid and Key(*source_valid)
     target_valid = target_valid and Key(*target_valid)
     reference.check_poses(source, target, triplets, source_valid, target_valid, min_triplets)
-    S, K = source.shape[-3:-1]
-    T = target.shape[-3]
+    S, K, _ = source.shape
+    T = target.shape[0]
     A = triplets.shape[0]
-    lead = torch.broadcast_shapes(source.shape[:-3], target.shape[:-3])
-    banks = prod(lead)
-    shape = (*lead, S, T)
     least = max(min_triplets, 1)
-    if banks * S * T == 0 or least > A:
-        return shape, None, False
+    if S * T == 0 or least > A:
+        return None, False
     words = power_of_2(ceil_div(A, 32))
     # The largest tile of which there are enough, and whose words are few; else the smallest.
     for block, columns in TILES:
-        tiles = banks * ceil_div(S, block) * ceil_div(T, block)
+        tiles = ceil_div(S, block) * ceil_div(T, block)
         if tiles >= ENOUGH and block * words <= 128:
             break
-    source_bank = S if prod(source.shape[:-3]) > 1 else 0
-    target_bank = T if prod(target.shape[:-3]) > 1 else 0
-    grid = ceil_div(T, block), ceil_div(S, block), banks
-    launch = Launch(distance_kernel, grid,
-                    (S, T, source_bank, target_bank, K, A, least, sqrt(A) / K),
+    grid = ceil_div(T, block), ceil_div(S, block)
+    launch = Launch(distance_kernel, grid, (S, T, K, A, least, sqrt(A) / K),
                     dict(BLOCK=block, COLUMNS=columns, WORDS=words), num_warps=block * columns // 32)
-    return shape, launch, max(grid[1:]) > GRID_LIMIT
+    return launch, grid[1] > GRID_LIMIT
 
 
 def key_of(tensor):
@@ -201,7 +198,7 @@ def key_of(tensor):
 def triplet_angle_distance(source, target, triplets, source_valid=None, target_valid=None, min_triplets=1):
     """The operator behind `kernels.triplet_angle_distance`."""
     arguments = source, target, triplets, source_valid, target_valid, min_triplets
-    if max(source.dim(), target.dim()) > 4:   # the kernel takes one leading dimension at most
+    if source.dim() != 3 or target.dim() != 3:   # the kernel has no leading dimensions
         return reference.triplet_angle_distance(*arguments)
     # Poses are small: where they are not contiguous, to copy them costs less than strides in the kernel.
     source = source.contiguous()
@@ -209,12 +206,12 @@ def triplet_angle_distance(source, target, triplets, source_valid=None, target_v
     triplets = triplets.contiguous()
     source_valid = None if source_valid is None else source_valid.contiguous()
     target_valid = None if target_valid is None else target_valid.contiguous()
-    shape, launch, too_many = plan(plan_key(source), plan_key(target), plan_key(triplets),
-                                   key_of(source_valid), key_of(target_valid), min_triplets)
+    launch, too_many = plan(plan_key(source), plan_key(target), plan_key(triplets),
+                            key_of(source_valid), key_of(target_valid), min_triplets)
     if too_many:
         return reference.triplet_angle_distance(*arguments)
     reference.check_indices(triplets, source.shape[-2])
-    distance = source.new_empty(shape, dtype=torch.float32)
+    distance = source.new_empty(len(source), len(target), dtype=torch.float32)
     if launch is None:
         return distance.fill_(float("inf"))
     launch(source, target, source_valid, target_valid, triplets, distance)
