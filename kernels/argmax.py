@@ -1,9 +1,10 @@
 """Heatmap argmax: the cell of each map's maximum and the value there, read from the map once.
 
-    (x, y) = argmax h[y, x],    confidence = h[y, x],    mean = sum_k w_k confidence_k / sum_k w_k  (Eq. 4)
+    (x, y) = argmax h[y, x],    confidence = h[y, x],    mean = sum_k w_k confidence_k / sum_k w_k
 
-and `rectify`, the teacher's whole decoding (§3.2): the same, with `subcell` moved to the vertex of the
-parabola through the maximum and its neighbours, and a clean Gaussian drawn there.
+Eq. 4 multiplies a sample's score by K / sum_k confidence_k: the inverse of the mean. The weights are ours.
+`rectify` is the teacher's whole decoding (§3.2): the same, with `subcell` moved to the vertex of the parabola
+through the maximum and its neighbours, and a clean Gaussian drawn there.
 
 Every cell must be read once, and compared: 32 x 16 x 64 x 64 floats are 8.4 MB, 1.9 microseconds of an H200's
 memory. In PyTorch this is a flattening (a copy, unless the map lies contiguous), a maximum that writes int64
@@ -43,8 +44,10 @@ def best_cell(maps, exists, begin, end, width, stride_h, stride_w,
               FLAT: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):
     """The first maximum's cell of each map (BLOCK_K,) among the cells begin ... end - 1.
 
-    `higher` is the maximum so far, or NaN since the first NaN. Its bits change where a cell is the first to
-    reach it, and nowhere else. A lane remembers in which row of LANES cells that was.
+    `higher` is the maximum so far, or NaN since the first NaN. Its bits change exactly at the cells that
+    torch.max would take. An equal cell leaves them, because adding 0 removed -0. So does a later NaN, because
+    a GPU's maximum returns one NaN whatever the bits of its operands. A lane remembers in which row of LANES
+    cells the last change was.
     """
     lane = tl.arange(0, LANES)
     best = tl.full((BLOCK_K, LANES), float("-inf"), tl.float32)
@@ -55,7 +58,7 @@ def best_cell(maps, exists, begin, end, width, stride_h, stride_w,
             inside = exists[:, None] & (n < end)[None, :]
             offset = cell_offset(n, width, stride_h, stride_w, FLAT)
             value = tl.load(maps[:, None] + offset[None, :], mask=inside, other=float("-inf")).to(tl.float32)
-            value += 0.0   # makes 0 of -0, which must tie with 0
+            value += 0.0   # makes 0 of -0
             higher = tl.maximum(best, value, propagate_nan=tl.PropagateNan.ALL)
             changed = higher.to(tl.int32, bitcast=True) != best.to(tl.int32, bitcast=True)
             best_row = tl.where(changed, start + row * LANES, best_row)
@@ -65,8 +68,10 @@ def best_cell(maps, exists, begin, end, width, stride_h, stride_w,
 
 @triton.jit
 def store_cell(coords, confidence, maps, map_index, exists, n, width, stride_h, stride_w, FLAT: tl.constexpr):
-    """Write the cell n of each map as (x, y), and the map's value there, read again so that it is the same
-    bits. Returns the value."""
+    """Write the cell n of each map as (x, y), and the map's value there. Returns the value.
+
+    It is read again, because `best_cell` turned -0 into 0 and replaced the bits of a NaN.
+    """
     value = tl.load(maps + cell_offset(n, width, stride_h, stride_w, FLAT), mask=exists, other=0.0)
     tl.store(coords + 2 * map_index, (n % width).to(tl.float32), mask=exists)
     tl.store(coords + 2 * map_index + 1, (n // width).to(tl.float32), mask=exists)
@@ -95,7 +100,10 @@ def finish_kernel(heatmaps, coords, confidence, candidates, weight, mean,
                   keypoints, cells, width, shares, stride_b, stride_k, stride_h, stride_w, weight_b, weight_k,
                   FLAT: tl.constexpr, SHARED: tl.constexpr, MEAN: tl.constexpr, WEIGHTED: tl.constexpr,
                   BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Program (sample): the maximum among the candidates of each map's shares; the mean confidence."""
+    """Program (sample): the maximum among the candidates of each map's shares; the mean confidence.
+
+    keypoints: K. `argmax_kernel` has B K instead where it can take the maps of all samples as those of one.
+    """
     b = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, BLOCK_S)
     weighted = tl.zeros((BLOCK_K,), tl.float32)

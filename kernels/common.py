@@ -24,7 +24,7 @@ if INTERPRET:
     InterpreterBuilder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, numpy.fmax)
 
 WARPS = 4096     # warps that give each of a large GPU's 132 multiprocessors half of what it holds
-SHARE = 16384    # cells; below about this a map is read before the launch that joins its shares has begun
+SHARE = 16384    # cells of a share, at least: fewer are read before the launch that joins shares has begun
 
 
 def runs_triton(tensor):
@@ -124,19 +124,22 @@ def ceil_div(a, b):
 
 
 def power_of_2(n):
-    """The smallest power of 2 that is at least n."""
+    """The smallest power of 2 that is at least n, for n >= 1."""
     return 1 << (n - 1).bit_length()
 
 
 # How programs divide heatmaps -------------------------------------------------------------------------------
 
 class Layout(NamedTuple):
-    """How programs divide heatmaps that they read where they lie, without a copy."""
-    keypoints: int     # maps at `strides[1]` from each other; then the next batch, at strides[0]
+    """How programs divide heatmaps that they read where they lie, without a copy.
+
+    A lane is a place in a program's tile, not a thread of a warp: a thread has `vector` neighbouring lanes.
+    """
+    keypoints: int     # maps at strides[1] from each other: K, or B K where samples lie at K times that
     strides: tuple     # of batch, keypoint, row, column
     flat: bool         # rows follow each other at the columns' stride: cell n lies at n * strides[3]
     block_k: int       # maps of a program
-    lanes: int         # cells of each that it loads at a time
+    lanes: int         # cells of each map that it loads at a time
     vector: int        # of them neighbours in memory, for one load of a thread
     rows: int          # such loads of a step, all under way at once
     warps: int
@@ -156,14 +159,15 @@ def walk(shape, strides):
 
 
 def divide(shape, strides, itemsize, split=True):
-    """Layout of heatmaps of that shape (B, K, H, W). split: large maps may be divided into shares.
+    """Layout of heatmaps of that shape (B, K, H, W). split: large maps may be divided into shares, except for
+    `rectify`, which draws in the same launch and needs the whole map's maximum for it.
 
     A thread loads 16 bytes at a time. A program has one warp where the maps alone fill the GPU, and up to 8
     where they are few: across warps the last step of an argmax costs as many instructions as a 64 x 64 map.
     Where a map's cells are neighbours in memory, a load is of cells, and small maps share a program. In
     channels-last heatmaps the neighbours are keypoints: a program takes those of 64 bytes, two of the sectors
-    in which memory delivers. Where that would leave most of the GPU without work, it takes only 4 keypoints,
-    with 16 warps. Large maps, when few, are divided among several programs.
+    in which memory delivers. Where that would leave most of the GPU without work, it takes only 4 keypoints
+    (8 bytes of a 2-byte dtype), with 16 warps. Large maps, when few, are divided among several programs.
 
         heatmaps, float32                     block_k  lanes x rows  warps  programs  shares
         32 x 16 x 64 x 64                           1      1024 x 4      8       512       1

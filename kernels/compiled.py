@@ -28,7 +28,7 @@ TRIPS = {
     "finish_kernel": lambda v: [ceil_div(v["keypoints"], v["BLOCK_K"])],
     "rectify_kernel": lambda v: [ceil_div(v["cells"], v["ROWS"] * v["LANES"]),
                                  ceil_div(v["cells"], v["LANES"])],
-    "forward_kernel": lambda v: [ceil_div(v["share"], v["ROWS"] * v["LANES"] * v["VECTOR"])],
+    "forward_kernel": lambda v: [ceil_div(v["share"], v["ROWS"] * v["VECTORS"] * v["VECTOR"])],
     "distance_kernel": lambda v: [ceil_div(v["A"], v["COLUMNS"])]}
 
 

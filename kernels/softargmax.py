@@ -6,16 +6,17 @@
 The forward pass must read every cell once, the backward pass must read it once and write its gradient; each
 has an exponential and about ten additions and products to do for it. In PyTorch the probabilities are a
 tensor as large as the maps: written, read for each marginal, kept for the backward pass, read there again
-beside two more of its size. Here each lane of a program holds a running maximum and three sums over its
-cells, of the weights exp(beta (h - maximum)) and of those times x and y; when the maximum grows, the sums so
-far are scaled down. Lanes are joined once, after the last cell, so that no thread waits for another while
-maps are read. A program writes X, Y and, for the backward pass, the maximum and the sum of the weights. From
-these a program of the backward pass recomputes the probability of each cell in its tile, without a loop.
+beside two more of its size. Here each vector of a program's tile has a running maximum and three sums over
+its cells, of the weights exp(beta (h - maximum)) and of those times x and y; when the maximum grows, the sums
+so far are scaled down. Vectors are joined once, after the last cell, so that no thread waits for another
+while maps are read. A program writes X, Y and, for the backward pass, the maximum and the sum of the weights.
+From these a program of the backward pass recomputes the probability of each cell in its tile, without a loop.
 
-Four cells of a lane are summed in float32, everything beyond in float64. A distinct peak far from the
-centre, plus thousands of small weights, each of which rounds the sum so far, would be off by 4e-5 cells in
-float32 alone; conversions to float64 for every cell would keep the memory waiting. Coordinates are summed
-from the map's centre. Together that keeps the result within 1e-5 cells of float64 at 64 cells per side.
+A float32 sum takes four cells at most, one per row of a step; everything beyond is added in float64. A
+distinct peak far from the centre, plus thousands of small weights, each of which rounds the sum so far, would
+be off by 4e-5 cells in float32 alone; conversions to float64 for every cell would keep the memory waiting.
+Coordinates are summed from the map's centre. Together that keeps the result within 1e-5 cells of float64 at
+64 cells per side.
 """
 import functools
 import inspect
@@ -65,37 +66,37 @@ def store_result(coords, stats, map_index, exists, top, total, x, y, width, heig
 def forward_kernel(heatmaps, coords, stats, partial,
                    beta, keypoints, cells, share, stride_b, stride_k, stride_h, stride_w,
                    WIDTH: tl.constexpr, FLAT: tl.constexpr, SHARED: tl.constexpr,
-                   BLOCK_K: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr):
+                   BLOCK_K: tl.constexpr, VECTORS: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr):
     """Program (block of maps, share of their cells): the sums over the share, the result if it is all.
 
-    A step is over ROWS tiles of (BLOCK_K, LANES, VECTOR). A thread has the whole vectors of its lanes, in
-    all rows, and adds them in its registers.
+    A step is over ROWS tiles of (BLOCK_K, VECTORS, VECTOR): VECTORS vectors of VECTOR cells of each map. A
+    thread has whole vectors, the same ones in all rows, and adds their cells in its registers.
     """
     maps, map_index, exists = maps_of_program(heatmaps, keypoints, stride_b, stride_k, BLOCK_K)
     height = cells // WIDTH
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, cells)
-    top = tl.full((BLOCK_K, LANES), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_K, LANES), tl.float64)
-    total_x = tl.zeros((BLOCK_K, LANES), tl.float64)
-    total_y = tl.zeros((BLOCK_K, LANES), tl.float64)
-    cell = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    for start in range(begin, end, ROWS * LANES * VECTOR):
+    top = tl.full((BLOCK_K, VECTORS), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_K, VECTORS), tl.float64)
+    total_x = tl.zeros((BLOCK_K, VECTORS), tl.float64)
+    total_y = tl.zeros((BLOCK_K, VECTORS), tl.float64)
+    cell = tl.arange(0, VECTORS)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    for start in range(begin, end, ROWS * VECTORS * VECTOR):
         values = ()
         new_top = top
         for row in tl.static_range(ROWS):   # all loads are under way before the first is used
-            n = start + row * LANES * VECTOR + cell
+            n = start + row * VECTORS * VECTOR + cell
             inside = exists[:, None, None] & (n < end)[None, :, :]
             offset = cell_offset(n, WIDTH, stride_h, stride_w, FLAT)
             value = tl.load(maps[:, None, None] + offset[None, :, :], mask=inside, other=float("-inf"))
             values = values + (value.to(tl.float32),)   # outside -inf, whose probability is zero
             new_top = tl.maximum(new_top, tl.max(values[row], axis=2))
         shift = finite_or_zero(new_top)
-        sums = tl.zeros((BLOCK_K, LANES, VECTOR), tl.float32)
-        sums_x = tl.zeros((BLOCK_K, LANES, VECTOR), tl.float32)
-        sums_y = tl.zeros((BLOCK_K, LANES, VECTOR), tl.float32)
+        sums = tl.zeros((BLOCK_K, VECTORS, VECTOR), tl.float32)
+        sums_x = tl.zeros((BLOCK_K, VECTORS, VECTOR), tl.float32)
+        sums_y = tl.zeros((BLOCK_K, VECTORS, VECTOR), tl.float32)
         for row in tl.static_range(ROWS):
-            n = start + row * LANES * VECTOR + cell
+            n = start + row * VECTORS * VECTOR + cell
             weight = exponential(beta, values[row] - shift[:, :, None])
             sums += weight
             sums_x += weight * ((n % WIDTH).to(tl.float32) - 0.5 * (WIDTH - 1))[None, :, :]
@@ -169,7 +170,7 @@ def plan(shape, strides, dtype, device, aligned, beta):
     first = Launch(forward_kernel, (layout.programs, layout.shares),
                    (beta, layout.keypoints, height * width, layout.share, *layout.strides),
                    dict(WIDTH=width, FLAT=layout.flat, SHARED=shared, BLOCK_K=layout.block_k,
-                        LANES=layout.lanes // layout.vector, ROWS=layout.rows, VECTOR=layout.vector),
+                        VECTORS=layout.lanes // layout.vector, ROWS=layout.rows, VECTOR=layout.vector),
                    num_warps=layout.warps)
     if not shared:
         return first, None, 0
