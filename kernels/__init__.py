@@ -4,17 +4,19 @@
     heatmap_argmax_mean(heatmaps, weight)   the same, and the mean value of a sample, for Eq. 4
     rectify(heatmaps, sigma, subcell)       the same, redrawn as a Gaussian: pseudo-labels
     soft_argmax(heatmaps, beta)             expected cell, differentiable
-    triplet_angle_distance(source, ...)     S x T mean angular difference, Eq. 7
+    triplet_angle_distance(source, ...)     S x T angular differences, Eq. 7
 
 Each is a custom operator of torch (`torch.ops.actupose.<name>`): on CUDA tensors a Triton kernel, on CPU
 tensors the plain PyTorch of `kernels.reference`, which is the specification of both. With TRITON_INTERPRET=1
 in the environment when this package is imported, CPU tensors go through the Triton kernels in Triton's
-interpreter. Without Triton, or where the first argument is float64, the reference runs everywhere.
+interpreter. The reference also runs on a GPU: without Triton, where the first argument is float64 (no other
+argument's dtype decides), and for poses with leading dimensions.
 
 The operators work under torch.compile(fullgraph=True), autocast (half precision is computed in float32) and
-in CUDA graphs. Before the capture of a graph, call them once on tensors of the same layout, since the first
-call compiles. The very first call also compiles a few lines of C, with gcc and Python's headers. Under
-torch.func.vmap an operator is called once per element.
+in CUDA graphs. A launch is compiled at the first call, and kept, for each combination of shapes, strides,
+dtypes, devices, alignment to 16 bytes, and numbers such as sigma. Before the capture of a graph, call the
+operators once on such tensors. The very first call also compiles a few lines of C, with gcc and Python's
+headers. torch.func.vmap calls an operator once per element and warns that this is slow.
 
 How to read a kernel. A kernel is the body of a loop that has no order: a grid of *programs* runs it, each
 with its own `tl.program_id`, on one multiprocessor of the GPU. A program computes on *tiles*: `tl.arange(0,
@@ -49,7 +51,12 @@ _triplet_angle_distance = torch.ops.actupose.triplet_angle_distance.default
 
 
 def _plain(name, value):
-    """A tensor argument without its gradient. TypeError names what is not a tensor."""
+    """A tensor argument without its gradient. TypeError names what is not a tensor.
+
+    An operator without a gradient gives constants, in forward mode too. Called directly on a tensor that
+    requires a gradient, torch.ops.actupose.<name> gives results that seem to have one: the backward pass
+    then warns, and the gradient is None. Detaching spares the caller that.
+    """
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch tensor, got {type(value).__name__}")
     return value.detach() if value.requires_grad else value
@@ -60,7 +67,8 @@ def _optional(name, value):
 
 
 # Shapes, units, formulas and errors are those of the functions of the same name in `kernels.reference`.
-# Strides are free, dtypes floating point, results float32 except `soft_argmax` of float64 heatmaps.
+# Strides are free, dtypes float16, bfloat16, float32 or float64, results float32 except `soft_argmax` of
+# float64 heatmaps. A heatmap has from 1 to 2^20 cells; there may be no samples or no keypoints.
 
 def heatmap_argmax(heatmaps):
     """Heatmaps (B, K, H, W) -> cells (B, K, 2) as (x, y) and values (B, K) of their maxima. No gradient."""
@@ -98,11 +106,11 @@ def soft_argmax(heatmaps, beta):
 
 
 def triplet_angle_distance(source, target, triplets, source_valid=None, target_valid=None, min_triplets=1):
-    """Poses (..., S, K, 2), (..., T, K, 2) -> mean angular differences (..., S, T) in radians, Eq. 7.
+    """Poses (..., S, K, 2), (..., T, K, 2) -> angular differences (..., S, T) in radians, Eq. 7.
 
-    On a GPU a triplet that names no keypoint is not usable; on a CPU it is an error. No gradient. Poses with
-    several leading dimensions, or more of them than a CUDA grid has room for, are left to the reference, on a
-    GPU too.
+    No gradient. The kernel takes poses (S, K, 2) and (T, K, 2), as many as a CUDA grid has room for; all else
+    is left to the reference, on a GPU too. To the kernel a triplet that names no keypoint is not usable. To
+    the reference it is an error, which on a GPU ends the process's use of CUDA.
     """
     return _triplet_angle_distance(
         _plain("source", source), _plain("target", target), _plain("triplets", triplets),

@@ -1,10 +1,11 @@
 """Measures the operators against plain PyTorch:  python -m kernels.benchmark
 
 It prints a table per operator and per use of one, over sizes, dtypes and layouts. soft_argmax_gradient is
-forward and backward, similar_mask is triplet_angle_distance < gamma, training_step is what the step calls in
-turn: heatmap_argmax_mean and similar_mask. A column is a provider and how it is timed. Providers are the
-operator in Triton, also in a CUDA graph; `kernels.reference`, eager and by torch.compile in three modes; for
-the argmax torch.max without coordinates and the field's published NumPy, with the copy to the host.
+forward and backward, similar_mask is triplet_angle_distance < gamma, training_step is two of the calls of a
+training step, timed as one: heatmap_argmax_mean and similar_mask. A column is a provider and how it is timed.
+Providers are the operator in Triton, also in a CUDA graph; `kernels.reference`, eager and by torch.compile in
+three modes; for the argmax torch.max without coordinates and the field's published NumPy, with the copy to
+the host.
 
     cold cache, GPU time   Between two events around one call, after a buffer of four L2 caches was read: the
                            cache holds neither data nor writes still to be made. The host issues the call
@@ -18,10 +19,11 @@ read plus that of what must be written, or of the arithmetic if longer, at rates
 
 Then comes what the compiled code executes (`kernels.compiled`; `--compiled 90` prints that alone), where "per
 unit" counts the instructions for a map or for 64 x 64 pairs, and "issue time" is a bound from below, as the
-time of reading is: all warps' instructions at one per cycle of each scheduler of an H200. Last are two tables
-of host time: until a call returns, on CUDA or, without a GPU, on tiny CPU tensors with launches that do
-nothing; and on CPU tensors, of the operators over the reference that they run there. Before anything is
-timed, each operator is checked against the float64 reference: an error ends the run.
+time of reading is: all warps' instructions at one per cycle of each scheduler of an H200. Some, such as exp2
+and conversions to float64, take more than a cycle (docs/kernels.md). Last are two tables of host time: until
+a call returns, on CUDA or, without a GPU, on tiny CPU tensors with launches that do nothing; and on CPU
+tensors, of the operators over the reference that they run there. Before anything is timed, each operator is
+checked against the float64 reference: an error ends the run.
 """
 import argparse
 import logging

@@ -116,7 +116,8 @@ def heatmap_argmax_mean(heatmaps, weight=None):
 def subcell_offset(heatmaps, cells, confidence):
     """From the maximum's cell to the vertex of the parabola through it and its neighbours, on each axis.
 
-    heatmaps: (B, K, H, W); cells (B, K, 2), confidence (B, K): their maxima. Returns (B, K, 2) within +- 1/2.
+    heatmaps: (B, K, H, W); cells (B, K, 2), confidence (B, K): their maxima. Returns (B, K, 2) within +- 1/2,
+    0 at an edge, and NaN on an axis where a neighbour is -inf or the maximum is NaN.
     """
     height, width = heatmaps.shape[-2:]
     flat = heatmaps.flatten(2)
@@ -149,8 +150,10 @@ def rectify(heatmaps, sigma, subcell=False):
 
     heatmaps: (B, K, H, W) floating point; sigma: the Gaussian's deviation in cells, cut at 3 sigma on each
     axis; subcell: at the vertex of `subcell_offset`, else at the cell. Returns maps (B, K, H, W), cells (B,
-    K, 2) as (x, y) and confidence (B, K), the maximum, all float32 and contiguous. Not differentiable. Raises
-    as `heatmap_argmax`, and ValueError for sigma <= 0.
+    K, 2) as (x, y) and confidence (B, K), the maximum, all float32 and contiguous. Where a coordinate is NaN
+    (see `subcell_offset`) the drawn map is NaN: here all of it, by the kernel only the cells within 3 sigma
+    of the other coordinate if that is a number. Not differentiable. Raises as `heatmap_argmax`, and
+    ValueError for sigma <= 0.
     """
     check_positive("sigma", sigma)
     cells, confidence = heatmap_argmax(heatmaps)
@@ -164,7 +167,9 @@ def soft_argmax(heatmaps, beta):
 
     heatmaps: (B, K, H, W) floating point; beta > 0, the inverse temperature. Returns coords (B, K, 2), cells
     (x, y): float64 for float64 heatmaps, otherwise computed and returned in float32, within 1e-5 cells of
-    float64 for sides up to 64, and in proportion beyond. Raises as `heatmap_argmax`, and for beta <= 0.
+    float64 for sides up to 64, and in proportion beyond. A map that holds NaN or inf, or nothing but -inf,
+    has coordinates and a gradient of NaN; in others a cell of -inf has the probability 0. Raises as
+    `heatmap_argmax`, and for beta <= 0.
     """
     check_heatmaps(heatmaps.shape, heatmaps.dtype)
     check_positive("beta", beta)
@@ -243,21 +248,21 @@ def triplet_angles(keypoints, triplets, valid=None):
 
 
 def triplet_angle_distance(source, target, triplets, source_valid=None, target_valid=None, min_triplets=1):
-    """Mean angular difference between every source and every target pose (Eq. 7).
+    """Angular difference between every source and every target pose (Eq. 7).
 
         distance[m, n] = ||theta_m - theta_n|| * sqrt(A / n_valid) / K
 
     over the n_valid triplets that are usable in both poses (see `triplet_angles`). The factor sqrt(A /
-    n_valid) keeps pruning from making poses look alike; a pair with no usable triplet, or with fewer than
-    `min_triplets`, has distance inf.
+    n_valid), which is ours, keeps pruning from making poses look alike; a pair with no usable triplet, or
+    with fewer than `min_triplets`, has distance inf.
 
     source: (..., S, K, 2), target: (..., T, K, 2) floating point, (x, y) in any one unit in which coordinates
     are below 1e18 and limbs are longer than 1e-18, since the product of two limbs must neither overflow nor
     underflow in float32; leading dimensions equal or 1; triplets: (A, 3) long, keypoint indices (end, middle,
     end); source_valid (..., S, K), target_valid (..., T, K): bool, or None when all are valid. All on one
-    device. Returns (..., S, T) float32, radians. Not differentiable as an
-    operator: it is used to choose pairs. Raises ValueError / TypeError naming the argument for wrong shapes,
-    dtypes or devices, and for triplets on a CPU that are out of range.
+    device. Returns (..., S, T) float32, radians. Not differentiable as an operator: it is used to choose
+    pairs. Raises ValueError / TypeError naming the argument for wrong shapes, dtypes or devices, and for
+    triplets on a CPU that are out of range.
     """
     check_poses(source, target, triplets, source_valid, target_valid, min_triplets)
     check_indices(triplets, source.shape[-2])
