@@ -158,7 +158,8 @@ def distance_kernel(source, target, source_valid, target_valid, triplets, distan
     result = tl.sqrt(squares) * factor   # Eq. 7
     result = tl.where(result == float("inf"), float("nan"), result)
     result = tl.where(factor > 0.0, result, float("inf"))
-    entry = (m.to(tl.int64) + i)[:, None] * T + (n + i)[None, :]
+    distance += m.to(tl.int64) * T + n
+    entry = i.to(tl.int64)[:, None] * T + i[None, :]
     tl.store(distance + entry, result, mask=(i < S - m)[:, None] & (i < T - n)[None, :])
 
 
