@@ -11,7 +11,7 @@ In PyTorch the differences are a tensor (S, T, A) that is written and read again
 4096 and A = 16, for a matrix of 67 MB. Here a program computes the angles of the poses of a tile of the
 matrix and adds the squared differences of its pairs in registers. So nothing is written but the result, and
 one launch serves every size. Each tile computes the angles of its poses anew, which a table of all angles,
-written by a launch before, would spare. In a tile of 128 x 128 pairs that is an eighth of the instructions; in
+written by a launch before, would spare. In a tile of 128 x 128 pairs that is a tenth of the instructions; in
 a small matrix, where most of a GPU has nothing to do, it costs no time, and the second launch would.
 
 What is not usable costs nothing to leave out. Its angle is NaN, so is every difference from it, and the
