@@ -192,7 +192,7 @@ def run(tmp_path_factory):
     settings = train.make_settings(image_size=128)
     student = train.Trainer(settings, BODY16, CPU).student.state_dict()
     train.write_config(out, settings, BODY16, CPU)
-    train.save_checkpoint(out / "last.pt", dict(student=student, teacher=None, log=[{}]))
+    train.save_checkpoint(out / "last.pt", dict(student=student, teacher=None, style=None, log=[{}]))
     return out
 
 
