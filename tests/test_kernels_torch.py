@@ -16,8 +16,8 @@ triton_only = pytest.mark.skipif(not common.HAVE_TRITON, reason="Triton is not i
 # --- torch.library ------------------------------------------------------------------------------------------
 
 def test_opcheck(backend):
-    """Schemas, fake implementations and autograd rules of all operators pass torch's own checks. That of compiled
-    graphs takes seconds, and each operator is given to it once."""
+    """Schemas, fake implementations and autograd rules of all operators pass torch's own checks. That of
+    compiled graphs takes seconds, and each operator is given to it once."""
     operators = torch.ops.actupose
     maps = random_maps((2, 3, 7, 5)).to(backend)
     weight = maps[:, :, 0, 0].abs()
