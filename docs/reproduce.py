@@ -47,6 +47,8 @@ ABLATIONS = {
     "no-cross-domain": dict(w_cross=0.0),
     "centred-cross-domain": dict(centred=True),
     "literal-eq8": dict(map_sums=False),
+    "literal-eq8-no-evalpose": dict(map_sums=False, w_evalpose=0.0),
+    "literal-eq8-no-cross-domain": dict(map_sums=False, w_cross=0.0),
     "no-style": dict(style="off"),
     "no-occlusion": dict(occlusion=0.0),
 }
@@ -138,7 +140,8 @@ COMPARISONS = {
     "hands": Comparison(SIX, (0, 1, 2, 3, 4), HANDS),
     "ablations": Comparison(named_rows("actupose,no-curriculum,static,no-eq4,literal-eq4")),
     "parts": Comparison(named_rows("actupose,no-evalpose,no-cross-domain,centred-cross-domain,no-occlusion,"
-                                   "no-style,full-eq4,min-max,literal-eq8"), given=FLOAT32),
+                                   "no-style,full-eq4,min-max,literal-eq8,literal-eq8-no-evalpose,"
+                                   "literal-eq8-no-cross-domain"), given=FLOAT32),
     "everyday-ablations": Comparison(
         named_rows("udape,actupose,no-curriculum,hardest") + sweep_rows("pace", (2.0,)), given=EVERYDAY),
     "float32": Comparison(TAUGHT, given=FLOAT32),

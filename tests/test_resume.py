@@ -341,6 +341,10 @@ def test_the_home_directory_in_a_runs_paths(launch, tmp_path, monkeypatch):
         given = {"style": "vgg", "style_weights": "~/s", "source": "surreal", "source_root": "~/a",
                  "target": "lsp", "target_root": "~/b", name: "~/there"}
         assert getattr(train.make_settings(**given), name) == str(tmp_path / "there")
+        # The same words with --resume are the same settings.
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "saved_settings", lambda out: train.make_settings(**given))
+            assert getattr(train.check_same_settings("x", {name: "~/there"}), name) == str(tmp_path / "there")
 
 
 def test_a_dataset_that_moved(launch, tmp_path, capsys, monkeypatch):
