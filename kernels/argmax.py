@@ -3,8 +3,8 @@
     (x, y) = argmax h[y, x],    confidence = h[y, x],    mean = sum_k w_k confidence_k / sum_k w_k
 
 Eq. 4 multiplies a sample's score by K / sum_k confidence_k: the inverse of the mean. The weights are ours.
-`rectify` is the teacher's whole decoding (§3.2): the same, with `subcell` moved to the vertex of the parabola
-through the maximum and its neighbours, and a clean Gaussian drawn there.
+`rectify` is the teacher's whole decoding (§3.2): the same, with `subcell` moved to the vertex of the
+parabola through the maximum and its neighbours, and a clean Gaussian drawn there.
 
 Every cell must be read once, and compared: 32 x 16 x 64 x 64 floats are 8.4 MB, 1.9 microseconds of an H200's
 memory. In PyTorch this is a flattening (a copy, unless the map lies contiguous), a maximum that writes int64
