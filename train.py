@@ -2282,6 +2282,9 @@ def train_command(preset, out, device, resume, **given):
     if settings.batch_size % world_size():
         raise UserError(f"--batch-size: {settings.batch_size} is no multiple of the {world_size()} "
                         "processes")
+    if settings.batch_size == world_size() and settings.image_size == 32:
+        raise UserError("--batch-size: one image of 32 pixels per process has a last feature map of "
+                        "one cell, too little for batch statistics; use 2 per process")
     if resume and (out / "result.json").exists():
         say(f"{out}: the run is finished; `evaluate {out}` draws its pictures again")
         return

@@ -155,6 +155,7 @@ COMPARISONS = {
     "pace-spread": Comparison(sweep_rows("pace", (1.0, 2.0, 3.0, 4.0, 6.0))
                               + sweep_rows("spread", (0.12, 0.18, 0.25, 0.5))),
     "long": Comparison(TAUGHT, given=LONG),
+    "long-float32": Comparison(TAUGHT, given={**LONG, **FLOAT32}),
     "long-ends": Comparison(named_rows("source-only,udape,udape+vae-hm,actupose,oracle"), (0,), LONG),
     "long-everyday": Comparison(TAUGHT, (0,), {**EVERYDAY, **LONG}),
     "long-hands": Comparison(TAUGHT, (0,), {**HANDS, **LONG}),

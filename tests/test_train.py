@@ -596,6 +596,7 @@ MISTAKES = """
 --source mannequin-hand --target mannequin-wild --source-count 60 => two domains of bodies or two of hands;
 --bins 61 --source-count 60 => --bins: 61 is more than the 60 training images of the source;
 --batch-size 31 --source-count 60 --target-count 30 => --batch-size: 31 is more than the 30;
+--batch-size 1 --image-size 32 => --batch-size: one image of 32 pixels;
 --target lsp --target-root . --target-count 9 => --target-count: needs a rendered --target, got 9;
 --hard-bins 8 --method udape+vae-hm --source-count 60 => --curriculum hardest: the 8 hardest bins hold 20;
 --epochz 3 => did you mean --epochs?; --metod=udape => did you mean --method?; evalate x => evalate;
