@@ -184,7 +184,7 @@ class FixedCurriculum:
         """The end of an epoch changes nothing."""
 
     def state_dict(self):
-        """Nothing changes in training."""
+        """What training changes, as tensors and plain values: nothing."""
         return {}
 
     def load_state_dict(self, state):
@@ -377,9 +377,6 @@ class StaticCurriculum(ActiveCurriculum):
 def hardest_bins(settings, complexity, count):
     """UDAPE + VAE-HM: the hardest bins alone, 8 of 25."""
     pool = ActiveCurriculum.of(settings, complexity, count).hardest(settings.hard_bins)
-    if len(pool) < settings.batch_size:
-        raise ValueError(f"the {settings.hard_bins} hardest bins hold {len(pool)} samples, fewer than a "
-                         f"batch ({settings.batch_size}); raise --hard-bins or lower --batch-size")
     return FixedCurriculum(pool, settings.seed)
 
 

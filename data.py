@@ -36,7 +36,7 @@ import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -101,7 +101,8 @@ def replacing(path, keep=None):
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that cannot be written to
+            temporary.unlink()
 
 
 def remove_leftovers(folder):
@@ -143,6 +144,8 @@ class Skeleton:
             raise ValueError("names must be strings, one per keypoint")
         if "all" not in self.groups:
             raise ValueError("groups must have 'all'")
+        if not len(self.limbs) or not len(self.triplets):
+            raise ValueError("limbs and triplets: give one at least")
         stand_ins = {}
         for missing, row in self.stand_ins.items():
             if isinstance(missing, str) and missing.isdigit():  # JSON makes keys strings
@@ -229,12 +232,12 @@ def check_dataset(dataset, name):
         values = getattr(dataset, attribute, None)
         require(torch.is_tensor(values) and values.dtype == torch.float32 and values.shape == shape,
                 f"needs `{attribute}`, a float32 tensor of shape {shape}")
-    require(bool(torch.isfinite(dataset.keypoints.sum())),
-            "has keypoints that are not finite; where one is not labelled, give (0, 0) and visible 0")
     labelled = 0
     outside = 0
     away = 0  # from the image's first pixel
     for keypoints, visible in zip(dataset.keypoints.split(1 << 16), dataset.visible.split(1 << 16)):
+        require(bool((keypoints.abs() < 1e6).all()), "has keypoints that are not finite, or beyond a million "
+                "pixels; where one is not labelled, give (0, 0) and visible 0")
         seen = visible == 1
         require(bool((seen | (visible == 0)).all()),
                 "has `visible` other than 0 and 1; give 1 where a keypoint is labelled and 0 where it is not "
@@ -247,13 +250,16 @@ def check_dataset(dataset, name):
             f"coordinates in 0 ... 1; {unit}, and visible 0 where there is no label")
     require(2 * outside <= labelled, f"has {outside} of its {labelled} labelled keypoints outside the image, "
             f"as with pixels of the original picture or of another resolution; {unit}")
-    require(len(dataset.names([0])) == 1, "needs names(indices), a string per sample")
-    images, *labels = dataset[torch.tensor([0])]
+    indices = torch.tensor([n - 1, 0])
+    require(len(dataset.names(indices)) == 2, "needs names(indices), a string per sample")
+    images, *labels = dataset[indices]
     shapes = [tuple(values.shape) for values in (images, *labels)]
-    require(images.dtype == torch.uint8 and shapes == [(1, 3, size, size), (1, k, 2), (1, k)],
+    require(images.dtype == torch.uint8 and shapes == [(2, 3, size, size), (2, k, 2), (2, k)],
             f"must give uint8 images (B, 3, {size}, {size}), keypoints (B, {k}, 2) and visible (B, {k})")
-    require(torch.equal(labels[0], dataset.keypoints[:1]) and torch.equal(labels[1], dataset.visible[:1]),
-            "gives other labels with an image than its `keypoints` and `visible` are")
+    for given, stated in zip(labels, (dataset.keypoints, dataset.visible)):
+        require(given.dtype == torch.float32 and torch.equal(given, stated[indices]),
+                "gives other labels with images than the rows of its `keypoints` and `visible` for the same "
+                "indices, in their order")
 
 
 # --- Geometry ----------------------------------------------------------------------------------------------
@@ -1324,8 +1330,7 @@ def _load_annotations(root, path, prefix, total, joints, keep=lambda _: True, si
         found.sides[:] = side
     unknown = np.flatnonzero(found.sides == 0)
     with _listed_in(file):
-        paths = (root / found.names[i].decode() for i in unknown)
-        jobs = (functools.partial(picture_sides, path) for path in paths)
+        jobs = (functools.partial(picture_sides, root / found.names[i].decode()) for i in unknown)
         for n, (width, _) in enumerate(prefetch(jobs, workers=16)):  # it is the disk that takes time
             found.sides[unknown[n]] = width
             progress(n + 1, len(unknown))
@@ -1372,6 +1377,8 @@ class SURREAL(_SquareCrops):
         for run in range(3):
             parts.append(_load_annotations(self.root, f"{folder}/run{run}.json", f"{folder}/run{run}/", 24,
                                            joints, progress=progress))
+            if len(parts[-1].names) == 0:
+                raise DataError(f"{self.root / folder}/run{run}.json: lists no image; prepare it again")
         order, held_out = _published_order(sum(len(part.names) for part in parts))
         if split == "train":
             order = order[held_out:]
@@ -1490,6 +1497,8 @@ class LSP(_CropsOnDisk):
         if split not in parts:
             raise DataError("split 'val': LSP has only 'train' and 'test'; or choose transductive=True")
         begin, end = (len(names) * percent // 100 for percent in parts[split])
+        if begin == end:
+            raise DataError(f"{file}: {len(names)} pictures leave none for {split!r}; give 20 or more")
         names = names[begin:end]
         positions = positions[begin:end]
         sides = np.zeros((len(names), 2), np.int64)

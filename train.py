@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import sys
@@ -211,8 +212,6 @@ def make_settings(preset="demo", **given):
         if given.get(name, value) != value:
             raise UserError(f"{option_of(name)}: --method {given['method']} has {show(value)}, got "
                             f"{show(given[name])}; leave it out, or use --method actupose")
-    if preset not in PRESETS:
-        refuse("preset", f"use {' or '.join(PRESETS)}", preset)
     values = dict(PRESETS[preset])
     values.update(HANDS.get(given.get("source"), {}))
     values.update(given)
@@ -256,12 +255,9 @@ def open_domains(settings):
         raise UserError(f"--source {s.source} --target {s.target}: {len(source.skeleton)} and "
                         f"{len(target.skeleton)} keypoints; take two domains of bodies or two of "
                         "hands")
-    needed = [("batch_size", "source", source), ("batch_size", "target", target),
-              ("bins", "source", source)]
-    for name, role, dataset in needed:
-        if getattr(s, name) > len(dataset):
-            raise UserError(f"{option_of(name)}: {getattr(s, name)} is more than the "
-                            f"{len(dataset)} training images of the {role}")
+    if s.bins > len(source):
+        raise UserError(f"--bins: {s.bins} is more than the {len(source)} training images of the "
+                        "source")
     return Domains(source, target, open_split(s, "target", "val"), open_split(s, "target", "test"))
 
 
@@ -270,9 +266,7 @@ def open_split(settings, role, split):
     s = settings
     name = getattr(s, role)
     if name in RENDERED:
-        count = None
-        if split == "train":
-            count = s.source_count if role == "source" else s.target_count
+        count = getattr(s, f"{role}_count") if split == "train" else None
         return data.Mannequin(**RENDERED[name], split=split, size=s.image_size, count=count,
                               seed=s.seed, cache=s.cache or None,
                               progress=Progress(f"rendering {name} {split}"))
@@ -435,7 +429,7 @@ class Trainer:
         if self.style_transfer is None or coin >= self.settings.style_prob:
             return content
         with self.autocast():
-            return self.style_transfer(content, style, alpha).float()
+            return self.style_transfer(content, style, alpha)
 
     def view_source(self, source_batch, random):
         """A labelled batch -> SourceView."""
@@ -670,7 +664,6 @@ class EpochStats:
     def __init__(self, run, out):
         self.run = run
         self.out = out
-        self.steps = 0
         self.sums = {}
         self.confidences = []           # (B,) per step, in the order of the samples
         self.unchecked = []  # (step, indices, terms) whose losses have not been looked at
@@ -679,7 +672,6 @@ class EpochStats:
         """Take in a step. UserError where a loss or weight is not finite."""
         for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value
-        self.steps += 1
         self.confidences.append(confidence)
         self.unchecked.append((step, indices, terms))
         # On a GPU each check waits for the device, so only every 50th step checks.
@@ -707,13 +699,16 @@ class EpochStats:
         if (self.out / "last.pt").exists():
             kept = (f"; {self.out / 'last.pt'} keeps the last good state, from which --weights "
                     f"{self.out} begins")
+        advice = "Lower --lr, --w-evalpose or --w-cross"
+        if step == 0:
+            advice = "Look at their labels, at the options of the views and --sigma"
         raise UserError(f"step {step}: loss or weights are not finite ({found}); labelled samples "
-                        f"{names}. Lower --lr, --w-evalpose or --w-cross, in another --out{kept}")
+                        f"{names}. {advice}, in another --out{kept}")
 
     def means(self):
         """{term: mean over the steps and processes}."""
         sums = gather(torch.stack(list(self.sums.values()))[None]).mean(0).tolist()
-        return {name: value / self.steps for name, value in zip(self.sums, sums)}
+        return {name: value / len(self.confidences) for name, value in zip(self.sums, sums)}
 
 
 def epoch_line(row, epochs, seconds):
@@ -760,7 +755,7 @@ def set_up(settings, device, checkpoint=None, out=None):
                         "labels to train on")
     make_curriculum(s, np.zeros(len(source)), len(labelled))  # refuses wrong settings now
     trainer = make_trainer(s, skeleton, device)
-    if s.compile:
+    if s.compile and out is not None:  # evaluation does not compile
         check_compiler(device)
     if checkpoint is None:
         if s.weights:
@@ -818,10 +813,19 @@ def make_curriculum(settings, complexity, count):
         curriculum = actupose.CURRICULA[settings.curriculum](settings, complexity, count)
     except ValueError as error:
         raise UserError(f"--curriculum {settings.curriculum}: {error}") from None
+    kind = type(curriculum).__name__
     for name in vars(actupose.FixedCurriculum):
         if not name.startswith("_") and not hasattr(curriculum, name):
-            raise TypeError(f"{type(curriculum).__name__}: has no {name}; actupose.FixedCurriculum "
-                            "has all that a curriculum needs")
+            raise TypeError(f"{kind}: has no {name}; actupose.FixedCurriculum has all that a "
+                            "curriculum needs")
+    state = io.BytesIO()
+    torch.save(curriculum.state_dict(), state)
+    state.seek(0)
+    try:
+        torch.load(state, weights_only=True)
+    except pickle.UnpicklingError:
+        raise TypeError(f"{kind}.state_dict: gives more than tensors and plain values, which no "
+                        "checkpoint can give back") from None
     return curriculum
 
 
@@ -918,18 +922,13 @@ class RegDATrainer(Trainer):
             self.begin_adaptation()  # weights of both regressors then load whole
 
     @property
-    def adapting(self):
-        """Whether the network has its two regressors."""
-        return self.student.head_adv is not None
-
-    @property
     def uses_target(self):
-        """Only adaptation needs target images."""
-        return self.adapting
+        """Whether adaptation has begun: the network then has its two regressors."""
+        return self.student.head_adv is not None
 
     def begin_adaptation(self):
         """Two new regressors on psi and a new optimiser, unless the network has regressors."""
-        if not self.adapting:
+        if not self.uses_target:
             torch.manual_seed(self.settings.seed)
             actupose.make_regressors(self.student)
             self.set_student(self.student)
@@ -938,7 +937,7 @@ class RegDATrainer(Trainer):
         """Supervised before adaptation; `adversarial_step` in it. Arguments and results:
         `Trainer.step`.
         """
-        if self.adapting:
+        if self.uses_target:
             return self.adversarial_step(step, source_batch, target_images)
         return super().step(step, source_batch, target_images)
 
@@ -1015,11 +1014,11 @@ def decode(network, images, settings, device):
     return cells.cpu() * network.stride, confidence.cpu()
 
 
-def predict(trainer, network, dataset, batch_size=64):
+def predict(trainer, network, dataset):
     """Keypoints (N, K, 2) in pixels and confidences (N, K) of a whole dataset, on the CPU."""
     keypoints = []
     confidences = []
-    for indices in torch.arange(len(dataset)).split(batch_size):
+    for indices in torch.arange(len(dataset)).split(64):
         images, _, _ = dataset[indices]
         found, confidence = decode(network, images, trainer.settings, trainer.device)
         keypoints.append(found)
@@ -1071,27 +1070,30 @@ def evaluate(run, dataset):
 def evaluate_run(out, device, places):
     """`evaluate RUN`: score the last checkpoint and draw the pictures again.
 
-    places: {setting: path} where the run's data lie now, which goes into config.json. UserError
-    where the scores differ from those in result.json.
+    places: {setting: path} where the run's data lie now, which goes into config.json, unless the
+    scores differ from those in result.json: that is a UserError.
     """
     settings = dataclasses.replace(saved_settings(out), **places)
     run = set_up(settings, device, load_run(out / "last.pt"))
-    if places:
-        found = {name: getattr(settings, name) for name in places}
-        write_json(out / "config.json", {**read_json(out / "config.json"), **found})
     scores, predictions = evaluate(run, run.domains.test)
     result = {**scores["student"], "teacher": scores.get("teacher")}
     say(run_summary(result))
     path = out / "result.json"
-    if not path.exists():
+    finished = path.exists()
+    if finished:
+        draw_figures(run, scores, predictions, out / "figures")
+        saved = read_json(path)
+        if any(saved.get(key) != value for key, value in result.items()):
+            raise UserError(f"{path}: holds other scores; small differences are expected where "
+                            "machine or --device or the number of threads is another, large ones "
+                            "where the data are")
+    if places:
+        found = {name: getattr(settings, name) for name in places}
+        write_json(out / "config.json", {**read_json(out / "config.json"), **found})
+    if finished:
+        say(f"the same as {path}")
+    else:
         say(f"after {len(run.log)} of {settings.epochs} epochs; --resume --out {out} goes on")
-        return
-    draw_figures(run, scores, predictions, out / "figures")
-    saved = read_json(path)
-    if any(saved.get(key) != value for key, value in result.items()):
-        raise UserError(f"{path}: holds other scores; small differences are expected where machine "
-                        "or --device or the number of threads is another")
-    say(f"the same as {path}")
 
 
 def fmt(value, digits=1):
@@ -1229,7 +1231,7 @@ def saved_settings(out):
 
 
 def write_speed(path, epoch, seconds, trainer):
-    """Append a line to speed.jsonl: what depends on the clock and so cannot stand in log.jsonl."""
+    """A further line of speed.jsonl: what depends on the clock and so cannot stand in log.jsonl."""
     images = trainer.settings.iters_per_epoch * trainer.settings.batch_size
     if trainer.uses_target:
         images *= 2
@@ -1237,8 +1239,8 @@ def write_speed(path, epoch, seconds, trainer):
            "images_per_second": round(images / seconds, 1), "memory_gb": peak_memory_gb()}
     if trainer.device.type == "cuda":
         row["gpu_memory_gb"] = round(torch.cuda.max_memory_allocated(trainer.device) / 1e9, 2)
-    with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    before = path.read_text() if path.exists() else ""
+    write_text(path, f"{before}{json.dumps(row)}\n")
 
 
 def peak_memory_gb():
@@ -1284,7 +1286,8 @@ def load_run(path):
     if hashlib.sha256(content[:-32]).digest() != content[-32:]:
         hint = ""
         if path.name == "last.pt" and path.with_name("previous.pt").exists():
-            hint = " (train.py --resume goes on from previous.pt, an epoch older)"
+            hint = (" (without a result.json, train.py --resume goes on from previous.pt, an epoch "
+                    "older)")
         raise UserError(f"{path}: damaged, its digest does not fit{hint}")
     return load_torch(io.BytesIO(content), path)
 
@@ -1370,10 +1373,8 @@ def starting_point(out, resume):
                         f"{out}`")
     if rank() == 0:  # of a run that was killed while it wrote
         remove_leftovers(out)
-    if not resume:
-        return None
-    if not (last.exists() or previous.exists()):
-        return None                                             # killed before it saved an epoch
+    if not resume or not (last.exists() or previous.exists()):
+        return None                                             # new, or without a finished epoch
     try:
         return load_run(last)
     except UserError as damage:
@@ -1566,13 +1567,13 @@ def value_range(values):
     return low, high + 0.05 * max(high - low, 1e-9)
 
 
-def draw_bars(path, series, title, xlabel=BINS_LABEL):
+def draw_bars(path, series, title):
     """Bars at x = 0, 1, ..., those of the series side by side: Fig. 9. series: {label: y (n,)}."""
     values = np.array(list(series.values()), float)
     count = values.shape[1]
     canvas, draw = blank(max(1800, 30 * values.size), 720)
     chart = Chart(draw, (110, 80, canvas.width - 20, 600), (-0.6, count - 0.4), value_range(values),
-                  title, xlabel)
+                  title, BINS_LABEL)
     for i, y in enumerate(values):
         for at in np.flatnonzero(np.isfinite(y)):
             start = at - 0.4 + 0.8 * i / len(values)
@@ -1585,13 +1586,13 @@ def draw_bars(path, series, title, xlabel=BINS_LABEL):
     save_picture(canvas, path)
 
 
-def draw_boxes(draw, box, boxes, title, xlabel=BINS_LABEL):
+def draw_boxes(draw, box, boxes, title):
     """A box plot in a part of a drawing: Fig. 3.
 
     boxes: (n, 6), each the end of a whisker, three quartiles, the end of the other whisker, the
     mean. NaN leaves a gap.
     """
-    chart = Chart(draw, box, (-0.6, len(boxes) - 0.4), value_range(boxes), title, xlabel)
+    chart = Chart(draw, box, (-0.6, len(boxes) - 0.4), value_range(boxes), title, BINS_LABEL)
     for at, (lowest, lower, median, upper, highest, mean) in enumerate(boxes):
         if not np.isfinite(mean):
             continue
@@ -1656,8 +1657,8 @@ def draw_skeleton(draw, keypoints, visible, skeleton, width, confidence=None):
 
 def joint_colour(name):
     """The colour of a keypoint, by the beginning of its name."""
-    fitting = [colour for start, colour in JOINT_COLOURS.items() if name.startswith(start)]
-    return fitting[0] if fitting else YELLOW
+    fitting = (colour for start, colour in JOINT_COLOURS.items() if name.startswith(start))
+    return next(fitting, YELLOW)
 
 
 def limbs_to_draw(skeleton, shown):
@@ -2282,11 +2283,9 @@ def train_command(preset, out, device, resume, **given):
     if settings.batch_size % world_size():
         raise UserError(f"--batch-size: {settings.batch_size} is no multiple of the {world_size()} "
                         "processes")
-    if settings.batch_size == world_size() and settings.image_size == 32:
-        raise UserError("--batch-size: one image of 32 pixels per process has a last feature map of "
-                        "one cell, too little for batch statistics; use 2 per process")
     if resume and (out / "result.json").exists():
-        say(f"{out}: the run is finished; `evaluate {out}` draws its pictures again")
+        if rank() == 0:
+            say(f"{out}: the run is finished; `evaluate {out}` draws its pictures again")
         return
     for name, (other, values) in IDLE.items():
         present = getattr(settings, other)

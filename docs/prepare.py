@@ -91,7 +91,7 @@ def prepare_surreal(raw, out, jobs):
         listed = out / f"{run}.json"
         parts = out / f"{run}.parts"  # the entries of each clip that is done
         if listed.is_file() and not parts.is_dir():
-            yield f"{listed}: there already", []
+            yield f"{listed}: there already; delete it to take new clips", []
             continue
         decoder = decoder or find_ffmpeg()
         parts.mkdir(parents=True, exist_ok=True)
@@ -102,6 +102,8 @@ def prepare_surreal(raw, out, jobs):
             clips.append(part)
             if not part.is_file():
                 tasks.append((video, decoder, out / run, part))
+        if not clips:
+            raise DataError(f"{folder}: no clips SEQUENCE/*.mp4; is the release unpacked?")
         _, errors = in_processes(prepare_clip, tasks, jobs, f"{run}: clip")
         done = [part.read_text() for part in clips if part.is_file()]
         entries = "".join(done).splitlines()
@@ -246,6 +248,9 @@ def main(arguments=None):
     except (DataError, OSError, BrokenProcessPool) as error:
         print(f"prepare: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prepare: interrupted; the same command goes on", file=sys.stderr)
+        return 130
     for message in failures[:20]:
         print(f"failed: {message}", file=sys.stderr)
     if len(failures) > 20:

@@ -55,6 +55,10 @@ ABLATIONS = {
 # Tables of pairs of rows, for `--show`: the header, and {what both rows share: (first row, second row)}. The
 # difference is the second minus the first.
 PAIRS = {
+    "gains": (["actupose against", "its PCK", "actupose's"], {
+        "udape": ("udape", "actupose"),
+        "udape+vae-hm": ("udape+vae-hm", "actupose"),
+    }),
     "losses": (["source samples", "without Eq. 5 and 6", "with"], {
         "all": ("udape", "no-curriculum"),
         "the curriculum's": ("curriculum-alone", "actupose"),
@@ -102,6 +106,11 @@ class Comparison(NamedTuple):
     preset: str = "demo"
 
 
+def is_sweep(comparison):
+    """Whether all rows are values of settings."""
+    return all(row.swept for row in comparison.rows)
+
+
 def named_row(name):
     """The row of a method or an ablation. UserError for an unknown name."""
     if name in train.METHODS:
@@ -124,11 +133,10 @@ def sweep_rows(name, values):
 SIX = named_rows("source-only,regda,udape,udape+vae-hm,actupose,oracle")
 LOSSES = named_rows("udape,no-curriculum,curriculum-alone,actupose,udape+vae-hm,hardest")
 TAUGHT = named_rows("udape,udape+vae-hm,actupose")
-ITERATIONS = train.Settings.iters_per_epoch
 ORDER = (*named_rows("udape,static,actupose"), *sweep_rows("pace", (1.0, 2.0)),
          Row("static pace=1", dict(curriculum="static", pace=1.0)),
          Row("static pace=2", dict(curriculum="static", pace=2.0)))
-LONG = dict(iters_per_epoch=4 * ITERATIONS)
+LONG = dict(iters_per_epoch=4 * train.Settings.iters_per_epoch)
 EVERYDAY = dict(target="mannequin-everyday")
 HANDS = dict(source="mannequin-hand")
 FLOAT32 = dict(amp="off")    # runs on every processor; the other comparisons' kept runs are in bfloat16
@@ -276,17 +284,17 @@ def run_missing(comparison, kept_in, out, jobs, device):
         for seed in comparison.seeds:
             settings = run_settings(comparison, row, seed)
             run = run_directory(out, row, seed)
-            if key_of(differences(settings)) in kept:
-                found.append(kept[key_of(differences(settings))])
+            key = key_of(differences(settings))
+            if key in kept:
+                found.append(kept[key])
                 continue
             if settings in settings_of.values():
                 continue
             if (run / "config.json").exists():
                 train.check_same_settings(run, dataclasses.asdict(settings))
             if (run / "result.json").exists():
-                line = keep(kept_in, settings, run, commit)
-                kept[key_of(line["settings"])] = line
-                found.append(line)
+                kept[key] = keep(kept_in, settings, run, commit)
+                found.append(kept[key])
                 continue
             settings_of[run] = settings
             commands[run] = command_of(comparison, row, seed, run, device)
@@ -469,8 +477,10 @@ def gap_closed(own, low, high):
 
 
 def paired(own, reference):
-    """Differences to another row, seed by seed: mean ± sample deviation [95 % interval]."""
-    differences = [own[seed] - reference[seed] for seed in own if seed in reference]
+    """Differences to another row, seed by seed, where both have a score: mean ± sample deviation [95 %
+    interval]."""
+    differences = [own[seed] - reference[seed] for seed in own
+                   if own[seed] is not None and reference.get(seed) is not None]
     if not differences:
         return "-"
     return f"{average(differences):+.1f}{deviation(differences)}{interval(differences)}"
@@ -654,7 +664,7 @@ def draw_panel(path, runs, device):
             settings = train.saved_settings(run)
             checkpoint = train.load_run(run / "last.pt")
             if not columns:                                     # the data of all runs
-                test = train.open_domains(settings).test
+                test = train.open_split(settings, "target", "test")
                 shown = range(min(6, len(test)))
                 titles.append("ground truth")
                 columns.append([train.truth_panel("", test, i) for i in shown])
@@ -752,8 +762,8 @@ def fill_documents():
     for path in DOCUMENTS:
         train.write_text(path, fill(path.read_text()))
     for comparison in COMPARISONS.values():
-        results = collect(comparison, KEPT)
-        draw_sweeps(ROOT / "docs", comparison, results)
+        if is_sweep(comparison):
+            draw_sweeps(ROOT / "docs", comparison, collect(comparison, KEPT))
 
 
 def draw_sweeps(folder, comparison, results):
@@ -818,8 +828,9 @@ def make_parser():
     add("--seeds", type=parse_seeds, help="seeds of each row [0,1,2, or those of NAME]")
     add("--show", choices=("all", "short", "bins", "seeds", "sweeps", *PAIRS), default="all",
         help="all: every column; short: without joints; bins: PCK by complexity bin; seeds: seed by seed; "
-        "sweeps: a row per swept setting; losses: what Eq. 5 and 6 bring; order: what the samples' order "
-        "brings; arithmetic: bfloat16 against float32")
+        "sweeps: a row per swept setting; gains: actupose against others, also by EvalPose score; "
+        "losses: what Eq. 5 and 6 bring; order: what the samples' order brings; arithmetic: bfloat16 "
+        "against float32")
     add("--to", metavar="ROW", help="the row with which the others are compared [actupose]")
     add("--tasks", metavar="NAME,DIR,...", help="Table 2, of comparisons by name or directory; with --show "
         "bins actupose - udape by complexity bin")
@@ -929,7 +940,7 @@ def table_of(options):
 def draw_pictures(out, comparison, results, device):
     """Fig. 8, 9 and 10 of a comparison, beside its runs."""
     draw_sweeps(out, comparison, results)
-    if any(row.swept for row in comparison.rows) or len(results) < 2:
+    if is_sweep(comparison) or len(results) < 2:
         return
     paper = ("udape", "udape+vae-hm", "actupose")               # the rows of the paper's Fig. 9
     shown = {name: results[name] for name in paper if name in results}

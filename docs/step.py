@@ -129,12 +129,15 @@ def command(arguments):
     source_batch = source[everything]
     target_images, _, _ = target[everything]
 
+    def step(i):
+        trainer.step(i, source_batch, target_images if trainer.uses_target else None)
+
     clock = Clock(device)
     for part in PARTS:
         clock.wrap(*part)
-    columns = {"pretraining": clock.measure(lambda i: trainer.step(i, source_batch, target_images), count)}
+    columns = {"pretraining": clock.measure(step, count)}
     trainer.begin_adaptation()
-    columns["adaptation"] = clock.measure(lambda i: trainer.step(i, source_batch, target_images), count)
+    columns["adaptation"] = clock.measure(step, count)
 
     processor = train.kernels.common.device_name(device)
     print(f"{processor}, {torch.get_num_threads()} threads, --amp {settings.amp}, torch {torch.__version__}; "

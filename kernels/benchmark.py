@@ -484,8 +484,8 @@ def main(arguments=None, plan=None):
     parser.error = lambda message: parser.exit(2, f"benchmark: {message} (--help lists the options)\n")
     parser.add_argument("--quick", action="store_true", help="only the sizes of training, measured shortly")
     parser.add_argument("--only", choices=OPERATORS, metavar="NAME", help="one of " + ", ".join(OPERATORS))
-    parser.add_argument("--compiled", type=int, metavar="CAPABILITY",
-                        help="only what the compiled code executes on GPUs of that kind, for example 90")
+    parser.add_argument("--compiled", type=int, choices=(80, 90, 100), metavar="CAPABILITY",
+                        help="only what the compiled code executes on GPUs of that kind: 80, 90 or 100")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs [default: 0]")
     options = parser.parse_args(arguments)
     if common.INTERPRET:

@@ -246,7 +246,7 @@ MOSTLY_OUTSIDE = torch.where(torch.arange(80).view(5, 16, 1) % 15 > 0, PLACES - 
     ({"keypoints": PLACES / 32 - 1}, "within a pixel of the corner"),
     ({"keypoints": torch.zeros(5, 16, 2)}, "within a pixel of the corner.*visible 0 where"),
     ({"keypoints": PLACES.double()}, "needs `keypoints`, a float32 tensor"),
-    ({"keypoints": PLACES * math.nan}, "not finite"), ({"visible": torch.ones(5, 15)}, "needs `visible`"),
+    ({"keypoints": PLACES * math.nan}, "not finite"), ({"keypoints": PLACES * 1e30}, "beyond a million"), ({"visible": torch.ones(5, 15)}, "needs `visible`"),
     ({"skeleton": None}, "needs a `skeleton`"), ({"size": 64.0}, "`size`"),
     ({"dtype": torch.float32}, "must give uint8 images"), ({"names": lambda indices: []}, "needs names")])
 def test_a_dataset_that_does_not_fit_is_refused(changes, message):
@@ -254,14 +254,28 @@ def test_a_dataset_that_does_not_fit_is_refused(changes, message):
         data.check_dataset(Own(**changes), "--source own")
 
 
-def test_a_dataset_gives_the_labels_that_it_has():
-    class Scaled(Own):
-        def __getitem__(self, indices):
-            images, keypoints, visible = super().__getitem__(indices)
-            return images, keypoints / 64, visible
+class Scaled(Own):
+    def __getitem__(self, indices):
+        images, keypoints, visible = super().__getitem__(indices)
+        return images, keypoints / 64, visible
 
-    with pytest.raises(data.DataError, match="other labels with an image"):
-        data.check_dataset(Scaled(), "")
+
+class Doubled(Own):
+    def __getitem__(self, indices):
+        images, keypoints, visible = super().__getitem__(indices)
+        return images, keypoints.double(), visible
+
+
+class Sorted(Own):
+    def __getitem__(self, indices):
+        return super().__getitem__(indices.sort().values)
+
+
+@pytest.mark.parametrize("kind", [Scaled, Doubled, Sorted])
+def test_a_dataset_gives_the_labels_that_it_has(kind):
+    """Of the samples that were asked for, in their order."""
+    with pytest.raises(data.DataError, match="other labels with images"):
+        data.check_dataset(kind(), "")
 
 
 @pytest.mark.parametrize("changes", [

@@ -80,6 +80,9 @@ def test_lsp_splits(tmp_path):
         assert [int(name[2:-4]) for name in names] == list(range(begin + 1, end + 1))
     with pytest.raises(DataError, match="'val'.*'train' and 'test'"):
         LSP(tmp_path / "lsp", "val", 8, False)
+    make_tree(tmp_path / "few", True, [(20, 20)] * 4)
+    with pytest.raises(DataError, match="4 pictures leave none for 'val'; give 20"):
+        LSP(tmp_path / "few", "val", 8)
 
 
 def test_lsp_errors_name_the_file(tmp_path):

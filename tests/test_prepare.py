@@ -83,9 +83,13 @@ def test_surreal(tmp_path, calls, capsys):
 
 
 def test_surreal_goes_on(tmp_path, calls, capsys):
-    """A clip that fails is named, and the next start does it alone. Frames of nobody or a few pixels go."""
+    """A run without clips, and a clip that fails, are named; the next start does what is left. Frames of
+    nobody or a few pixels go."""
     folder = tmp_path / "raw" / "cmu" / "train" / "run0" / "01"
     arguments = "surreal", tmp_path / "raw", tmp_path / "out"
+    folder.mkdir(parents=True)
+    status, _, errors = run(capsys, *arguments)
+    assert status == 2 and "run0: no clips" in errors
     for clip in "abcdef":
         make_clip(folder, clip, 2)
     (folder / "b.mp4").write_bytes(b"broken")

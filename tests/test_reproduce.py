@@ -254,6 +254,7 @@ def test_a_table_without_labels():
     rows = dict.fromkeys(("oracle", "udape", "source-only", "actupose"), [result(None, 0), result(None, 1)])
     assert "| udape | 2 | - | - | **-** | - | - | 50.5 | - | - |" in table_lines(rows, val=True)
     assert reproduce.bins_table(rows).splitlines()[2] == "| oracle | - | - | - | - | - |"
+    assert reproduce.gains_table({"lsp": rows}).splitlines()[2] == "| lsp | - | - | - | - | - |"
 
 
 @pytest.mark.parametrize("target, quoted", [

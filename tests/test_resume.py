@@ -142,8 +142,8 @@ def assert_same_run(one, two):
 
 
 # Moments of a kind in a whole run.
-LARGEST = {"actupose.total_loss": 12, "torch.save": 6, "write": 12, "os.fsync": 24, "os.replace": 24,
-           "train.save_picture": 6, "clock": 0.5}
+LARGEST = {"actupose.total_loss": 12, "train.save_checkpoint": 6, "write": 15, "os.fsync": 30,
+           "os.replace": 30, "train.save_picture": 6, "clock": 0.5}
 
 
 def test_killed_anywhere_and_resumed_to_the_same_bits(start, finished, tmp_path):
@@ -206,8 +206,8 @@ def test_regda_goes_on_to_the_same_bits(start, tmp_path):
     killed = tmp_path / "killed"
     regda = ("--method", "regda")
     assert start(whole, others=regda)[0] == 0
-    for moment, epochs in ((3, 1), (3, 2)):                                 # before the second torch.save
-        assert start(killed, "torch.save", moment, others=regda)[0] == -9
+    for moment, epochs in ((3, 1), (3, 2)):                                 # before the second checkpoint
+        assert start(killed, "train.save_checkpoint", moment, others=regda)[0] == -9
         state = load(killed / "last.pt")
         assert len(state["log"]) == epochs and ("head_adv.0.weight" in state["student"]) == (epochs > 1)
     assert start(killed)[0] == 0
@@ -370,8 +370,11 @@ def test_a_dataset_that_moved(launch, tmp_path, capsys, monkeypatch):
     assert read(out / "config.json")["target_root"] == str(tmp_path / "new")
     (tmp_path / "new").rename(tmp_path / "third")
     assert train.main(["evaluate", str(out), "--device", "cpu"]) == 2
-    capsys.readouterr()
+    make_tree(tmp_path / "other", False, [(60, 80)] * 6)
     words = ["evaluate", str(out), "--device", "cpu"]
+    assert train.main([*words, "--target-root", str(tmp_path / "other")]) == 2
+    check_one_line(capsys.readouterr().err.splitlines(True)[-1], "holds other scores")
+    assert read(out / "config.json")["target_root"] == str(tmp_path / "new")           # not the wrong place
     assert train.main([*words, "--target-root", str(tmp_path / "third")]) == 0
     assert train.main(words) == 0
     assert capsys.readouterr().out.count("the same as") == 2

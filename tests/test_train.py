@@ -274,6 +274,13 @@ class OnlySamples:
         pass
 
 
+class Unreadable(actupose.FixedCurriculum):
+    """Saves an array of NumPy's, which checkpoints cannot give back."""
+
+    def state_dict(self):
+        return {"score": np.ones(3)}
+
+
 class Few(actupose.FixedCurriculum):
     """Gives its pool, whatever is asked for: too many samples."""
 
@@ -283,6 +290,7 @@ class Few(actupose.FixedCurriculum):
 
 @pytest.mark.parametrize("kind, pool, error, text", [
     (OnlySamples, None, TypeError, "OnlySamples: has no drawn"),
+    (Unreadable, 8, TypeError, "Unreadable.state_dict: gives more than tensors and plain values"),
     (Few, 9, ValueError, "Few.samples: gave 9 samples, not 8")])
 def test_half_a_curriculum_fails_aloud(kind, pool, error, text, launch, tmp_path, monkeypatch):
     """A run fails before its first step, and does not train on something else."""
@@ -595,10 +603,7 @@ MISTAKES = """
 --target lsp --target-root no/place => --target-root: no/place; --resume --out no/run => no/run;
 --source mannequin-hand --target mannequin-wild --source-count 60 => two domains of bodies or two of hands;
 --bins 61 --source-count 60 => --bins: 61 is more than the 60 training images of the source;
---batch-size 31 --source-count 60 --target-count 30 => --batch-size: 31 is more than the 30;
---batch-size 1 --image-size 32 => --batch-size: one image of 32 pixels;
 --target lsp --target-root . --target-count 9 => --target-count: needs a rendered --target, got 9;
---hard-bins 8 --method udape+vae-hm --source-count 60 => --curriculum hardest: the 8 hardest bins hold 20;
 --epochz 3 => did you mean --epochs?; --metod=udape => did you mean --method?; evalate x => evalate;
 evaluate no/run => no/run; evaluate => run; evaluate no/run --lr 1 => --lr;
 --device cpu evaluate no/run => evaluate: comes first; evaluate no/run --cash x => did you mean --cache?;
