@@ -699,11 +699,11 @@ class EpochStats:
         if (self.out / "last.pt").exists():
             kept = (f"; {self.out / 'last.pt'} keeps the last good state, from which --weights "
                     f"{self.out} begins")
-        advice = "Lower --lr, --w-evalpose or --w-cross"
+        advice = "Lower --lr, --w-evalpose or --w-cross, in another --out"
         if step == 0:
-            advice = "Look at their labels, at the options of the views and --sigma"
+            advice = "Look at their labels, the options of the views and --sigma"
         raise UserError(f"step {step}: loss or weights are not finite ({found}); labelled samples "
-                        f"{names}. {advice}, in another --out{kept}")
+                        f"{names}. {advice}{kept}")
 
     def means(self):
         """{term: mean over the steps and processes}."""

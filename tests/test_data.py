@@ -246,7 +246,8 @@ MOSTLY_OUTSIDE = torch.where(torch.arange(80).view(5, 16, 1) % 15 > 0, PLACES - 
     ({"keypoints": PLACES / 32 - 1}, "within a pixel of the corner"),
     ({"keypoints": torch.zeros(5, 16, 2)}, "within a pixel of the corner.*visible 0 where"),
     ({"keypoints": PLACES.double()}, "needs `keypoints`, a float32 tensor"),
-    ({"keypoints": PLACES * math.nan}, "not finite"), ({"keypoints": PLACES * 1e30}, "beyond a million"), ({"visible": torch.ones(5, 15)}, "needs `visible`"),
+    ({"keypoints": PLACES * math.nan}, "not finite"), ({"keypoints": PLACES * 1e30}, "beyond a million"),
+    ({"visible": torch.ones(5, 15)}, "needs `visible`"),
     ({"skeleton": None}, "needs a `skeleton`"), ({"size": 64.0}, "`size`"),
     ({"dtype": torch.float32}, "must give uint8 images"), ({"names": lambda indices: []}, "needs names")])
 def test_a_dataset_that_does_not_fit_is_refused(changes, message):
