@@ -145,7 +145,7 @@ class Skeleton:
         if "all" not in self.groups:
             raise ValueError("groups must have 'all'")
         if not len(self.limbs) or not len(self.triplets):
-            raise ValueError("limbs and triplets: give one at least")
+            raise ValueError("limbs and triplets: give at least one of each")
         stand_ins = {}
         for missing, row in self.stand_ins.items():
             if isinstance(missing, str) and missing.isdigit():  # JSON makes keys strings

@@ -1,5 +1,6 @@
 """`python -m kernels.benchmark`: its formulas, checks and tables. These tests judge no time."""
 import math
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -82,24 +83,35 @@ def test_every_operator(monkeypatch, capsys):
     for row in rows:
         eager = row["providers"]["eager"]
         triton = row["providers"]["triton"]
-        assert eager["share"] == pytest.approx(benchmark.limit_ms(row, LIMITS) / eager["ms"])
+        assert 0 < eager["share"]
         assert ({"torch.max", "NumPy"} <= set(row["providers"])) == (row["operator"] == "heatmap_argmax")
         times = {provider: cell["ms"] for provider, cell in row["providers"].items() if "ms" in cell}
         assert all(times[row["fastest"]] <= times[name] for name in ("triton", "eager") if name in times)
         assert row["fastest"] not in ("torch.max", "NumPy")   # which do not return all that the operator does
         if CUDA:
-            assert row["speedup"] == pytest.approx(eager["ms"] / triton["ms"])
             assert triton["extra_bytes"] >= row["written_bytes"]
         else:
             assert triton == {"skipped": "not measured"} and row["speedup"] is None
     assert len(hosts) == 1 + common.HAVE_TRITON
     for table in hosts:
         assert {row["operator"] for row in table} == set(benchmark.OPERATORS)
-        for row in table:
-            assert row["operator / eager"] == pytest.approx(row["operator, us"] / row["eager, us"])
     assert printed.startswith("No CUDA device: the Triton columns are not measured") == (not CUDA)
     assert all(f"## {name}\n" in printed for name in benchmark.OPERATORS)
     assert f"| eager: ms (% of limit), {'cold cache, GPU' if CUDA else 'warm cache, host'} time |" in printed
+
+
+def test_shares_and_speedup_by_hand(monkeypatch):
+    """3 ms for Triton, 6 for eager and 2 for torch.max, where the limit is 1.5. torch.max returns less than
+    the operator does, so that it is not the fastest."""
+    monkeypatch.setattr(common, "HAVE_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    clock = Mock(cuda=True, measure=lambda call, timing: dict(ms=call()))
+    row = dict(read_bytes=15e6, written_bytes=0, operations=0)
+    calls = {"triton": lambda: 3.0, "eager": lambda: 6.0, "torch.max": lambda: 2.0}
+    benchmark.measure_row(row, calls, clock, LIMITS)
+    assert {name: cell["share"] for name, cell in row["providers"].items()} == pytest.approx(
+        {"triton": 0.5, "eager": 0.25, "torch.max": 0.75})
+    assert row["speedup"] == pytest.approx(2) and row["fastest"] == "triton"
 
 
 def test_stand_in_launches_leave_nothing_behind(backend, monkeypatch):
@@ -114,14 +126,13 @@ def test_stand_in_launches_leave_nothing_behind(backend, monkeypatch):
     assert benchmark.error_of("heatmap_argmax_mean", inputs)[0] <= 1
 
 
-@pytest.mark.skipif(not CUDA, reason="device times need a CUDA device")
-def test_device_time_grows_with_the_work():
+@pytest.mark.skipif(not CUDA, reason="device memory needs a CUDA device")
+def test_extra_bytes_of_a_call():
+    """What a call allocates: its result."""
     clock = benchmark.Clock(torch.device("cuda", torch.cuda.current_device()), 0.05)
-    small, large = (torch.ones(count, device="cuda") for count in (1 << 20, 1 << 28))
-    for timing in benchmark.COLD, benchmark.WARM:
-        first, second = (clock.measure(lambda value=value: value + 1, timing) for value in (small, large))
-        assert first["ms"] < second["ms"]
-        assert timing == benchmark.WARM or (first["extra_bytes"], second["extra_bytes"]) == (4 << 20, 4 << 28)
+    for count in (1 << 20, 1 << 28):
+        value = torch.ones(count, device="cuda")
+        assert clock.measure(lambda value=value: value + 1, benchmark.COLD)["extra_bytes"] == 4 * count
 
 
 @pytest.mark.parametrize("operator", benchmark.OPERATORS)
