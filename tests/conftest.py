@@ -39,13 +39,17 @@ def interruptible():
 def launch(tmp_path_factory):
     """launch(out, *options): `train.py` with the options of a tiny run, in this process, 30 images to score.
 
-    Returns the exit status. launch.cache: where rendered images are kept.
+    Returns the exit status. figures: whether the run draws its pictures, in small, which takes seconds.
+    launch.cache: where rendered images are kept.
     """
     import data
     import train
 
-    def launch(out, *options):
-        return train.main(tiny("--cache", launch.cache, "--out", out, *options))
+    def launch(out, *options, figures=False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not figures:
+                patch.setattr(train, "draw_figures", lambda *arguments: None)
+            return train.main(tiny("--cache", launch.cache, "--out", out, *options))
 
     launch.cache = str(tmp_path_factory.mktemp("cache"))
     few = {key: min(count, 30) for key, count in data.Mannequin.DEFAULT_COUNTS.items()}

@@ -54,7 +54,8 @@ def dots(width, height, points, radius):
     for x, y in points:
         across = np.clip(radius + 0.5 - abs(np.arange(width) - x), 0, 1)
         down = np.clip(radius + 0.5 - abs(np.arange(height) - y), 0, 1)
-        picture = np.maximum(picture, 255 * down[:, None] * across)
+        rows = down > 0
+        picture[rows] = np.maximum(picture[rows], 255 * np.outer(down[rows], across))
     return Image.fromarray(np.repeat(picture[..., None].round().astype(np.uint8), 3, 2))
 
 
@@ -172,7 +173,7 @@ RHD_PICTURES = [
 ]
 
 
-def make_rhd(root, folder, numbers, protocol=4):
+def make_rhd(root, folder, numbers):
     """A miniature with the pictures of the table; a dot at each keypoint of both hands."""
     base = root / "RHD_published_v2" / folder
     annotations = {}
@@ -184,7 +185,7 @@ def make_rhd(root, folder, numbers, protocol=4):
             for keypoint, row in enumerate(RHD_ROWS):               # fingers are stored from tip to base
                 stored[first + row] = *points[keypoint], keypoint < seen
         annotations[identity] = {"uv_vis": stored, "xyz": np.zeros((42, 3)), "K": np.eye(3)}
-    (base / f"anno_{folder}.pickle").write_bytes(pickle.dumps(annotations, protocol=protocol))
+    (base / f"anno_{folder}.pickle").write_bytes(pickle.dumps(annotations))
 
 
 def make_clip(folder, name, frames, shift=0):

@@ -193,8 +193,7 @@ def check_rectify(backend, maps, sigma=1.3):
 
 # --- heatmaps: all operators -------------------------------------------------------------------------------
 
-SHAPES = [(1, 1, 1, 1), (2, 3, 7, 5), (1, 5, 24, 48), (2, 2, 71, 66), (2, 16, 33, 1), (9, 5, 3, 4),
-          (2, 37, 4, 4), (0, 3, 4, 4), (2, 0, 4, 4), (0, 0, 4, 4)]
+SHAPES = [(1, 1, 1, 1), (2, 3, 7, 5), (1, 2, 71, 66), (3, 5, 3, 4), (2, 0, 4, 4)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -209,9 +208,9 @@ def test_every_shape_dtype_and_layout(backend, shape):
         check_rectify(backend, maps)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-def test_large_maps_are_shared_among_programs(backend, layout):
-    """Ties and NaN lie on either side of a share's border; one share holds nothing but -inf."""
+def test_large_maps_are_shared_among_programs(backend):
+    """Ties and NaN lie on either side of a share's border; one share holds nothing but -inf. The maps are
+    transposed: `test_random_heatmaps` has large ones of other layouts."""
     rng = np.random.default_rng(0)
     maps = random_maps((4, 1, 195, 257), seed=1)   # three shares, of 20,480 cells at most
     flat = maps.view(4, -1)
@@ -220,15 +219,15 @@ def test_large_maps_are_shared_among_programs(backend, layout):
     flat[2, 45001] = NAN
     flat[2, 25000] = NAN
     flat[3] = -INF
-    check_argmax(backend, laid_out(maps, layout, rng))
+    check_argmax(backend, laid_out(maps, "transposed", rng))
     weight = torch.tensor([[0.2, 3.0, 1.0], [0.0, 2.0, 0.1]])
-    check_argmax(backend, laid_out(random_maps((2, 3, 128, 257)), layout, rng), weight)
+    check_argmax(backend, laid_out(random_maps((2, 3, 128, 257)), "transposed", rng), weight)
     maps = random_maps((1, 2, 195, 257)) * 0.1
     maps[0, 0, :80] = -INF
     maps[0, 1, 170, 3] = 0.9
     maps[0, 1, 10, 200] = 0.88
-    check_soft_argmax(backend, laid_out(maps, layout, rng), 20.0)
-    check_rectify(backend, laid_out(maps, layout, rng), sigma=20.0)
+    check_soft_argmax(backend, laid_out(maps, "transposed", rng), 20.0)
+    check_rectify(backend, laid_out(maps, "transposed", rng), sigma=20.0)
 
 
 def random_shape(rng, kind):
@@ -355,9 +354,9 @@ def test_soft_argmax_of_hard_maps(backend):
     check_soft_argmax(backend, maps, 1.0)
 
 
-@pytest.mark.parametrize("module", [kernels, reference, torch.ops.actupose], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", [kernels, torch.ops.actupose], ids=lambda m: m.__name__)
 def test_soft_argmax_gradient_by_differences(backend, module):
-    """CPU tensors reach the operator's own backward pass through torch.ops alone."""
+    """On the CPU `kernels` is the reference: torch.ops alone reaches the operator's own backward pass."""
     function = module.soft_argmax
     maps = random_maps((2, 2, 3, 4)).double().requires_grad_()
     for layout in (maps, maps.permute(0, 1, 3, 2)):
@@ -424,46 +423,31 @@ def test_distance_hand_values(backend, tiles):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("source, target", [
-    ((1,), (1,)), ((1,), (33,)), ((33,), (1,)), ((17,), (130,)), ((0,), (5,)), ((5,), (0,)),
-    ((2, 3, 4), (1, 3, 5)), ((5,), (2, 3)), ((2, 0, 4), (1, 0, 5))], ids=str)
+@pytest.mark.parametrize("source, target", [(1, 33), (17, 130), (0, 5)])
 def test_distance_of_every_size(backend, tiles, source, target):
-    """One or many tiles, leading dimensions, no poses; no mask, one or both; more triplets than a tile."""
-    ours = random_poses(*source)
-    theirs = random_poses(*target, seed=1)
-    source_valid = random_mask(*source, 8, seed=2)
-    target_valid = random_mask(*target, 8, seed=3)
-    many = TRIPLETS.repeat(4, 1)
+    """One or many tiles, no poses; without masks and with; more triplets than a tile takes at a time.
+    Layouts, dtypes and leading dimensions: `test_random_distances`."""
+    ours = random_poses(source)
+    theirs = random_poses(target, seed=1)
     check_distance(backend, ours, theirs, TRIPLETS)
-    check_distance(backend, ours, theirs, TRIPLETS, source_valid, None, 2)
-    check_distance(backend, ours, theirs, many, source_valid, target_valid, 3)
+    check_distance(backend, ours.double(), theirs, TRIPLETS)   # left to the reference
+    check_distance(backend, ours, theirs, TRIPLETS.repeat(4, 1), random_mask(source, 8, seed=2),
+                   random_mask(target, 8, seed=3), 3)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_distance_of_every_layout_and_dtype(backend, layout):
-    rng = np.random.default_rng(0)
-    float32, float16, bfloat16, float64 = FLOATS
-    for dtypes in ((float32, float32), (float16, bfloat16), (float64, float32)):
-        banks = random_poses(2, 5).to(dtypes[0]), random_poses(2, 3, seed=1).to(dtypes[1])
-        masks = random_mask(2, 5, 8), random_mask(2, 3, 8, seed=1)
-        triplets = TRIPLETS.T.contiguous().T
-        check_distance(backend, *(laid_out(bank, layout, rng) for bank in banks), triplets,
-                       *(laid_out(mask, layout, rng) for mask in masks))
-
-
-def test_angles_are_accurate_from_zero_to_pi(backend, tiles):
+def test_angles_are_accurate_from_zero_to_pi(backend):
     """Against a folded pose of angle 0, K times the distance is the angle, also at 0 and pi, where arccos is
     off by 3e-4: within 1.5e-6 of float64."""
     folded = hand_poses(backend)[0][2:]
     triplet = hand_poses(backend)[1]
-    theta = torch.linspace(0, float(np.pi), 501, dtype=torch.float64)
+    theta = torch.linspace(0, float(np.pi), 201, dtype=torch.float64)
     ends = (3 * torch.stack((theta.cos(), theta.sin()), dim=1)).float()
-    limbs = random_poses(50, keypoints=1)[:, 0] - 128
-    middle = torch.zeros(601, 2)
+    limbs = random_poses(20, keypoints=1)[:, 0] - 128
+    middle = torch.zeros(241, 2)
     first = torch.cat((ends, limbs, limbs))
-    last = torch.cat((torch.tensor([[0.5, 0.0]]).expand(501, 2), 0.7 * limbs, -0.3 * limbs))
+    last = torch.cat((torch.tensor([[0.5, 0.0]]).expand(201, 2), 0.7 * limbs, -0.3 * limbs))
     angles = torch.atan2(ends[:, 1].double().abs(), ends[:, 0].double())   # of coordinates rounded to float32
-    expected = torch.cat((angles, torch.zeros(50), torch.full((50,), np.pi)))
+    expected = torch.cat((angles, torch.zeros(20), torch.full((20,), np.pi)))
     poses = torch.stack((first, middle, last), dim=1).to(backend)
     found = 3 * kernels.triplet_angle_distance(poses, folded, triplet)[:, 0].cpu().double()
     assert (found - expected).abs().max() < 1.5e-6

@@ -1,4 +1,5 @@
 """Figures and `predict`: pictures show what they say, keypoints are found where the photograph has them."""
+import functools
 import json
 import math
 from types import SimpleNamespace
@@ -92,8 +93,9 @@ def make_run(**changes):
                            labelled=source, vae=actupose.PoseVAE(16), complexity=np.arange(30.0))
 
 
-def test_all_figures_of_a_run_where_nothing_is_labelled(tmp_path, capsys):
+def test_all_figures_of_a_run_where_nothing_is_labelled(tmp_path, capsys, monkeypatch):
     """Captions, bars and curves do without scores."""
+    monkeypatch.setattr(train, "draw_panels", functools.partial(train.draw_panels, side=40))  # saves seconds
     run = make_run()
     scores, predictions = train.evaluate(run, run.domains.test)
     assert scores["student"]["bins"] == [None] * 3 and scores["student"]["pck"]["all"] is None

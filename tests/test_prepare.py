@@ -16,7 +16,6 @@ from PIL import Image
 from data import SURREAL, Human36M
 from docs import prepare
 from miniatures import check_dots, grid_points, make_clip, make_human36m_release, write_info
-from tiny_runs import ROOT
 
 STUB = """#!{python}
 import os, sys
@@ -39,12 +38,12 @@ sys.stdout.buffer.write(frames)
 """
 
 
-@pytest.fixture(params=["-fps_mode passthrough", "-vsync 0"], ids=["ffmpeg", "old ffmpeg"])
+@pytest.fixture
 def calls(request, tmp_path, monkeypatch):
     """An `ffmpeg` that writes out what a test has put into the video file -> the log of its calls.
 
     Like the real one it repeats and drops frames, and turns them, unless it is told not to."""
-    option, value = request.param.split()
+    option, value = getattr(request, "param", "-fps_mode passthrough").split()
     program = tmp_path / "bin" / "ffmpeg"
     program.parent.mkdir()
     program.write_text(STUB.format(python=sys.executable, option=option, value=value))
@@ -58,6 +57,7 @@ def run(capsys, *arguments):
     return status, *capsys.readouterr()
 
 
+@pytest.mark.parametrize("calls", ["-fps_mode passthrough", "-vsync 0"], ids=["new", "old"], indirect=True)
 def test_surreal(tmp_path, calls, capsys):
     """From videos to a layout that the loader reads: the published crop, dots at the keypoints."""
     raw = tmp_path / "raw"
@@ -200,10 +200,3 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch, capsys, dataset, there,
     (tmp_path / there).mkdir(parents=True)
     status, _, errors = run(capsys, dataset, tmp_path, tmp_path / "out")
     assert status == 2 and re.search(message, errors) and errors.count("\n") == 1
-
-
-def test_the_command():
-    """`python -m docs.prepare` from the project's root."""
-    words = [sys.executable, "-m", "docs.prepare", "--help"]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert "{surreal,human36m}" in done.stdout

@@ -95,7 +95,8 @@ def test_what_is_missing_is_trained_and_kept(launch, reproduce_into, tmp_path, m
 
 
 def test_a_finished_run_serves_all_rows_with_its_settings(tmp_path, monkeypatch):
-    """lambda = 6 and sigma = 0.25 are both the demo: nothing is left to train."""
+    """lambda = 6 and sigma = 0.25 are both the demo: nothing is left to train. Lines of another demo do not
+    count, and are not lost."""
     rows = reproduce.sweep_rows("pace", (6.0,)) + reproduce.sweep_rows("spread", (0.25,))
     run = tmp_path / "actupose-pace=6-s0"
     run.mkdir()
@@ -105,20 +106,20 @@ def test_a_finished_run_serves_all_rows_with_its_settings(tmp_path, monkeypatch)
     train.write_json(run / "result.json", result(50.0, 0))
     trained = Mock(return_value=[])
     monkeypatch.setattr(reproduce, "run_all", trained)
-    reproduce.run_missing(reproduce.Comparison(rows, (0,)), tmp_path / "runs.jsonl", tmp_path, 1, "cpu")
-    assert trained.call_args.args[0] == {} and len(read(tmp_path / "runs.jsonl")) == 1
+    kept = tmp_path / "runs.jsonl"
+    for demos in (["present"], ["another", "present"]):
+        monkeypatch.setattr(reproduce, "demo_version", lambda demo=demos[0]: demo)
+        assert reproduce.read_kept(kept) == {}
+        reproduce.run_missing(reproduce.Comparison(rows, (0,)), kept, tmp_path, 1, "cpu")
+        assert trained.call_args.args[0] == {} and [line["demo"] for line in read(kept)] == demos
 
 
-def test_lines_of_another_demo_do_not_count(reproduce_into, tmp_path, monkeypatch):
-    one = ["--methods", "source-only", "--seeds", "0", "--epochs", "1"]
-    assert reproduce_into(*one)[0] == 0
-    shutil.rmtree(tmp_path / "source-only-s0")
-    monkeypatch.setattr(reproduce, "demo_version", lambda: "another")
-    assert reproduce.read_kept(tmp_path / "runs.jsonl") == {}
-    assert reproduce_into(*one)[0] == 0
-    assert reproduce_into.started == [("source-only-s0", False)] * 2
-    kept = [line["demo"] for line in read(tmp_path / "runs.jsonl")]
-    assert len(kept) == 2 and kept[0] == "another"                          # the other one is not lost
+def test_a_damaged_line_is_named(tmp_path):
+    """As after two people's runs were merged."""
+    kept = tmp_path / "runs.jsonl"
+    kept.write_text('{"demo": "another"}\n<<<<<<< HEAD\n')
+    with pytest.raises(train.UserError, match="runs.jsonl: line 2 is damaged"):
+        reproduce.read_kept(kept)
 
 
 def test_a_table_is_of_one_arithmetic(monkeypatch):

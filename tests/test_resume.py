@@ -268,31 +268,23 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, start, finishe
 
 
 def test_a_directory_has_one_owner(launch, tmp_path, monkeypatch, capsys):
-    """While a run is at work, another process is refused on one line, whether it is to begin or to resume.
-    The result is that of an undisturbed run."""
+    """While a run is at work, another start is refused on one line, whether it is to begin or to resume. The
+    result is that of an undisturbed run."""
     few = ["--method", "source-only", "--epochs", "2"]
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT + "for options in [[], ['--resume']]:\n"
-                      "    assert train.main([*sys.argv[1:], *options]) == 2\n")
     out = tmp_path / "run"
-    options = [*TINY, *few, "--out", str(out)]
-    answers = []
     step = train.Trainer.step
 
     def disturbed(trainer, number, *batch):
         if number == 3:                                         # after an epoch
-            done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True,
-                                  env=child_environment())
-            answers.append((done.returncode, done.stdout, done.stderr.splitlines(keepends=True)))
+            for options in [], ["--resume"]:
+                capsys.readouterr()
+                assert train.main([*TINY, *few, "--out", str(out), *options]) == 2
+                check_one_line(capsys.readouterr().err, "--out: another process is at work", str(out))
         return step(trainer, number, *batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "step", disturbed)
         assert launch(out, *few) == 0
-    [(status, said, lines)] = answers
-    assert (status, said, len(lines)) == (0, "", 2)
-    for line in lines:
-        check_one_line(line, "--out: another process is at work", str(out))
     assert launch(tmp_path / "alone", *few) == 0
     for name in ("log.jsonl", "result.json", "last.pt"):
         assert (out / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()

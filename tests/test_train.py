@@ -78,7 +78,7 @@ def finished(tmp_path_factory, launch):
         with pytest.MonkeyPatch.context() as patch:
             record(patch, looks, data.Mannequin, "__getitem__")
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-                assert launch(out, "--method", method) == 0
+                assert launch(out, "--method", method, figures=True) == 0
         looked_at = {(dataset.domain, dataset.split) for _, (dataset, _), _ in looks}
         return Finished(out, looked_at, output.getvalue(), errors.getvalue())
     return get
@@ -150,7 +150,7 @@ def test_a_skeleton_of_thirty_keypoints(launch, tmp_path, monkeypatch):
     monkeypatch.setitem(train.SOURCES, "rhd", Toy)
     monkeypatch.setitem(train.TARGETS, "h3d", Toy)
     options = "--source rhd --target h3d --source-root a --target-root bc --style off".split()
-    assert launch(tmp_path / "run", *options) == 0
+    assert launch(tmp_path / "run", *options, figures=True) == 0
     assert "pairs" in read(tmp_path / "run" / "log.jsonl")[1]
     Image.new("RGB", (50, 40)).save(tmp_path / "x.png")
     words = [str(tmp_path / name) for name in ("run", "x.png")]
@@ -252,7 +252,7 @@ def test_an_epoch_trains_on_what_its_curriculum_gives(name, kind, method, launch
         assert launch(tmp_path, *options) == 130
     check_epochs(calls, [0])
     calls.clear()
-    assert launch(tmp_path, *options, "--resume") == 0
+    assert launch(tmp_path, *options, "--resume", figures=True) == 0
     check_epochs(calls, [1, 2])
     if name == "hardest":
         assert not (tmp_path / "figures" / "curriculum.png").exists()
@@ -595,7 +595,7 @@ MISTAKES = """
 --style-weights x; --style-decoder x; --source-root x; --shoulders left;
 --method udape+vae-hm --hard-bins 26 => --hard-bins: must be at most; --preset demi;
 --epochs 20 => --pretrain-epochs; --style vgg => --style-weights;
---style vgg --style-weights . => --style-weights: . holds no vgg_normalised.pth;
+--style vgg --style-weights . => vgg_normalised.pth: No such file;
 --device warp9 => --device: torch finds no device 'warp9' here; --device meta;
 --shoulders true => --shoulders: needs --source surreal; --out= => --out: use a path;
 --lr-drops 44 => --lr-drops: needs --schedule steps; --source surreal => --source-root;
@@ -730,7 +730,7 @@ def test_a_picture_that_cannot_be_drawn_costs_a_line(launch, tmp_path, capsys, m
     figures = tmp_path / "figures"
     with monkeypatch.context() as patch:
         patch.setattr(train, "draw_boxes", Mock(side_effect=AttributeError("no circle")))
-        assert launch(tmp_path, "--method", "source-only", "--epochs", 1) == 0
+        assert launch(tmp_path, "--method", "source-only", "--epochs", 1, figures=True) == 0
     check_one_line(capsys.readouterr().err, str(figures / "complexity.png"), "no circle")
     assert read(tmp_path / "result.json")["epochs"] == 1
     drawn = {path.name for path in figures.iterdir()}
