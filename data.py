@@ -120,7 +120,7 @@ def write_text(path, text):
 
 # --- Skeletons ---------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
+@dataclass
 class Skeleton:
     """Keypoints of one kind of body and what the paper's equations need to know of them.
 
@@ -139,27 +139,24 @@ class Skeleton:
     stand_ins: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        names = tuple(self.names)
-        if not names or not all(isinstance(name, str) for name in names):
+        self.names = tuple(self.names)
+        if not self.names or not all(isinstance(name, str) for name in self.names):
             raise ValueError("names must be strings, one per keypoint")
         if "all" not in self.groups:
             raise ValueError("groups must have 'all'")
         if not len(self.limbs) or not len(self.triplets):
             raise ValueError("limbs and triplets: give at least one of each")
+        self.limbs = tuple(self._check("limbs", row, 2) for row in self.limbs)
+        self.triplets = tuple(self._check("triplets", row, 3) for row in self.triplets)
+        self.groups = {name: self._check("groups", row) for name, row in self.groups.items()}
+        self.root = self._check("root", self.root)
         stand_ins = {}
         for missing, row in self.stand_ins.items():
             if isinstance(missing, str) and missing.isdigit():  # JSON makes keys strings
                 missing = int(missing)
             missing, = self._check("stand_ins", [missing])
             stand_ins[missing] = self._check("stand_ins", row)
-        fields = {"names": names,
-                  "limbs": tuple(self._check("limbs", row, 2) for row in self.limbs),
-                  "triplets": tuple(self._check("triplets", row, 3) for row in self.triplets),
-                  "groups": {name: self._check("groups", row) for name, row in self.groups.items()},
-                  "root": self._check("root", self.root),
-                  "stand_ins": stand_ins}
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)  # the dataclass is frozen
+        self.stand_ins = stand_ins
 
     def _check(self, field, row, length=None):
         """A sequence of keypoints, `length` of them or some -> tuple of int."""
@@ -232,22 +229,19 @@ def check_dataset(dataset, name):
         values = getattr(dataset, attribute, None)
         require(torch.is_tensor(values) and values.dtype == torch.float32 and values.shape == shape,
                 f"needs `{attribute}`, a float32 tensor of shape {shape}")
-    labelled = 0
-    outside = 0
-    away = 0  # from the image's first pixel
-    for keypoints, visible in zip(dataset.keypoints.split(1 << 16), dataset.visible.split(1 << 16)):
-        require(bool((keypoints.abs() < 1e6).all()), "has keypoints that are not finite, or beyond a million "
-                "pixels; where one is not labelled, give (0, 0) and visible 0")
-        seen = visible == 1
-        require(bool((seen | (visible == 0)).all()),
-                "has `visible` other than 0 and 1; give 1 where a keypoint is labelled and 0 where it is not "
-                "(of COCO's flags, 1 and 2 are labelled)")
-        labelled += int(seen.sum())
-        outside += int((seen & ((keypoints < -0.5) | (keypoints > size - 0.5)).any(-1)).sum())
-        away += int((seen & (keypoints.abs() > 1).any(-1)).sum())
+    keypoints = dataset.keypoints
+    require(bool((keypoints.abs() < 1e6).all()), "has keypoints that are not finite, or beyond a million "
+            "pixels; where one is not labelled, give (0, 0) and visible 0")
+    seen = dataset.visible == 1
+    require(bool((seen | (dataset.visible == 0)).all()),
+            "has `visible` other than 0 and 1; give 1 where a keypoint is labelled and 0 where it is not "
+            "(of COCO's flags, 1 and 2 are labelled)")
+    labelled = int(seen.sum())
+    outside = int((seen & ((keypoints < -0.5) | (keypoints > size - 0.5)).any(-1)).sum())
+    in_the_corner = int((seen & (keypoints.abs() <= 1).all(-1)).sum())
     unit = f"give keypoints as (x, y) in pixels of the {size} x {size} image"
-    require(labelled == 0 or away > 0, "has all its labelled keypoints within a pixel of the corner, as with "
-            f"coordinates in 0 ... 1; {unit}, and visible 0 where there is no label")
+    require(labelled == 0 or in_the_corner < labelled, "has all its labelled keypoints within a pixel of the "
+            f"corner, as with coordinates in 0 ... 1; {unit}, and visible 0 where there is no label")
     require(2 * outside <= labelled, f"has {outside} of its {labelled} labelled keypoints outside the image, "
             f"as with pixels of the original picture or of another resolution; {unit}")
     indices = torch.tensor([n - 1, 0])
@@ -557,13 +551,13 @@ class Part(NamedTuple):
 class Parts(NamedTuple):
     """P parts of N figures, stacked."""
     roles: tuple  # (P,)
-    groups: list  # (P,): the name of a group, or the part's own number
+    groups: list  # the numbers of the parts that are drawn together
     ends: np.ndarray  # (N, P, 2, 3) metres
     radii: np.ndarray  # (N, P, 2) metres
 
 
 def draw_angles(u, domain, mix, poses, names, rest, limits):
-    """Kinds of pose (N,) and {name: (N,) radians} by the tables above.
+    """Whether poses are of an easy kind (N,), and {name: (N,) radians}, by the tables above.
 
     u: (N, 1 + names) uniform numbers; domain: "source" or "target", whose ranges; mix: whose weights."""
     kinds = [Kind(*row) for row in poses.values()]
@@ -578,7 +572,7 @@ def draw_angles(u, domain, mix, poses, names, rest, limits):
     drawn = np.searchsorted(weights[:-1] / weights[-1], u[:, 0], side="right")
     low, high = np.radians(table[drawn]).T  # each (angles, N)
     angles = low + (high - low) * u[:, 1:1 + len(names)].T
-    return drawn, dict(zip(names, angles))
+    return np.array([kind.easy for kind in kinds])[drawn], dict(zip(names, angles))
 
 
 def turn(frame, axes, *angles):
@@ -601,23 +595,23 @@ def along(frame, x, y, z):
 
 def stack_parts(parts, girth):
     """P `Part`s of N figures -> `Parts`. Radii are multiplied by girth (N,)."""
-    groups = []
+    groups = {}
     ends = []
     radii = []
     for p, part in enumerate(parts):
         thickness = girth
         if part.normal is not None:
             thickness = girth * (part.normal[:, 2] > 0.15)  # no radius where it faces away
-        both = [np.broadcast_to(radius, len(girth)) for radius in (part.radius_a, part.radius_b)]
-        groups.append(p if part.group is None else part.group)
+        groups.setdefault(part.group or p, []).append(p)  # one without a group is drawn alone
         ends.append(np.stack([part.a, part.b], 1))
-        radii.append(np.stack(both, 1) * thickness[:, None])
-    return Parts(tuple(part.role for part in parts), groups, np.stack(ends, 1), np.stack(radii, 1))
+        radii.append(np.stack([part.radius_a * thickness, part.radius_b * thickness], 1))
+    roles = tuple(part.role for part in parts)
+    return Parts(roles, list(groups.values()), np.stack(ends, 1), np.stack(radii, 1))
 
 
 def pose_bodies(u, domain, mix):
-    """Pose bodies: u (N, 39) uniform numbers -> kind (N,), joints (N, 16, 3) metres, `Parts`."""
-    kind, angle = draw_angles(u[:, 12:], domain, mix, POSES, BODY_ANGLES, STANDING, JOINT_LIMITS)
+    """Pose bodies: u (N, 39) uniform numbers -> easy (N,), joints (N, 16, 3) metres, `Parts`."""
+    easy, angle = draw_angles(u[:, 12:], domain, mix, POSES, BODY_ANGLES, STANDING, JOINT_LIMITS)
     mirror = u[:, 9] < 0.5
     for name in ("roll", "side", "twist", "turn", "tilt"):
         angle[name] = np.where(mirror, -angle[name], angle[name])
@@ -676,13 +670,13 @@ def pose_bodies(u, domain, mix):
                   Part("eye", eye, lid, 0.22 * h, 0.2 * h, "face", normal=head[:, :, 2])]
     parts.append(Part("mark", mark, mark - along(chest, 0, 0.11, 0), 0.05, 0.05, "trunk",
                       normal=chest[:, :, 2]))
-    return kind, np.stack([joints[k] for k in range(16)], 1), stack_parts(parts, girth)
+    return easy, np.stack([joints[k] for k in range(16)], 1), stack_parts(parts, girth)
 
 
 def pose_hands(u, domain, mix):
-    """Pose left hands: u (N, 39) uniform numbers -> kind (N,), joints (N, 21, 3) metres, `Parts`."""
+    """Pose left hands: u (N, 39) uniform numbers -> easy (N,), joints (N, 21, 3) metres, `Parts`."""
     rest = HAND_OPEN | HAND_VIEW[domain]
-    kind, angle = draw_angles(u[:, 12:], domain, mix, GESTURES, HAND_ANGLES, rest, HAND_LIMITS)
+    easy, angle = draw_angles(u[:, 12:], domain, mix, GESTURES, HAND_ANGLES, rest, HAND_LIMITS)
     back = np.where(u[:, 9] < 0.5, math.pi, 0)  # the palm or the back is seen
     girth = 0.9 + 0.3 * u[:, 10]
     palm = turn(np.eye(3), "zxy", angle["roll"], angle["pitch"], angle["yaw"] + back)
@@ -718,7 +712,7 @@ def pose_hands(u, domain, mix):
         a = along(palm, ax / 1000, ay / 1000, 0.012)
         b = along(palm, bx / 1000, by / 1000, 0.012)
         parts.append(Part("crease", a, b, 0.0016, 0.0016, "palm", normal=palm[:, :, 2]))
-    return kind, np.stack(joints, 1), stack_parts(parts, girth)
+    return easy, np.stack(joints, 1), stack_parts(parts, girth)
 
 
 def project_figures(u, joints, parts, distances, size):
@@ -917,17 +911,13 @@ class Mannequin:
         self.key = (seed, 2 * hand + (drawn_as == "target"), ("train", "val", "test").index(split))
         u = np.stack([np.random.default_rng((*self.key, i)).random(POSE_NUMBERS) for i in range(count)])
         self.skeleton = HAND21 if hand else BODY16
-        kinds = GESTURES if hand else POSES
         pose = pose_hands if hand else pose_bodies
         distances = (0.5, 1.1) if hand else (3.0, 7.0)
-        kind, self.joints, parts = pose(u[:, 4:], drawn_as, mix)
-        self.easy = torch.tensor([Kind(*row).easy for row in kinds.values()])[kind]
+        easy, self.joints, parts = pose(u[:, 4:], drawn_as, mix)
+        self.easy = torch.from_numpy(easy)
         self.roles = parts.roles
+        self.groups = parts.groups
         self.depth = parts.ends[..., 2].mean(-1)  # (N, P), towards the camera
-        together = {}  # the parts of each group, which are drawn together
-        for p, group in enumerate(parts.groups):
-            together.setdefault(group, []).append(p)
-        self.groups = list(together.values())
         keypoints, self.ends, self.radii = project_figures(u, self.joints, parts, distances, size)
         self.keypoints = torch.from_numpy(keypoints).float()
         self.visible = ((self.keypoints >= 0) & (self.keypoints <= size - 1)).all(-1).float()
@@ -1341,10 +1331,11 @@ def _load_annotations(root, path, prefix, total, joints, keep=lambda _: True, si
 
 
 def _published_order(n):
-    """0 ... n - 1 in the order of the published splits (`random.seed(42)`), and how many are held out."""
+    """0 ... n - 1 in the published order (`random.seed(42)`), in two: what is held out, and the others."""
     order = array.array("q", range(n))
     random.Random(42).shuffle(order)
-    return np.array(order), min(int(n * 0.2), 3200)
+    held_out = min(int(n * 0.2), 3200)
+    return np.split(np.array(order), [held_out])
 
 
 class _SquareCrops(_CropsOnDisk):
@@ -1379,11 +1370,8 @@ class SURREAL(_SquareCrops):
                                            joints, progress=progress))
             if len(parts[-1].names) == 0:
                 raise DataError(f"{self.root / folder}/run{run}.json: lists no image; prepare it again")
-        order, held_out = _published_order(sum(len(part.names) for part in parts))
-        if split == "train":
-            order = order[held_out:]
-        elif split == "test":
-            order = order[:held_out]
+        held_out, others = _published_order(sum(len(part.names) for part in parts))
+        order = {"train": others, "test": held_out, "val": np.concatenate([held_out, others])}[split]
         self._take(self.root / folder / "run*.json", parts, order)
 
 
@@ -1721,11 +1709,6 @@ class Hand3DStudio(_SquareCrops):
         super().__init__(root, split, size, "H3D_crop")
         part = _load_annotations(self.root, "annotation.json", "", 21, range(21),
                                  keep=lambda entry: entry.get("without_object") in (1, "1"))
-        order, held_out = _published_order(len(part.names))
-        if split == "test":
-            order = order[:held_out]
-        elif split == "val":
-            order = order[held_out:2 * held_out]
-        else:
-            order = order[held_out:]
+        held_out, others = _published_order(len(part.names))
+        order = {"train": others, "test": held_out, "val": others[:len(held_out)]}[split]
         self._take(self.root / "annotation.json", [part], order)
