@@ -82,6 +82,7 @@ QUOTED = {
     ("surreal", "human36m"): dict(all=79.6),
 }
 POSEDA = "PoseDA (quoted from the paper)"
+# What is said beside a row: by method and target.
 REMARKS = {("oracle", "lsp"): " (trained on its test images, unless this is LSP Extended)"}
 NOTHING = "(no finished run yet)"
 # 97.5 % quantiles of Student's t for 3, 4, ... 10 seeds (NIST/SEMATECH e-Handbook, section 1.3.6.7.2).
@@ -132,7 +133,7 @@ def sweep_rows(name, values):
 
 SIX = named_rows("source-only,regda,udape,udape+vae-hm,actupose,oracle")
 LOSSES = named_rows("udape,no-curriculum,curriculum-alone,actupose,udape+vae-hm,hardest")
-TAUGHT = named_rows("udape,udape+vae-hm,actupose")
+WITH_TEACHER = named_rows("udape,udape+vae-hm,actupose")
 ORDER = (*named_rows("udape,static,actupose"), *sweep_rows("pace", (1.0, 2.0)),
          Row("static pace=1", dict(curriculum="static", pace=1.0)),
          Row("static pace=2", dict(curriculum="static", pace=2.0)))
@@ -152,21 +153,21 @@ COMPARISONS = {
                                    "literal-eq8-no-cross-domain"), given=FLOAT32),
     "everyday-ablations": Comparison(
         named_rows("udape,actupose,no-curriculum,hardest") + sweep_rows("pace", (2.0,)), given=EVERYDAY),
-    "float32": Comparison(TAUGHT, given=FLOAT32),
-    "everyday-float32": Comparison(TAUGHT, given={**EVERYDAY, **FLOAT32}),
-    "arithmetic": Comparison((*TAUGHT, *(Row(f"{row.name} in float32", {**row.changes, **FLOAT32})
-                                         for row in TAUGHT))),
+    "float32": Comparison(WITH_TEACHER, given=FLOAT32),
+    "everyday-float32": Comparison(WITH_TEACHER, given={**EVERYDAY, **FLOAT32}),
+    "arithmetic": Comparison(WITH_TEACHER + tuple(
+        Row(f"{row.name} in float32", {**row.changes, **FLOAT32}) for row in WITH_TEACHER)),
     "order": Comparison(ORDER),
     "losses": Comparison(LOSSES),
     "everyday-losses": Comparison(LOSSES, given=EVERYDAY),
     "hands-ablations": Comparison(named_rows("udape,actupose") + sweep_rows("pace", (2.0,)), given=HANDS),
     "pace-spread": Comparison(sweep_rows("pace", (1.0, 2.0, 3.0, 4.0, 6.0))
                               + sweep_rows("spread", (0.12, 0.18, 0.25, 0.5))),
-    "long": Comparison(TAUGHT, given=LONG),
-    "long-float32": Comparison(TAUGHT, given={**LONG, **FLOAT32}),
+    "long": Comparison(WITH_TEACHER, given=LONG),
+    "long-float32": Comparison(WITH_TEACHER, given={**LONG, **FLOAT32}),
     "long-ends": Comparison(named_rows("source-only,udape,udape+vae-hm,actupose,oracle"), (0,), LONG),
-    "long-everyday": Comparison(TAUGHT, (0,), {**EVERYDAY, **LONG}),
-    "long-hands": Comparison(TAUGHT, (0,), {**HANDS, **LONG}),
+    "long-everyday": Comparison(WITH_TEACHER, (0,), {**EVERYDAY, **LONG}),
+    "long-hands": Comparison(WITH_TEACHER, (0,), {**HANDS, **LONG}),
     "long-ablations": Comparison(named_rows("actupose,no-evalpose,no-cross-domain"), (0,), LONG),
     "weights": Comparison(
         sweep_rows("bins", (5, 10, 25, 50, 100))
@@ -218,17 +219,19 @@ def demo_version():
 
 def read_kept(path):
     """The lines of a file of kept runs that are of this version of the demo: {key: line}."""
-    return {key_of(line["settings"]): line for line in read_lines(path) if is_current(line)}
+    return {key_of(line["settings"]): line for line in read_lines(path) if line["demo"] == demo_version()}
 
 
 def read_lines(path):
-    """All lines of a file of kept runs."""
-    return [json.loads(text) for text in path.read_text().splitlines()] if path.exists() else []
-
-
-def is_current(line):
-    """Whether a line is of the present demo. Others stay in the file and do not count."""
-    return line["demo"] == demo_version()
+    """All lines of a file of kept runs. UserError names one that is damaged."""
+    lines = []
+    for number, text in enumerate(path.read_text().splitlines() if path.exists() else (), 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            raise UserError(f"{path}: line {number} is damaged; remove it, and its run is trained "
+                            "again") from None
+    return lines
 
 
 def key_of(differing):
@@ -247,8 +250,8 @@ def keep(path, settings, out, commit):
             "result": train.read_json(out / "result.json")}
     kept = read_kept(path)
     kept[key_of(line["settings"])] = line
-    lines = [kept[key] for key in sorted(kept)]
-    train.write_lines(path, lines + [other for other in read_lines(path) if not is_current(other)])
+    others = [other for other in read_lines(path) if other["demo"] != demo_version()]
+    train.write_lines(path, [kept[key] for key in sorted(kept)] + others)
     return line
 
 
@@ -408,9 +411,9 @@ def interval(differences):
     return f" [{mean - half:+.1f}, {mean + half:+.1f}]"
 
 
-def by_seed(results):
-    """{seed: overall PCK} of a row, unlabelled test sets left out."""
-    return {r["seed"]: r["pck"]["all"] for r in results if r["pck"]["all"] is not None}
+def by_seed(runs):
+    """{seed: overall PCK} of the runs of a row, unlabelled test sets left out."""
+    return {r["seed"]: r["pck"]["all"] for r in runs if r["pck"]["all"] is not None}
 
 
 def markdown(rows):
@@ -544,21 +547,21 @@ def sweeps_table(comparison, results):
 
 
 def bin_ranges(runs, parts):
-    """The complexity bins of these results in `parts` ranges of neighbours, (start, end) each."""
+    """The complexity bins of these results in `parts` ranges of neighbours: {title: slice}."""
     edges = np.linspace(0, len(runs[0]["bins"]), parts + 1).round().astype(int)
-    return list(zip(edges, edges[1:]))
+    return {f"bins {start}-{end - 1}": slice(start, end) for start, end in zip(edges, edges[1:])}
 
 
 def bins_table(results, parts=5):
     """PCK by complexity bin of the target's pose, means over seeds and of neighbouring bins."""
     ranges = bin_ranges(next(iter(results.values())), parts)
-    table = [["method", *(f"bins {start}-{end - 1}" for start, end in ranges)]]
+    table = [["method", *ranges]]
     for name, runs in results.items():
         cells = [name]
-        for start, end in ranges:
+        for neighbours in ranges.values():
             values = []
             for r in runs:
-                values += r["bins"][start:end]
+                values += r["bins"][neighbours]
             cells.append(fmt(average(values)))
         table.append(cells)
     return markdown(table)
@@ -572,15 +575,14 @@ def gains_table(tasks, parts=5):
         if "udape" not in results or "actupose" not in results:
             continue
         ranges = bin_ranges(results["udape"], parts)
-        header = ["actupose - udape", *(f"bins {start}-{end - 1}" for start, end in ranges)]
         cells = [title]
-        for start, end in ranges:
+        for neighbours in ranges.values():
             scores = []
             for name in ("actupose", "udape"):
-                scores.append({r["seed"]: average(r["bins"][start:end]) for r in results[name]})
+                scores.append({r["seed"]: average(r["bins"][neighbours]) for r in results[name]})
             cells.append(paired(*scores))
         table.append(cells)
-    return markdown([header, *table]) if table else NOTHING
+    return markdown([["actupose - udape", *ranges], *table]) if table else NOTHING
 
 
 def tasks_table(tasks):
@@ -644,14 +646,6 @@ def draw_sweep(path, name, rows, results):
     train.save_picture(canvas, path)
 
 
-def draw_bins(path, results):
-    """Fig. 9: PCK by complexity bin, means over seeds."""
-    series = {}
-    for name, runs in results.items():
-        series[name] = np.array([r["bins"] for r in runs], float).mean(0)
-    train.draw_bars(path, series, "PCK@0.05")
-
-
 def draw_panel(path, runs, device):
     """Fig. 8: the first test images in rows; the ground truth and each method's prediction in columns.
 
@@ -688,14 +682,6 @@ DISTANCES = (0.01, 0.05, 0.1, 0.25, 0.5)   # quantiles of Eq. 7 between random p
 def difficulty_table():
     """Easy poses of both domains, complexity of the target's, Eq. 7 between random poses of the source."""
     tasks = {"bodies": ("target", False), "everyday": ("everyday", False), "hands": ("target", True)}
-    labels = ["easy poses in the source",
-              "easy poses in the target",
-              "target poses as complex as the hardest 8 of the source's 25 bins",
-              "random source pairs below 0.06 rad",
-              "random source pairs below 0.019 rad",
-              "nearest source poses in the hardest 8 bins",
-              "the same, by fifths of the target's poses, simple to complex",
-              f"Eq. 7 between random source poses, quantiles {show(DISTANCES)}, rad"]
     columns = []
     for domain, hand in tasks.values():
         source = data.Mannequin("source", "train", count=6000, hand=hand)
@@ -713,15 +699,22 @@ def difficulty_table():
         near = hard_neighbours(source, target, complexity >= hardest)
         fifths = near[of_target.argsort()].chunk(5)
         quantiles = distance.quantile(torch.tensor(DISTANCES)).tolist()
-        columns.append([percent(source.easy),
-                        percent(target.easy),
-                        percent(of_target >= hardest),
-                        percent(distance < 0.06),
-                        percent(distance < 0.019),
-                        percent(near),
-                        ", ".join(f"{100 * fifth.mean():.0f}" for fifth in fifths) + " %",
-                        ", ".join(f"{value:.3f}" for value in quantiles)])
-    return markdown([["", *tasks], *zip(labels, *columns)])
+        columns.append({
+            "easy poses in the source": percent(source.easy),
+            "easy poses in the target": percent(target.easy),
+            "target poses as complex as the hardest 8 of the source's 25 bins": percent(of_target >= hardest),
+            "random source pairs below 0.06 rad": percent(distance < 0.06),
+            "random source pairs below 0.019 rad": percent(distance < 0.019),
+            "nearest source poses in the hardest 8 bins": percent(near),
+            "the same, by fifths of the target's poses, simple to complex":
+                ", ".join(f"{100 * fifth.mean():.0f}" for fifth in fifths) + " %",
+            f"Eq. 7 between random source poses, quantiles {show(DISTANCES)}, rad":
+                ", ".join(f"{value:.3f}" for value in quantiles),
+        })
+    table = [["", *tasks]]
+    for label in columns[0]:
+        table.append([label, *(column[label] for column in columns)])
+    return markdown(table)
 
 
 def percent(shares):
@@ -845,7 +838,7 @@ def make_parser():
     return parser
 
 
-def chosen(options):
+def comparison_of(options):
     """The comparison that the options ask for."""
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(train.Settings)
              if hasattr(options, f.name)}
@@ -920,7 +913,7 @@ def table_of(options):
         if options.show == "bins":
             return gains_table(finished)
         return tasks_table(finished) if finished else NOTHING
-    comparison = chosen(options)
+    comparison = comparison_of(options)
     results = collect(comparison, kept_file(options))
     if not results:
         return NOTHING
@@ -943,8 +936,11 @@ def draw_pictures(out, comparison, results, device):
     if is_sweep(comparison) or len(results) < 2:
         return
     paper = ("udape", "udape+vae-hm", "actupose")               # the rows of the paper's Fig. 9
-    shown = {name: results[name] for name in paper if name in results}
-    draw_bins(out / "bins.png", shown if len(shown) > 1 else results)
+    shown = [name for name in paper if name in results]
+    if len(shown) < 2:
+        shown = results
+    series = {name: np.array([r["bins"] for r in results[name]], float).mean(0) for name in shown}
+    train.draw_bars(out / "bins.png", series, "PCK@0.05")
     runs = {}
     for row in comparison.rows:
         run = run_directory(out, row, comparison.seeds[0])
@@ -956,7 +952,7 @@ def draw_pictures(out, comparison, results, device):
 def command(arguments):
     """What the command line asks for. Returns the exit status."""
     options = make_parser().parse_args(arguments)
-    alone = {
+    alone = {                                                   # options that leave no others a meaning
         "--tables": options.tables,
         "--difficulty": options.difficulty,
         f"--tasks={options.tasks}": options.tasks,
@@ -977,7 +973,7 @@ def command(arguments):
         raise UserError(f"give the NAME of a comparison ({', '.join(COMPARISONS)}), or the --out of your own")
     failed = []
     if not options.tasks:
-        comparison = chosen(options)
+        comparison = comparison_of(options)
         out = options.out or Path("runs") / options.name
         if not options.no_training:
             failed = run_missing(comparison, kept_file(options), out, options.jobs, options.device)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import actupose
 import data
 import train
+from docs.reproduce import markdown
 
 # Where the time of a step goes: what to wrap, and the row of the table.
 PARTS = [
@@ -47,26 +48,29 @@ class Clock:
     def wrap(self, owner, name, row):
         """Replace a function by one that is timed."""
         function = getattr(owner, name)
+        self.seconds[row] = 0.0
 
         def timed(*arguments, **options):
             begun = self.now()
             result = function(*arguments, **options)
-            self.seconds[row] = self.seconds.get(row, 0.0) + self.now() - begun
+            self.seconds[row] += self.now() - begun
             return result
 
         setattr(owner, name, timed)
 
     def measure(self, step, count):
-        """Milliseconds per step, the whole first, then each row."""
+        """Milliseconds per step: {row: milliseconds}, "whole step" the last of them."""
         for i in range(5):                                      # warms up
             step(i)
-        self.seconds = {}
+        self.seconds = dict.fromkeys(self.seconds, 0.0)
         begun = self.now()
         for i in range(count):
             step(i)
-        whole = 1000 * (self.now() - begun) / count
-        rows = {row: 1000 * seconds / count for row, seconds in self.seconds.items()}
-        return whole, rows
+        whole = self.now() - begun
+        rows = dict(self.seconds)
+        rows["losses and the rest"] = whole - sum(self.seconds.values())
+        rows["whole step"] = whole
+        return {row: 1000 * seconds / count for row, seconds in rows.items()}
 
 
 def operations(settings):
@@ -142,19 +146,13 @@ def command(arguments):
     processor = train.kernels.common.device_name(device)
     print(f"{processor}, {torch.get_num_threads()} threads, --amp {settings.amp}, torch {torch.__version__}; "
           "milliseconds per step (per cent)\n")
-    print("| part | " + " | ".join(columns) + " |\n" + "|---" * (1 + len(columns)) + "|")
-    names = [row for _, _, row in PARTS]
-    for name in [*names, "losses and the rest", "whole step"]:
-        cells = [name]
-        for whole, rows in columns.values():
-            if name == "whole step":
-                value = whole
-            elif name == "losses and the rest":
-                value = whole - sum(rows.values())
-            else:
-                value = rows.get(name, 0.0)
-            cells.append(f"{value:.1f} ({100 * value / whole:.0f} %)")
-        print("| " + " | ".join(cells) + " |")
+    table = [["part", *columns]]
+    for row in columns["adaptation"]:
+        cells = [row]
+        for times in columns.values():
+            cells.append(f"{times[row]:.1f} ({100 * times[row] / times['whole step']:.0f} %)")
+        table.append(cells)
+    print(markdown(table))
     return 0
 
 
