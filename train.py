@@ -60,7 +60,8 @@ METHODS = {
 TAUGHT = ("udape", "udape+vae-hm", "actupose")                  # a teacher joins after pretraining
 ADAPTING = (*TAUGHT, "regda")
 
-# --preset paper: §4 of the paper and the published base method.
+# --preset paper: §4 of the paper, else the published base method, else our own decisions
+# (docs/decisions.md says which).
 PAPER = dict(
     architecture="resnet101", weights="imagenet", image_size=256, sigma=2.0, subcell=False,
     epochs=70, pretrain_epochs=40, iters_per_epoch=500, batch_size=32, workers=8,
@@ -89,7 +90,6 @@ RENDERED = {
 # Datasets on disk: their loaders.
 SOURCES = {"surreal": data.SURREAL, "rhd": data.RenderedHandPose}
 TARGETS = {"lsp": data.LSP, "human36m": data.Human36M, "h3d": data.Hand3DStudio}
-
 
 # --schedule: the settings that it alone uses.
 SCHEDULES = {"cosine": ("warmup", "lr_end"), "steps": ("lr_drops", "lr_factor")}
@@ -748,9 +748,9 @@ def set_up(settings, device, checkpoint=None, out=None):
     domains = open_domains(s)
     source = domains.source
     skeleton = source.skeleton
-    labelled = domains.target if s.method == "oracle" else source
+    role = "target" if s.method == "oracle" else "source"
+    labelled = getattr(domains, role)
     if not labelled.visible.any():
-        role = "target" if s.method == "oracle" else "source"
         raise UserError(f"--{role} {getattr(s, role)}: no keypoint is labelled; {s.method} needs "
                         "labels to train on")
     make_curriculum(s, np.zeros(len(source)), len(labelled))  # refuses wrong settings now
@@ -787,7 +787,14 @@ def set_up(settings, device, checkpoint=None, out=None):
     run = SimpleNamespace(settings=s, domains=domains, labelled=labelled, vae=vae, trainer=trainer,
                           complexity=complexity, curriculum=curriculum, log=[])
     if checkpoint is not None:
-        go_on(run, checkpoint)
+        counts = [len(dataset) for dataset in domains]
+        if checkpoint["samples"] != counts:
+            raise UserError(f"the checkpoint is of {checkpoint['samples']} samples (source; target:"
+                            f" train, val, test), the data has {counts}; go on with the data that "
+                            "the run was started on")
+        trainer.optimiser.load_state_dict(checkpoint["optimiser"])
+        curriculum.load_state_dict(checkpoint["curriculum"])
+        run.log = checkpoint["log"]
     elif trainer.style_transfer is not None:
         train_style(run)  # last: it can take an hour
         broadcast(trainer.style_transfer.state_dict().values())
@@ -829,23 +836,11 @@ def make_curriculum(settings, complexity, count):
     return curriculum
 
 
-def go_on(run, checkpoint):
-    """The rest of a checkpoint. UserError where it is of other data."""
-    counts = [len(dataset) for dataset in run.domains]
-    if checkpoint["samples"] != counts:
-        raise UserError(f"the checkpoint is of {checkpoint['samples']} samples (source; target: "
-                        f"train, val, test), the data has {counts}; go on with the data that the "
-                        "run was started on")
-    run.trainer.optimiser.load_state_dict(checkpoint["optimiser"])
-    run.curriculum.load_state_dict(checkpoint["curriculum"])
-    run.log = checkpoint["log"]
-
-
 def style_images(dataset, i, settings, device):
-    """The i-th batch of images of a domain for the style networks, in [0, 1]."""
+    """The i-th batch of images of a domain for the style networks, normalised."""
     indices = shuffled_batch(len(dataset), min(16, settings.batch_size), i, settings.seed)
     images, _, _ = dataset[indices]
-    return unit_range(images.to(device))
+    return normalise(unit_range(images.to(device)))
 
 
 def open_style(settings, device, domains):
@@ -856,11 +851,7 @@ def open_style(settings, device, domains):
     torch.manual_seed(s.seed)
     transfer = actupose.StyleTransfer(s.style).to(device)
     if s.style_weights:
-        encoder = Path(s.style_weights, "vgg_normalised.pth")
-        if not encoder.exists():
-            raise UserError(f"--style-weights: {s.style_weights} holds no vgg_normalised.pth; give "
-                            "its directory")
-        load_style_weights(transfer.encoder, encoder)
+        load_style_weights(transfer.encoder, Path(s.style_weights, "vgg_normalised.pth"))
     if s.style_decoder:
         load_style_weights(transfer.decoder, Path(s.style_decoder))
         for dataset in (domains.source, domains.target):
@@ -869,26 +860,19 @@ def open_style(settings, device, domains):
 
 
 @torch.no_grad()
-def check_decoder(transfer, unit, path):
+def check_decoder(transfer, images, path):
     """UserError where a given decoder does not reproduce images (B, 3, S, S) without a style.
 
-    unit: the images in [0, 1]. Normalised, they must come back clearly better than their mean
-    colours would. AdaIN's own decoder.pth fails: it was trained on images in 0 ... 1.
+    They must come back clearly better than their mean colours would. AdaIN's own decoder.pth fails:
+    it was trained on images in 0 ... 1, those here are normalised.
     """
-    def reproduces(given, wanted):
-        decoded = transfer.decoder(transfer.encode(given)[-1])
-        decoded = decoded[..., :wanted.shape[2], :wanted.shape[3]]
-        spread = (wanted - wanted.mean((2, 3), keepdim=True)).square().mean()
-        return (decoded - wanted).square().mean() < spread / 2
-
-    images = normalise(unit)
-    if reproduces(images, images):
-        return
-    why = "does not reproduce the images of this run"
-    if reproduces(unit, unit) or reproduces(images, unit):
-        why = "decodes to images in 0 ... 1, as AdaIN's own decoder.pth; those here are normalised"
-    raise UserError(f"--style-decoder: {path} {why}; give one that was trained on normalised images"
-                    " of these domains (UDAPE's are), or leave it out: it is then trained")
+    decoded = transfer.decoder(transfer.encode(images)[-1])
+    decoded = decoded[..., :images.shape[2], :images.shape[3]]
+    spread = (images - images.mean((2, 3), keepdim=True)).square().mean()
+    if not (decoded - images).square().mean() < spread / 2:
+        raise UserError(f"--style-decoder: {path} does not reproduce the images of this run; give "
+                        "one that was trained on normalised images of these domains (UDAPE's are, "
+                        "AdaIN's own is not), or leave it out: it is then trained")
 
 
 def train_style(run):
@@ -902,7 +886,7 @@ def train_style(run):
     domains = (run.domains.source, run.domains.target)
 
     def pair(i):
-        return [normalise(style_images(dataset, i, s, trainer.device)) for dataset in domains]
+        return [style_images(dataset, i, s, trainer.device) for dataset in domains]
 
     small = s.style == "small"
     actupose.train_style_transfer(transfer, pair, s.style_iters, train_encoder=small,
@@ -934,9 +918,7 @@ class RegDATrainer(Trainer):
             self.set_student(self.student)
 
     def step(self, step, source_batch, target_images):
-        """Supervised before adaptation; `adversarial_step` in it. Arguments and results:
-        `Trainer.step`.
-        """
+        """`Trainer.step` before adaptation, `adversarial_step` in it."""
         if self.uses_target:
             return self.adversarial_step(step, source_batch, target_images)
         return super().step(step, source_batch, target_images)
@@ -1003,9 +985,7 @@ def make_trainer(settings, skeleton, device):
 
 @torch.no_grad()
 def decode(network, images, settings, device):
-    """uint8 images (B, 3, S, S) -> keypoints (B, K, 2) in their pixels and confidences (B, K), on
-    the CPU.
-    """
+    """uint8 images (B, 3, S, S) -> keypoints (B, K, 2) in pixels, confidence (B, K), on the CPU."""
     images = normalise(unit_range(images.to(device))).contiguous(memory_format=torch.channels_last)
     maps, _ = network.eval()(images)
     cells, confidence = actupose.decode_keypoints(maps, settings.subcell)
@@ -1036,11 +1016,9 @@ def confidence_on(dataset, trainer):
 
 
 def scored_teacher(trainer):
-    """The teacher as it is scored and shown.
-
-    Decision: with the student's BatchNorm statistics. Its own, of augmented views, fit clean images
-    badly.
-    """
+    """The teacher as it is scored and shown."""
+    # Decision: with the student's BatchNorm statistics. Its own, of augmented views, fit clean
+    # images badly.
     teacher = actupose.make_teacher(trainer.teacher)
     for own, students in zip(teacher.buffers(), trainer.student.buffers()):
         own.copy_(students)
@@ -1048,9 +1026,7 @@ def scored_teacher(trainer):
 
 
 def evaluate(run, dataset):
-    """Scores of the present weights, {"student": ..., "teacher": ...}, and the student's
-    predictions.
-    """
+    """Scores {"student": ..., "teacher": ...} of the present weights; the student's predictions."""
     s = run.settings
     trainer = run.trainer
     complexity = actupose.pose_complexity(run.vae, dataset.keypoints, dataset.visible,
@@ -1144,9 +1120,9 @@ def gather(rows):
     """
     if world_size() == 1:
         return rows
-    empty = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    parts = [empty.clone() for _ in range(world_size())]
-    dist.all_gather(parts, rows.detach().contiguous())
+    rows = rows.detach().contiguous()
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows)
     return torch.cat(parts)
 
 
@@ -1265,8 +1241,7 @@ def state_of(run):
 
 
 def save_checkpoint(path, state):
-    """torch.save and the SHA-256 of its bytes, in place of `path`; what was there becomes
-    previous.pt.
+    """torch.save and the SHA-256 of its bytes, in place of `path`, which becomes previous.pt.
 
     At every moment last.pt or previous.pt is whole.
     """
@@ -1331,9 +1306,7 @@ def is_safetensors(path):
 
 @contextmanager
 def claimed(out):
-    """Hold the directory of a run while this process trains it. UserError where another process
-    does.
-    """
+    """Hold a run's directory while this process trains it. UserError where another process does."""
     if rank() != 0:
         yield
         return
@@ -1413,9 +1386,7 @@ def load_networks(trainer, checkpoint, path):
 
 
 def load_style_weights(network, path):
-    """Published AdaIN weights into an encoder or decoder, by name. Layers beyond relu4_1 are
-    ignored.
-    """
+    """Published AdaIN weights into an encoder or decoder, by name. Further layers are ignored."""
     own = network.state_dict()
     state = load_torch(path, path)
     state = {name: value for name, value in state.items() if name in own}
@@ -1589,8 +1560,7 @@ def draw_bars(path, series, title):
 def draw_boxes(draw, box, boxes, title):
     """A box plot in a part of a drawing: Fig. 3.
 
-    boxes: (n, 6), each the end of a whisker, three quartiles, the end of the other whisker, the
-    mean. NaN leaves a gap.
+    boxes: (n, 6): a whisker's end, three quartiles, the other whisker's end, mean. NaN: a gap.
     """
     chart = Chart(draw, box, (-0.6, len(boxes) - 0.4), value_range(boxes), title, BINS_LABEL)
     for at, (lowest, lower, median, upper, highest, mean) in enumerate(boxes):
@@ -1723,8 +1693,7 @@ def truth_panel(caption, dataset, i):
 def prediction_panel(trainer, dataset, i, keypoints, confidence):
     """Sample i with a predicted pose (K, 2), under its own PCK and EvalPose score.
 
-    As in the paper's Fig. 8, this PCK is of all labelled keypoints; that of the tables is of the
-    scored ones.
+    As in the paper's Fig. 8, this PCK is of all labelled keypoints; the tables leave some out.
     """
     images, true, visible = dataset[torch.tensor([i])]
     one = SimpleNamespace(size=dataset.size, keypoints=true, visible=visible)
@@ -1773,12 +1742,12 @@ def draw_predictions(path, run, predictions):
     """Fig. 8: the first test images, three to a row: image, labels, the student's prediction."""
     panels = []
     for i in range(min(12, len(run.domains.test))):
-        panels += test_panels(run, predictions, i)
+        panels += panels_of(run, predictions, i)
     rows = [panels[start:start + 9] for start in range(0, len(panels), 9)]
     draw_panels(path, rows, run.trainer.skeleton)
 
 
-def test_panels(run, predictions, i):
+def panels_of(run, predictions, i):
     """A test image alone, with its labels, and with the student's prediction."""
     test = run.domains.test
     keypoints, confidence = predictions
@@ -1788,9 +1757,7 @@ def test_panels(run, predictions, i):
 
 
 def draw_similar(path, run, predictions):
-    """Fig. 1: the first test images, and the three source poses nearest to the ground truth, among
-    the first 10,000.
-    """
+    """Fig. 1: the first test images, each with the three nearest of 10,000 source poses."""
     source = run.domains.source
     test = run.domains.test
     shown = slice(0, 6)
@@ -1800,7 +1767,7 @@ def draw_similar(path, run, predictions):
         test.visible[shown] > 0, source.visible[first] > 0, min_triplets=4)
     rows = []
     for i, nearest in enumerate(distance.argsort()[:, :3].tolist()):
-        row = test_panels(run, predictions, i)
+        row = panels_of(run, predictions, i)
         for n in nearest:
             row.append(truth_panel(f"Eq. 7: {distance[i, n]:.3f} rad", source, n))
         rows.append(row)
@@ -1873,12 +1840,11 @@ def draw_reranked(path, source, before, now):
 
 
 def draw_complexity(path, dataset, bins, num_bins):
-    """Fig. 2 and 3: the first poses of five bins, and a box plot of Eq. 7 between the poses of each
-    bin.
+    """Fig. 2 and 3: some poses of five bins, and a box plot of Eq. 7 between the poses of each bin.
 
-    bins: (N,) the bin of each pose of the dataset. Poses are drawn at random, by a fixed seed. A
-    box has the quartiles of the distances between a hundred poses of its bin, whiskers to the last
-    within 1.5 heights of the box, and their mean as a dot.
+    bins: (N,) the bin of each pose of the dataset. A box has the quartiles of the distances between
+    a hundred random poses of its bin, whiskers to the last within 1.5 heights of the box, and their
+    mean as a dot.
     """
     skeleton = dataset.skeleton
     random = np.random.default_rng(0)
@@ -2027,9 +1993,7 @@ class Parser(argparse.ArgumentParser):
                           help="cpu, cuda, cuda:1, ... [a GPU if there is one]")
 
     def add_settings(self, skip=()):
-        """An option per field of Settings, in groups, with its default and the paper's value in the
-        help.
-        """
+        """An option per field of Settings, in groups; the help has its default and the paper's."""
         group = self
         for f in dataclasses.fields(Settings):
             if f.name in GROUPS:
@@ -2046,9 +2010,7 @@ class Parser(argparse.ArgumentParser):
                                metavar=None if choices else metavar)
 
     def parse_known_args(self, words=None, namespace=None):
-        """argparse's. Remembers for `error` which parser reads which words: this one, or that of
-        `evaluate`.
-        """
+        """argparse's. Remembers for `error` which parser reads which words."""
         Parser.reading = self
         self.words = words
         return super().parse_known_args(words, namespace)
@@ -2173,9 +2135,7 @@ def show(value):
 
 
 def choose_device(name):
-    """auto, cpu, cuda, ... -> torch.device; a GPU each under torchrun. UserError when it is not
-    there.
-    """
+    """auto, cpu, cuda, ... -> torch.device; under torchrun a GPU each. UserError if not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and world_size() > 1:
@@ -2203,9 +2163,7 @@ def resolve_amp(settings, device):
 
 
 def check_same_settings(out, given):
-    """The settings of the run in `out`, with those given that are CHANGEABLE. UserError where
-    others differ.
-    """
+    """The settings of the run in `out`, CHANGEABLE ones as given. UserError where others differ."""
     saved = saved_settings(out)
     places = {}
     for name, value in given.items():
