@@ -168,7 +168,7 @@ COMPARISONS = {
     "long-ends": Comparison(named_rows("source-only,udape,udape+vae-hm,actupose,oracle"), (0,), LONG),
     "long-everyday": Comparison(WITH_TEACHER, (0,), {**EVERYDAY, **LONG}),
     "long-hands": Comparison(WITH_TEACHER, (0,), {**HANDS, **LONG}),
-    "long-ablations": Comparison(named_rows("actupose,no-evalpose,no-cross-domain"), (0,), LONG),
+    "long-ablations": Comparison(named_rows("actupose,static,no-evalpose,no-cross-domain"), (0,), LONG),
     "weights": Comparison(
         sweep_rows("bins", (5, 10, 25, 50, 100))
         + sweep_rows("w_evalpose", (0.01, 0.03, 0.1, 0.3, 1.0))
