@@ -952,7 +952,7 @@ def draw_pictures(out, comparison, results, device):
 def command(arguments):
     """What the command line asks for. Returns the exit status."""
     options = make_parser().parse_args(arguments)
-    alone = {                                                   # options that leave no others a meaning
+    alone = {                                                   # each of them stands alone
         "--tables": options.tables,
         "--difficulty": options.difficulty,
         f"--tasks={options.tasks}": options.tasks,
