@@ -851,7 +851,11 @@ def open_style(settings, device, domains):
     torch.manual_seed(s.seed)
     transfer = actupose.StyleTransfer(s.style).to(device)
     if s.style_weights:
-        load_style_weights(transfer.encoder, Path(s.style_weights, "vgg_normalised.pth"))
+        encoder = Path(s.style_weights, "vgg_normalised.pth")
+        if not encoder.exists():
+            raise UserError(f"--style-weights: {s.style_weights} holds no vgg_normalised.pth; give "
+                            "its directory")
+        load_style_weights(transfer.encoder, encoder)
     if s.style_decoder:
         load_style_weights(transfer.decoder, Path(s.style_decoder))
         for dataset in (domains.source, domains.target):

@@ -595,7 +595,7 @@ MISTAKES = """
 --style-weights x; --style-decoder x; --source-root x; --shoulders left;
 --method udape+vae-hm --hard-bins 26 => --hard-bins: must be at most; --preset demi;
 --epochs 20 => --pretrain-epochs; --style vgg => --style-weights;
---style vgg --style-weights . => vgg_normalised.pth: No such file;
+--style vgg --style-weights . => --style-weights: . holds no vgg_normalised.pth;
 --device warp9 => --device: torch finds no device 'warp9' here; --device meta;
 --shoulders true => --shoulders: needs --source surreal; --out= => --out: use a path;
 --lr-drops 44 => --lr-drops: needs --schedule steps; --source surreal => --source-root;
